@@ -1,0 +1,66 @@
+"""Clipping: a clip takes parameters, limits their gradients in place and returns the norm before."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError
+
+
+@dataclass(frozen=True)
+class ClipNorm:
+    """Scales gradients so that their norm over all parameters is at most ``max_norm``."""
+
+    max_norm: float
+    norm_type: float = 2.0
+
+    def __call__(self, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Clip in place and return the norm before, shape ()."""
+        return torch.nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+
+    def __repr__(self) -> str:
+        norm_type = "" if self.norm_type == 2.0 else f", norm_type={self.norm_type:g}"
+        return f"clip_norm({self.max_norm:g}{norm_type})"
+
+
+def clip_norm(max_norm: float, *, norm_type: float = 2.0) -> ClipNorm:
+    r"""Limit the norm of the gradient over all parameters.
+
+    .. math:: g \leftarrow g \cdot \min\left(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\right)
+
+    where :math:`c` is *max_norm* and :math:`p` is *norm_type*. As a clip of an optimizer it sees the
+    unscaled gradient, divided by the window's weight.
+
+    Args:
+        max_norm: Largest norm let through, above 0, in the unit of the gradient.
+        norm_type: Order of the norm, above 0; ``float("inf")`` for the largest entry.
+
+    Returns:
+        A clip: parameters -> norm before clipping, shape ().
+
+    Raises:
+        ArgumentTypeError: If an argument is not a number.
+        ArgumentValueError: If an argument is not above 0.
+
+    Examples:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_norm(1.0)([weight])
+        tensor(5.)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+
+    References:
+        Pascanu et al., `On the difficulty of training RNNs <https://arxiv.org/abs/1211.5063>`_, 2013;
+        ``torch.nn.utils.clip_grad_norm_``, which does the work.
+
+    .. versionadded:: 0.1.0
+    """
+    for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ArgumentTypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+        if math.isnan(value) or value <= 0:
+            raise ArgumentValueError(f"{name} must be above 0, got {value}")
+    return ClipNorm(float(max_norm), float(norm_type))

@@ -1,0 +1,107 @@
+"""Every error of ice_engine: one tree, and each one also the builtin that fits.
+
+.. code-block:: text
+
+    IceEngineError
+    ├── ArgumentTypeError       TypeError     an argument has the wrong type
+    ├── ArgumentValueError      ValueError    an argument has an impossible value
+    ├── AttachError             RuntimeError  optimizer and engine do not go together (now)
+    ├── BackwardError           RuntimeError  the loss cannot be differentiated, or not here
+    ├── NoGradientsError        RuntimeError  a window closed and no parameter has a gradient
+    ├── NonFiniteGradientError  ArithmeticError  infinite or NaN gradients, by policy or too often
+    ├── ClosureError            RuntimeError  the wrapped optimizer needs a closure
+    ├── ProcessorError
+    │   ├── MissingKeyError     KeyError      a processor needs a key that is not there
+    │   ├── UnknownKeyError     KeyError      a processor wrote a key that nobody reads
+    │   ├── ProcessorReturnError TypeError    a processor returned something that is not a mapping
+    │   └── ProcessorValueError ValueError    a processor wrote an impossible value
+    ├── HookError               ValueError    a hook's name or event is wrong
+    │   └── HookSignatureError  TypeError     a hook cannot be called the way its event calls it
+    ├── StateDictError          ValueError    a state dict does not fit
+    │   └── NotConsolidatedError              a stub from a rank that holds no whole state
+    └── CheckpointError         RuntimeError  a checkpoint cannot be found or loaded
+
+Messages say what, what was found, what was wanted, and the line that mends it.
+"""
+
+
+class IceEngineError(Exception):
+    """Base of every error raised by ice_engine."""
+
+
+class IceEngineWarning(UserWarning):
+    """Category of every warning issued by ice_engine."""
+
+
+class ArgumentTypeError(IceEngineError, TypeError):
+    """An argument has the wrong type."""
+
+
+class ArgumentValueError(IceEngineError, ValueError):
+    """An argument has the right type and an impossible value."""
+
+
+class AttachError(IceEngineError, RuntimeError):
+    """An optimizer and an engine do not go together, or not now."""
+
+
+class BackwardError(IceEngineError, RuntimeError):
+    """A loss cannot be differentiated, or not at this point of the run."""
+
+
+class NoGradientsError(IceEngineError, RuntimeError):
+    """A window closed and none of the optimizer's parameters has a gradient."""
+
+
+class NonFiniteGradientError(IceEngineError, ArithmeticError):
+    """Gradients are infinite or NaN, and the policy says stop."""
+
+
+class ClosureError(IceEngineError, RuntimeError):
+    """The wrapped optimizer needs a closure, which a window cannot give it."""
+
+
+class ProcessorError(IceEngineError):
+    """Base of what a processor can do wrong."""
+
+
+class _KeyError(KeyError):
+    def __str__(self) -> str:
+        # KeyError prints repr(message), with quotes and escaped newlines.
+        return str(self.args[0]) if self.args else ""
+
+
+class MissingKeyError(ProcessorError, _KeyError):
+    """A processor needs a key that its mapping does not have."""
+
+
+class UnknownKeyError(ProcessorError, _KeyError):
+    """A processor wrote a key that is not an entry of the param group."""
+
+
+class ProcessorReturnError(ProcessorError, TypeError):
+    """A processor returned something that is not a mapping."""
+
+
+class ProcessorValueError(ProcessorError, ValueError):
+    """A processor wrote a value that the optimizer cannot use."""
+
+
+class HookError(IceEngineError, ValueError):
+    """A hook's name or event is wrong."""
+
+
+class HookSignatureError(HookError, TypeError):
+    """A hook cannot be called the way its event calls it."""
+
+
+class StateDictError(IceEngineError, ValueError):
+    """A state dict does not fit the object it is loaded into."""
+
+
+class NotConsolidatedError(StateDictError):
+    """A state dict is the stub of a rank that does not hold the whole state."""
+
+
+class CheckpointError(IceEngineError, RuntimeError):
+    """A checkpoint cannot be found or loaded."""

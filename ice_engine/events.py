@@ -1,0 +1,159 @@
+"""The optimizer step as Ignite events, and where each of them fires.
+
+.. code-block:: text
+
+    for epoch in epochs:                                          # Ignite's Engine.run
+        for batch in data:
+            ITERATION_STARTED
+            output = train_step(engine, batch)                    # calls optimizer.backward(loss)
+            ITERATION_COMPLETED                                   # optimizer.update(), before your handlers
+              if the window is full:
+                unscale, divide by the window's weight
+                # <OPTIMIZER_GRADIENTS_READY>     attempt n       gradients are final, not yet clipped
+                clip, look for infinite and NaN
+                if finite:
+                  processors: dict -> dict, per param group
+                  # <OPTIMIZER_STEP_STARTED>      step n          this step will happen
+                  optimizer.step()
+                  # <OPTIMIZER_STEP_COMPLETED>    step n          gradients are still there
+                else:
+                  # <OPTIMIZER_STEP_SKIPPED>      skip n          engine.state.optimizer_record.skipped says why
+                update the loss scale, clear the gradients
+        a short last window closes here in the same way           # before your handlers
+        EPOCH_COMPLETED
+
+Three clocks, never mixed: *iteration* counts micro-batches (Ignite's own), *attempt* counts closed
+windows, *step* counts applied updates. ``(every=100)``, ``once=``, ``before=``, ``after=`` and ``|``
+on these events count steps (attempts for ``GRADIENTS_READY``, skips for ``STEP_SKIPPED``).
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from ignite.engine import Engine
+from ignite.engine.events import EventEnum
+
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError
+
+_KINDS = {
+    "GRADIENTS_READY": "attempt",
+    "STEP_STARTED": "step",
+    "STEP_COMPLETED": "step",
+    "STEP_SKIPPED": "skipped",
+}
+
+
+class OptimizerEvents(EventEnum):
+    """The events of the optimizer named ``optimizer``, which is the default name."""
+
+    OPTIMIZER_GRADIENTS_READY = "optimizer_gradients_ready"
+    OPTIMIZER_STEP_STARTED = "optimizer_step_started"
+    OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
+    OPTIMIZER_STEP_SKIPPED = "optimizer_step_skipped"
+
+
+def check_name(name: str) -> str:
+    """Return *name* if it can prefix events and state attributes.
+
+    Raises:
+        ArgumentTypeError: If it is not a string.
+        ArgumentValueError: If it is not a Python identifier.
+    """
+    if not isinstance(name, str):
+        raise ArgumentTypeError(f"name must be a string, got {name!r}")
+    if not name.isidentifier():
+        raise ArgumentValueError(
+            f"name must be an identifier, got {name!r}; it prefixes events and engine.state attributes, "
+            "such as name='generator' for GENERATOR_STEP_COMPLETED and engine.state.generator_step"
+        )
+    return name
+
+
+@functools.cache
+def optimizer_events(name: str = "optimizer") -> type[EventEnum]:
+    """Return the four events of the optimizer called *name*, always the same enum for one name.
+
+    Args:
+        name: An identifier. Its upper case prefixes the members, because Ignite tells events
+            apart by member name alone.
+
+    Returns:
+        An ``EventEnum`` with ``<NAME>_GRADIENTS_READY``, ``<NAME>_STEP_STARTED``,
+        ``<NAME>_STEP_COMPLETED`` and ``<NAME>_STEP_SKIPPED``.
+
+    Raises:
+        ArgumentTypeError: If *name* is not a string.
+        ArgumentValueError: If *name* is not an identifier.
+
+    Examples:
+        >>> optimizer_events("generator").GENERATOR_STEP_COMPLETED.value
+        'generator_step_completed'
+        >>> optimizer_events("optimizer") is OptimizerEvents
+        True
+    """
+    if check_name(name) == "optimizer":
+        return OptimizerEvents
+    members = {f"{name}_{kind}".upper(): f"{name}_{kind}".lower() for kind in _KINDS}
+    return cast("type[EventEnum]", EventEnum(f"{name.capitalize()}Events", members))  # type: ignore[arg-type,call-arg]
+
+
+def register(engine: Engine, name: str) -> dict[str, EventEnum]:
+    """Make the events of *name* known to *engine*, once, with their counters.
+
+    Returns:
+        The events by kind: ``GRADIENTS_READY``, ``STEP_STARTED``, ``STEP_COMPLETED``, ``STEP_SKIPPED``.
+    """
+    events = optimizer_events(name)
+    by_kind = {kind: events[f"{name}_{kind}".upper()] for kind in _KINDS}
+    # Registered twice, an event would stand twice in the engine's list, and Ignite's profilers count it twice.
+    if not engine.has_registered_events(by_kind["STEP_COMPLETED"]):
+        counters = {by_kind[kind]: f"{name}_{counter}" for kind, counter in _KINDS.items()}
+        engine.register_events(*by_kind.values(), event_to_attr=counters)
+    return by_kind
+
+
+def fire(engine: Engine, event: EventEnum) -> None:
+    """Fire *event* if anybody listens, and leave ``engine.last_event_name`` as it was.
+
+    Ignite's loop and its ``Checkpoint`` read ``last_event_name`` to know which of *their* events
+    they are in; an event fired inside a handler must not change the answer.
+    """
+    if not engine._event_handlers.get(event):  # noqa: SLF001 - [event] would create the key, see docs/design
+        return
+    last = engine.last_event_name
+    try:
+        engine.fire_event(event)
+    finally:
+        engine.last_event_name = last
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What happened in one window; ``engine.state.optimizer_record`` in handlers of our events.
+
+    Attributes:
+        step: Steps applied, counting this one if it is applied.
+        attempt: Windows closed, counting this one.
+        iteration: Micro-batches of the run so far.
+        epoch: Epoch, from 1; None outside an engine that says.
+        micro_batches: Micro-batches in this window.
+        weight: Total weight of the window: items where weights were given, else micro-batches.
+        grad_norm: Norm of the unscaled, normalised gradient before clipping, shape (); None if nothing asked for it.
+        clipped_norm: Norm after clipping, shape (); None without clipping by norm.
+        loss_scale: Scale the window's losses were multiplied with; None without a GradScaler.
+        values: Per param group name, ``lr`` and every key that a processor writes.
+        skipped: Why the step was skipped; None if it was not.
+    """
+
+    step: int
+    attempt: int
+    iteration: int
+    epoch: int | None
+    micro_batches: int
+    weight: float
+    grad_norm: Any = None
+    clipped_norm: Any = None
+    loss_scale: float | None = None
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: str | None = None

@@ -1,0 +1,699 @@
+"""The optimizer that steps itself: composes window, precision, clipping, processors and events."""
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from ignite.engine import Engine, Events
+
+from ice_engine import events, sharding
+from ice_engine.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    AttachError,
+    BackwardError,
+    ClosureError,
+    IceEngineWarning,
+    NoGradientsError,
+    NotConsolidatedError,
+    StateDictError,
+)
+from ice_engine.facade import OptimizerFacade
+from ice_engine.hooks import HookRegistry
+from ice_engine.precision import Policy, Precision, describe_nonfinite, total_norm
+from ice_engine.processors.group import group_name, run_processors, set_initial_values, written_keys
+from ice_engine.typing import Clip, DictProcessor, OptimizerFactory
+from ice_engine.window import Reduction, Tail, Window, check_choice, check_count
+
+logger = logging.getLogger(__name__)
+
+_STATE_VERSION = 1
+_FIRST = -100  # order of our handlers: validation and checkpoints on the same event see the step already taken
+
+
+class Optimizer(OptimizerFacade):
+    """Wraps a torch optimizer and steps it, exactly once per window of micro-batches.
+
+    It *is* a ``torch.optim.Optimizer``: schedulers, loggers and checkpoints take it unchanged, and
+    ``step()`` always steps. Windows, the loss scale, clipping and processors live in
+    :meth:`backward` and :meth:`update`; :meth:`attach` lets an Ignite engine call the latter.
+
+    Args:
+        optimizer: A torch optimizer, or a factory of one such as ``functools.partial(AdamW, lr=3e-3)``.
+        params: With a factory: parameters, ``(name, parameter)`` pairs or param groups.
+        name: Identifier that prefixes events, ``engine.state`` attributes and tags; unique per engine.
+        processors: Functions from dict to dict, run in this order once per step and param group.
+        accumulation_steps: Micro-batches per window, at least 1.
+        tail: What becomes of a short last window of an epoch: ``"step"`` with its own mean,
+            ``"carry"`` into the next epoch (and step at the run's end), or ``"drop"``.
+        loss_reduction: What ``backward(loss, weight=n)`` is given: a ``"mean"`` over n items or their ``"sum"``.
+        clip: Called with the parameters; limits their gradients and returns the norm before.
+        grad_scaler: A ``torch.amp.GradScaler`` for any device; used by this optimizer alone.
+        nonfinite: What an infinite or NaN gradient means: ``"skip"`` the step, ``"raise"``, or ``"off"``;
+            None for ``"skip"`` where a norm or a scaler is at hand, else ``"off"``.
+        max_consecutive_skips: Skips in a row after which training stops with an error; at least 1.
+        sharding: ``"zero1"`` shards optimizer state over ranks (needs a factory); in one process nothing changes.
+
+    Raises:
+        ArgumentTypeError: If an argument has the wrong type, or *optimizer* is wrapped already.
+        ArgumentValueError: If an argument has an impossible value.
+        ClosureError: If the wrapped optimizer needs a closure, and windows or a scaler are asked for.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.tensor(1.0))
+        >>> optimizer = Optimizer(torch.optim.SGD([weight], lr=0.1), accumulation_steps=2)
+        >>> for target in (1.0, 3.0):
+        ...     optimizer.backward(weight * target)
+        ...     stepped = optimizer.update()
+        >>> stepped, round(weight.item(), 4)  # 1 - 0.1 * (1 + 3) / 2
+        (True, 0.8)
+
+    Checkpoint:
+        :meth:`state_dict` is torch's own with one key more, ``ice_engine``: clocks, loss scale and
+        skips in a row. Schedules are functions of the clocks and need no state of their own.
+
+    .. versionadded:: 0.1.0
+    """
+
+    def __init__(  # noqa: PLR0913 - the whole configuration, by keyword
+        self,
+        optimizer: torch.optim.Optimizer | OptimizerFactory,
+        params: Any = None,
+        *,
+        name: str = "optimizer",
+        processors: Sequence[DictProcessor] = (),
+        accumulation_steps: int = 1,
+        tail: Tail = "step",
+        loss_reduction: Reduction = "mean",
+        clip: Clip | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        nonfinite: Policy | None = None,
+        max_consecutive_skips: int = 100,
+        sharding: sharding.Sharding | None = None,
+    ) -> None:
+        self._name = events.check_name(name)
+        self._processors = _check_processors(processors)
+        self._window = Window(accumulation_steps, tail, loss_reduction)
+        if clip is not None and not callable(clip):
+            raise ArgumentTypeError(f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({clip!r})")
+        self._clip = clip
+        self._precision = Precision(grad_scaler, nonfinite, max_consecutive_skips, has_norm=clip is not None)
+        super().__init__(_build(optimizer, params, sharding))
+        self._needs_closure = _needs_closure(self._inner)
+        if self._needs_closure and (accumulation_steps > 1 or grad_scaler is not None or clip is not None):
+            raise ClosureError(
+                f"{type(self._inner).__name__} evaluates the loss in a closure, several times a step, so it cannot "
+                "accumulate, clip or scale; leave out accumulation_steps, clip and grad_scaler, and call "
+                "optimizer.step(closure) in train_step"
+            )
+        self._clocks: dict[str, int] = {"step": 0, "attempt": 0, "skipped": 0, "iteration": 0}
+        self._epoch: dict[str, int | None] = {}
+        self._loaded: bool = False
+        self._parameter_names: dict[int, str] = {}
+        self._engine: Engine | None = None
+        self._events: dict[str, Any] = {}
+        self._last_record: events.StepRecord | None = None
+        set_initial_values(self._processors, self.param_groups if self._processors else ())
+
+    # -- what is asked for --------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The prefix of its events and state attributes."""
+        return self._name
+
+    @property
+    def events(self) -> Any:
+        """Its events, ``ice_engine.optimizer_events(name)``."""
+        return events.optimizer_events(self._name)
+
+    @property
+    def processors(self) -> tuple[DictProcessor, ...]:
+        """Its processors, in the order they run."""
+        return self._processors
+
+    @property
+    def hooks(self) -> HookRegistry:
+        """The hooks of the engine it is attached to."""
+        if self._engine is None:
+            raise AttachError(f"optimizer {self._name!r} is not attached to an engine; call optimizer.attach(engine) first")
+        return HookRegistry(self._engine)
+
+    @property
+    def record(self) -> events.StepRecord | None:
+        """What happened in the last closed window; None before the first."""
+        return self._last_record
+
+    # -- engine -------------------------------------------------------------------------------------------
+
+    def attach(self, engine: Engine, model: torch.nn.Module | None = None) -> "Optimizer":
+        """Let *engine* step this optimizer: after each iteration, and at an epoch's end if a window is open.
+
+        Args:
+            engine: The engine whose ``train_step`` calls :meth:`backward`.
+            model: The module being trained; gives parameters their names in errors and checkpoints.
+
+        Returns:
+            This optimizer.
+
+        Raises:
+            AttachError: If it is attached, or another optimizer of the engine has its name, one of its
+                parameters or its GradScaler.
+        """
+        registry = HookRegistry(engine)
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise ArgumentTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        sharding.require_one_process("attach()")
+        self._check_attachable(engine)
+        if self._processors:
+            set_initial_values(self._processors, self.param_groups)
+        if model is not None:
+            self._parameter_names = {id(p): n for n, p in model.named_parameters()}
+        self._engine = engine
+        self._events = events.register(engine, self._name)
+        self._publish()
+        for event, handler in (
+            (Events.STARTED, self._on_started),
+            (Events.ITERATION_COMPLETED, self._on_iteration_completed),
+            (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ended),
+            (Events.TERMINATE | Events.COMPLETED, self._on_run_ended),
+        ):
+            registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=_FIRST)
+        vars(engine).setdefault("_ice_optimizers", []).append(self)
+        return self
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`; an open window is dropped with a warning.
+
+        Raises:
+            AttachError: If it is not attached.
+        """
+        registry = self.hooks
+        for hook in registry:
+            if getattr(hook.hook, "__self__", None) is self:
+                hook.remove()
+        self._discard("detach()")
+        vars(self._engine)["_ice_optimizers"].remove(self)
+        self._engine = None
+
+    def _check_attachable(self, engine: Engine) -> None:
+        if self._engine is not None:
+            this = "this" if self._engine is engine else "another"
+            raise AttachError(f"optimizer {self._name!r} is attached to {this} engine already; call optimizer.detach() first")
+        mine = {id(p) for p in self._parameters()}
+        for other in vars(engine).get("_ice_optimizers", ()):
+            if other.name.lower() == self._name.lower():
+                raise AttachError(
+                    f"an optimizer named {other.name!r} is attached to this engine already; give each its own: "
+                    "Optimizer(..., name='generator')"
+                )
+            shared = [n for n, p in other._named_parameters() if id(p) in mine]
+            if shared:
+                raise AttachError(
+                    f"optimizers {other.name!r} and {self._name!r} share {len(shared)} parameters (first: {shared[0]!r}); "
+                    "each would step on the other's gradients; give every parameter to one optimizer"
+                )
+            if self._precision.enabled and other._precision.scaler is self._precision.scaler:
+                raise AttachError(
+                    f"optimizers {other.name!r} and {self._name!r} share a GradScaler, whose scale would change inside "
+                    "one's window; give each its own: grad_scaler=torch.amp.GradScaler(device)"
+                )
+
+    def _on_started(self, engine: Engine) -> None:
+        if self._window.is_open:
+            self._discard("an exception")
+        # As Ignite does with its own counters: a fresh run starts from 0, a resumed or loaded one does not.
+        if engine.state.iteration == 0 and not self._loaded:
+            self._clocks = dict.fromkeys(self._clocks, 0)
+        self._loaded = False
+        self.zero_grad()
+        self._publish()
+
+    def _on_iteration_completed(self, engine: Engine) -> None:
+        if self._window.pending:
+            self.update()
+        elif not self._window.is_open and any(p.grad is not None for p in self._parameters()):
+            raise BackwardError(
+                f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); call "
+                "optimizer.backward(loss) instead of loss.backward(), and detach() what another optimizer's loss "
+                "should not reach"
+            )
+
+    def _on_epoch_ended(self, *_: Any, **__: Any) -> None:
+        if self._window.tail == "step":
+            self.flush()
+        elif self._window.tail == "drop" and self._window.is_open:
+            logger.info("optimizer %r: dropped %d micro-batches at the epoch's end", self._name, self._window.micro_batches)
+            self._clear()
+
+    def _on_run_ended(self, *_: Any) -> None:
+        self._on_epoch_ended()
+        self.flush()
+
+    # -- one micro-batch ----------------------------------------------------------------------------------
+
+    def backward(self, loss: torch.Tensor, weight: float | None = None) -> None:
+        """Differentiate *loss* into the open window.
+
+        The step's gradient becomes the mean over all items of the window,
+        :math:`\\sum_m w_m \\nabla L_m / \\sum_m w_m`, whatever the sizes of its micro-batches.
+
+        Args:
+            loss: A mean over its items (or their sum, with ``loss_reduction="sum"``), shape ().
+            weight: Number of items behind the loss, at least 0; one with weight 0 contributes nothing, even
+                if it is NaN. Left out in all calls: every micro-batch weighs the same, and several
+                losses in one micro-batch add up.
+
+        Raises:
+            ArgumentTypeError: If *loss* is not a tensor or *weight* not a number.
+            ArgumentValueError: If *weight* is negative or not finite.
+            BackwardError: If *loss* is no scalar or requires no gradient, if only some losses of the window
+                have a weight, or if the engine that this is attached to is not running.
+        """
+        if not isinstance(loss, torch.Tensor):
+            raise ArgumentTypeError(f"loss must be a tensor, got {type(loss).__name__}; pass the loss itself, not loss.item()")
+        if loss.numel() != 1:
+            raise BackwardError(f"loss must be a scalar, got shape {tuple(loss.shape)}; reduce it first: loss.mean()")
+        if not loss.requires_grad:
+            raise BackwardError(
+                "loss requires no grad: no trainable parameter is behind it; "
+                "look for detach(), torch.no_grad() or frozen parameters between the model and the loss"
+            )
+        self._require_window()
+        if self._engine is not None and self._engine._dataloader_iter is None:  # noqa: SLF001 - set while run() iterates
+            raise BackwardError(
+                f"backward() outside a run: optimizer {self._name!r} is attached to an engine that is not running, "
+                "so nobody would step; call it in train_step, or optimizer.detach() for a loop of your own"
+            )
+        part = self._window.enter(loss, weight)
+        if part is not None:
+            self._precision.scale(part).backward()
+
+    def update(  # noqa: PLR0913 - ice-learn's signature
+        self,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        grad_acc_steps: int | None = None,
+        *,
+        current_epoch: int | None = None,
+        epoch_steps: int | None = None,
+        global_steps: int | None = None,
+        epoch_size: int | None = None,
+    ) -> bool:
+        """End a micro-batch, and step if that fills the window.
+
+        The attached handler calls it once per iteration; loops without an engine call it themselves. A
+        micro-batch without :meth:`backward` counts as one that the caller differentiated.
+
+        Args:
+            grad_scaler: The scaler that the caller scaled its loss with; kept from then on.
+            grad_acc_steps: Micro-batches per window, instead of ``accumulation_steps``.
+            current_epoch: Epoch, from 1, for processors.
+            epoch_steps: Micro-batches of this epoch, this one included; at *epoch_size* a short window closes.
+            global_steps: Micro-batches of the run, this one included; counted here if left out.
+            epoch_size: Micro-batches per epoch.
+
+        Returns:
+            True if a step was applied; False inside a window and for a skipped step.
+
+        Raises:
+            NoGradientsError: If the window closes and no parameter has a gradient.
+            NonFiniteGradientError: By the ``nonfinite`` policy.
+            ProcessorError: If a processor returns or writes something impossible; no param group has changed.
+        """
+        size = self._window.size if grad_acc_steps is None else check_count("grad_acc_steps", grad_acc_steps)
+        given = {"current_epoch": current_epoch, "epoch_steps": epoch_steps, "global_steps": global_steps}
+        given["epoch_size"] = epoch_size
+        for argument, value in given.items():
+            if value is not None:
+                check_count(argument, value)
+        if epoch_steps is not None and epoch_size is not None and epoch_steps > epoch_size:
+            raise ArgumentValueError(f"epoch_steps ({epoch_steps}) is beyond epoch_size ({epoch_size}); both count micro-batches")
+        self._require_window()
+        self._precision.adopt(grad_scaler, self._window)
+        self._epoch = given
+        self._window.end_micro_batch()
+        self._clocks["iteration"] = self._iteration(global_steps)
+        if self._window.micro_batches >= size:
+            return self._close()
+        if epoch_steps is not None and epoch_steps == epoch_size:
+            if self._window.tail == "step":
+                return self._close()
+            self._on_epoch_ended()
+        return False
+
+    def flush(self) -> bool:
+        """Step now with the micro-batches at hand, if there are any.
+
+        For loops without an engine whose epoch length is unknown; an attached engine does it itself.
+
+        Returns:
+            True if a step was applied.
+        """
+        if self._window.pending:
+            self._window.end_micro_batch()
+        return self._close() if self._window.micro_batches else False
+
+    def _require_window(self) -> None:
+        if self._needs_closure:
+            raise ClosureError(
+                f"{type(self._inner).__name__} evaluates the loss in a closure; "
+                "call optimizer.step(closure) in train_step, without backward() and update()"
+            )
+
+    # -- one window ---------------------------------------------------------------------------------------
+
+    def _close(self) -> bool:
+        try:
+            return self._attempt()
+        finally:
+            self._clear()
+
+    def _attempt(self) -> bool:
+        window, precision = self._window, self._precision
+        loss_scale = precision.loss_scale
+        if window.weight == 0.0:
+            self._count("attempt")
+            return self._skip(None, loss_scale, "the window's weight is 0")
+        parameters = self._parameters()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            raise NoGradientsError(
+                f"no parameter of optimizer {self._name!r} has a gradient after {window.micro_batches} micro-batches; "
+                "is the loss computed from the parameters it was given, and are they trainable?"
+            )
+        precision.unscale(self, gradients, window.scale)
+        self._count("attempt")
+        self._fire("GRADIENTS_READY")
+        norm = self._norm(parameters)
+        reason = precision.judge(norm)
+        if reason is not None:
+            report = f"optimizer {self._name!r}, attempt {self._clocks['attempt']}, rank {sharding.rank()}: {reason}, "
+            report += describe_nonfinite(self._named_parameters(), window)
+            if precision.last_finite_norm is not None:
+                report += f"; last finite norm {precision.last_finite_norm:.4g}"
+            self._skip(norm, loss_scale, reason)
+            precision.update()
+            precision.stop_if_exhausted(report)
+            return False
+        self._step(norm, loss_scale)
+        precision.update()
+        return True
+
+    def _norm(self, parameters: list[torch.Tensor]) -> torch.Tensor | None:
+        if self._clip is not None:
+            norm = self._clip(parameters)
+            if not isinstance(norm, torch.Tensor | float | int):
+                raise ArgumentTypeError(
+                    f"clip returned {type(norm).__name__}; a clip returns the norm before clipping, as ice.clip_norm does"
+                )
+            return torch.as_tensor(norm)
+        if self._precision.policy == "off":
+            return None
+        return total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def _step(self, norm: torch.Tensor | None, loss_scale: float | None) -> None:
+        if self._processors:
+            set_initial_values(self._processors, self.param_groups)
+            run_processors(self._processors, self.param_groups, self._context())
+        self._count("step")
+        try:
+            self._note(norm, loss_scale, None)
+            self._fire("STEP_STARTED")
+            self.step()
+        except BaseException:
+            self._count("step", -1)
+            raise
+        self._fire("STEP_COMPLETED")
+
+    def _skip(self, norm: torch.Tensor | None, loss_scale: float | None, reason: str) -> bool:
+        self._count("skipped")
+        self._note(norm, loss_scale, reason)
+        self._fire("STEP_SKIPPED")
+        return False
+
+    def _count(self, clock: str, by: int = 1) -> None:
+        self._clocks[clock] += by
+        if self._engine is not None:
+            setattr(self._engine.state, f"{self._name}_{clock}", self._clocks[clock])
+
+    def _fire(self, kind: str) -> None:
+        if self._engine is not None:
+            events.fire(self._engine, self._events[kind])
+
+    def _publish(self) -> None:
+        if self._engine is not None:
+            for clock in ("step", "attempt", "skipped"):
+                self._count(clock, 0)
+            setattr(self._engine.state, f"{self._name}_record", self._last_record)
+
+    def _note(self, norm: torch.Tensor | None, loss_scale: float | None, reason: str | None) -> None:
+        keys = dict.fromkeys(["lr", *(key.partition(".")[0] for _, key in written_keys(self._processors))])
+        self._last_record = events.StepRecord(
+            step=self._clocks["step"],
+            attempt=self._clocks["attempt"],
+            iteration=self._clocks["iteration"],
+            epoch=self._now("epoch", "current_epoch"),
+            micro_batches=self._window.micro_batches,
+            weight=self._window.weight,
+            grad_norm=norm,
+            loss_scale=loss_scale,
+            values={
+                group_name(group, i): {key: _frozen(group[key]) for key in keys if key in group}
+                for i, group in enumerate(self.param_groups)
+            },
+            skipped=reason,
+        )
+        if self._engine is not None:
+            setattr(self._engine.state, f"{self._name}_record", self._last_record)
+
+    def _clear(self) -> None:
+        self._window.reset()
+        self.zero_grad()
+
+    def _discard(self, cause: str) -> None:
+        if self._window.is_open:
+            warnings.warn(
+                f"optimizer {self._name!r} dropped the {self._window.micro_batches} micro-batches of a window that "
+                f"{cause} left open",
+                IceEngineWarning,
+                stacklevel=3,
+            )
+            self._clear()
+
+    # -- what processors see ------------------------------------------------------------------------------
+
+    def _context(self) -> dict[str, Any]:
+        iteration, epoch = self._clocks["iteration"], self._now("epoch", "current_epoch")
+        epoch_length = self._now("epoch_length", "epoch_size")
+        epoch_steps = self._epoch.get("epoch_steps")
+        if epoch_steps is None and self._engine is not None and epoch_length is not None:
+            epoch_steps = (iteration - 1) % epoch_length + 1
+        return {
+            "step": self._clocks["step"],
+            "attempt": self._clocks["attempt"],
+            "iteration": iteration,
+            "epoch": epoch,
+            "epoch_length": epoch_length,
+            "max_epochs": self._now("max_epochs", ""),
+            "total_steps": self._total_steps(),
+            "optimizer": self,
+            "engine": self._engine,
+            "current_epoch": epoch,
+            "epoch_steps": epoch_steps,
+            "global_steps": iteration,
+            "epoch_size": epoch_length,
+            "n": self,
+            "module_node": self,
+        }
+
+    def _now(self, attribute: str, argument: str) -> int | None:
+        given = self._epoch.get(argument)
+        if given is not None or self._engine is None:
+            return given
+        return cast("int | None", getattr(self._engine.state, attribute, None))
+
+    def _iteration(self, global_steps: int | None) -> int:
+        if global_steps is not None:
+            return global_steps
+        return int(self._engine.state.iteration) if self._engine is not None else self._clocks["iteration"] + 1
+
+    def _total_steps(self) -> int | None:
+        """Steps of the whole run; None while its length is unknown."""
+        length, epochs = self._now("epoch_length", "epoch_size"), self._now("max_epochs", "")
+        limit = self._now("max_iters", "")
+        if length is None or (epochs is None and limit is None):
+            return None
+        k, tail = self._window.size, self._window.tail
+        full, rest = divmod(limit, length) if limit is not None else (cast("int", epochs), 0)
+        if tail == "carry":
+            return -(-(full * length + rest) // k)
+        per_epoch = -(-length // k) if tail == "step" else length // k
+        return full * per_epoch + (-(-rest // k) if tail == "step" else rest // k)
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for names, group in zip(self._names(), self.param_groups, strict=True):
+            yield from zip(names, group["params"], strict=True)
+
+    def _names(self) -> list[list[str]]:
+        return [
+            group.get("param_names")
+            or [self._parameter_names.get(id(p), f"param_groups.{i}.params.{j}") for j, p in enumerate(group["params"])]
+            for i, group in enumerate(self.param_groups)
+        ]
+
+    # -- state --------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; processors change it from the next step on.
+
+        Args:
+            param_group: ``params`` and the entries that differ from the defaults.
+        """
+        super().add_param_group(param_group)
+        if self._processors:
+            set_initial_values(self._processors, self.param_groups)
+
+    def state_dict(self, rank: int = 0) -> dict[str, Any]:  # type: ignore[override]
+        """Return torch's own state dict with parameter names and one key more, ``ice_engine``.
+
+        A plain torch optimizer of the same class loads it as it is. Call on every rank.
+
+        Args:
+            rank: The rank that gets the whole state.
+
+        Returns:
+            ``state``, ``param_groups`` (each with ``param_names``) and ``ice_engine``: plain data that
+            loads with ``weights_only=True``. Tensors are the live ones, as in torch.
+        """
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < sharding.world_size():
+            raise ArgumentValueError(f"rank must be an integer from 0 to {sharding.world_size() - 1}, got {rank!r}")
+        state = dict(self._inner.state_dict())
+        state["param_groups"] = [
+            {**group, "param_names": list(names)} for group, names in zip(state["param_groups"], self._names(), strict=True)
+        ]
+        state["ice_engine"] = {
+            "version": _STATE_VERSION,
+            "name": self._name,
+            "clocks": dict(self._clocks),
+            "window": {"micro_batches": self._window.micro_batches, "weight": self._window.weight},
+            **self._precision.state_dict(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of ours or of the wrapped optimizer's class; nothing of the argument is kept.
+
+        Args:
+            state_dict: From :meth:`state_dict`, or from a plain torch optimizer (clocks then stay as they are).
+
+        Raises:
+            NotConsolidatedError: If it is the stub of a rank that does not hold the whole state.
+            StateDictError: If it is of a newer version, or its param groups do not fit; nothing has changed then.
+        """
+        state_dict = copy.deepcopy(dict(state_dict))
+        extra = state_dict.pop("ice_engine", None)
+        self._check_loadable(state_dict, extra)
+        before = [{k: v for k, v in g.items() if k.startswith("initial_")} for g in self.param_groups]
+        names = [group.get("param_names") for group in self.param_groups]
+        self._inner.load_state_dict(state_dict)
+        for group, initial, own in zip(self.param_groups, before, names, strict=True):
+            for key, value in initial.items():
+                group.setdefault(key, value)
+            # The names of this process's parameters, not those of the one that saved.
+            group.pop("param_names", None)
+            if own is not None:
+                group["param_names"] = own
+        if extra is not None:
+            self._clocks = {clock: int(extra["clocks"][clock]) for clock in self._clocks}
+            self._precision.load_state_dict(extra)
+            self._loaded = True
+            self._publish()
+            if extra["window"]["micro_batches"]:
+                warnings.warn(
+                    f"the state of optimizer {self._name!r} was saved inside a window; its "
+                    f"{extra['window']['micro_batches']} micro-batches are not in it and the window starts anew. "
+                    f"Save on {self._name.upper()}_STEP_COMPLETED or EPOCH_COMPLETED to lose none",
+                    IceEngineWarning,
+                    stacklevel=2,
+                )
+        self._clear()
+
+    def _check_loadable(self, state_dict: dict[str, Any], extra: Any) -> None:
+        if isinstance(extra, dict) and "consolidated_on" in extra:
+            raise NotConsolidatedError(
+                f"this state dict is a stub: the whole state is on rank {extra['consolidated_on']}; load the one saved there"
+            )
+        missing = [key for key in ("state", "param_groups") if key not in state_dict]
+        if missing:
+            raise StateDictError(f"not an optimizer's state dict: {', '.join(missing)} missing, has {', '.join(map(str, state_dict))}")
+        if extra is not None and extra.get("version") != _STATE_VERSION:
+            raise StateDictError(
+                f"state dict has version {extra.get('version')!r}, this ice_engine reads {_STATE_VERSION}; install a newer one"
+            )
+        saved = [len(group["params"]) for group in state_dict["param_groups"]]
+        here = [len(group["params"]) for group in self.param_groups]
+        if saved != here:
+            raise StateDictError(
+                f"state dict has param groups of {saved} parameters, the optimizer of {here}; "
+                "build the optimizer with the groups it was saved with"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = dict(vars(self))
+        kept.pop("step", None)  # patched in by torch's schedulers
+        kept.pop("_opt_called", None)
+        return {**kept, "_engine": None, "_events": {}, "_parameter_names": {}, "_last_record": None}
+
+    def __repr__(self) -> str:
+        parts = [f"name={self._name!r}", f"accumulation_steps={self._window.size}"]
+        parts += [f"clip={self._clip!r}"] if self._clip is not None else []
+        parts += [f"processors={list(self._processors)!r}"] if self._processors else []
+        return f"Optimizer({', '.join(parts)}) of {self._inner!r}"
+
+
+def _build(optimizer: Any, params: Any, shard: sharding.Sharding | None) -> torch.optim.Optimizer:
+    check_choice("sharding", shard, (None, "zero1"))
+    if isinstance(optimizer, Optimizer):
+        raise ArgumentTypeError("optimizer is an ice_engine.Optimizer already; wrap the torch optimizer once, or pass optimizer.inner")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        if params is not None:
+            raise ArgumentValueError("params go with a factory; an optimizer instance has its own. Leave params out")
+        if shard is not None:
+            raise ArgumentValueError(
+                f"sharding={shard!r} needs a factory, as the state is made on each rank for its own shard: "
+                f"Optimizer(functools.partial({type(optimizer).__name__}, lr=...), model.parameters(), sharding={shard!r})"
+            )
+        return optimizer
+    if not callable(optimizer):
+        raise ArgumentTypeError(
+            f"optimizer must be a torch.optim.Optimizer or a factory of one, got {type(optimizer).__name__}"
+        )
+    if params is None:
+        raise ArgumentValueError(f"the factory {optimizer!r} needs params: Optimizer(factory, model.parameters())")
+    return sharding.build(optimizer, params, shard)
+
+
+def _check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor, ...]:
+    if callable(processors) or isinstance(processors, str | dict):
+        raise ArgumentTypeError(f"processors must be a list, got {processors!r}; write processors=[...]")
+    found = tuple(processors)
+    for index, processor in enumerate(found):
+        if not callable(processor):
+            raise ArgumentTypeError(f"processors[{index}] must be callable, got {processor!r} ({type(processor).__name__})")
+    return found
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    parameters = inspect.signature(optimizer.step).parameters
+    return "closure" in parameters and parameters["closure"].default is inspect.Parameter.empty
+
+
+def _frozen(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value

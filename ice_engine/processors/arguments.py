@@ -1,0 +1,55 @@
+"""Checks of the arguments of schedules: each returns the value as a plain Python number, or raises.
+
+Plain, so that ``repr`` gives back the expression, whatever numpy type came in.
+"""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError
+
+
+def count(argument: str, value: Any, minimum: int) -> int:
+    """Return *value* as an int of at least *minimum*; *argument* is what errors call it.
+
+    Raises:
+        ArgumentTypeError: If it is not a whole number.
+        ArgumentValueError: If it is below *minimum*.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        message = f"{argument} must be an int, got {value!r} ({type(value).__name__})"
+        raise ArgumentTypeError(message)
+    if value < minimum:
+        message = f"{argument} must be at least {minimum}, got {value!r}"
+        raise ArgumentValueError(message)
+    return int(value)
+
+
+def number(argument: str, value: Any) -> float:
+    """Return *value* as a finite float; *argument* is what errors call it.
+
+    Raises:
+        ArgumentTypeError: If it is not a real number.
+        ArgumentValueError: If it is infinite or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        message = f"{argument} must be a number, got {value!r} ({type(value).__name__})"
+        raise ArgumentTypeError(message)
+    if not math.isfinite(value):
+        message = f"{argument} must be finite, got {value!r}"
+        raise ArgumentValueError(message)
+    return float(value)
+
+
+def positive(argument: str, value: Any) -> float:
+    """Return *value* as a finite float above 0; *argument* is what errors call it.
+
+    Raises:
+        ArgumentTypeError: If it is not a real number.
+        ArgumentValueError: If it is 0, negative, infinite or NaN.
+    """
+    if number(argument, value) <= 0:
+        message = f"{argument} must be above 0, got {value!r}"
+        raise ArgumentValueError(message)
+    return float(value)

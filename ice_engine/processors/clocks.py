@@ -1,0 +1,47 @@
+"""The clocks a schedule can follow: how much of the run lies behind, and how long the run is."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, get_args
+
+from ice_engine.errors import MissingKeyError
+from ice_engine.processors.processor import require_key
+
+Unit: TypeAlias = Literal["step", "iteration", "epoch"]
+"""What a schedule counts: updates applied, micro-batches, or epochs."""
+
+UNITS: tuple[str, ...] = get_args(Unit)
+
+_LENGTHS = {
+    "step": ("total_steps",),
+    "iteration": ("epoch_length", "max_epochs"),
+    "epoch": ("max_epochs",),
+}
+
+
+def elapsed(mapping: Mapping[str, Any], unit: Unit, processor: str) -> int:
+    """Return how many of *unit* lie behind: 0 during the first one.
+
+    Raises:
+        MissingKeyError: If the mapping has no such clock.
+    """
+    count: int = require_key(mapping, unit, processor, "Give it to Optimizer(processors=[...]), or set it yourself.")
+    # Ignite counts iterations and epochs from 1, and shows 0 before the run; steps count what was applied.
+    return count if unit == "step" else max(count - 1, 0)
+
+
+def run_length(mapping: Mapping[str, Any], unit: Unit, processor: str) -> int:
+    """Return how many of *unit* the whole run has.
+
+    Raises:
+        MissingKeyError: If the run has no known end.
+    """
+    keys = _LENGTHS[unit]
+    unknown = [key for key in keys if key not in mapping or mapping[key] is None]
+    if unknown:
+        message = (
+            f"processor {processor!r} is to last the whole run, whose length in {unit}s is unknown: "
+            f"{' and '.join(map(repr, unknown))} of the mapping is absent or None. Pass {processor}(total=...)"
+        )
+        raise MissingKeyError(message)
+    return math.prod(mapping[key] for key in keys)

@@ -1,0 +1,198 @@
+"""What a processor sees of one param group, and how what it writes reaches the group."""
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+
+from ice_engine.errors import MissingKeyError, ProcessorReturnError, ProcessorValueError, UnknownKeyError
+from ice_engine.processors.processor import Processor
+
+
+def name_of(processor: Callable[..., Any]) -> str:
+    """Return the name that errors call *processor* by."""
+    if isinstance(processor, Processor):
+        return processor.name
+    return getattr(processor, "__name__", type(processor).__name__)
+
+
+class GroupMapping(MutableMapping[str, Any]):
+    """A param group's own entries over a read-only context.
+
+    Writes are staged and reach the group on :meth:`commit`, so a processor that fails leaves the
+    group as it was. ``"betas.0"`` reads and writes one element of a tuple entry. ``x`` and
+    ``param_group`` are this mapping itself, for processors written for ice-learn.
+
+    Args:
+        group: The param group; never changed before :meth:`commit`.
+        context: Clocks and owners, such as ``step`` and ``optimizer``.
+    """
+
+    def __init__(self, group: dict[str, Any], context: Mapping[str, Any]) -> None:
+        self._group = group
+        self._context = context
+        self._staged: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self._staged:
+            return self._staged[key]
+        if key in self._group:
+            return self._group[key]
+        if key in ("x", "param_group"):
+            return self
+        if key in self._context:
+            return self._context[key]
+        entry, index = self._element(key)
+        if entry is not None:
+            return self[entry][index]
+        raise KeyError(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self._group and key != "params":
+            self._staged[key] = value
+            return
+        entry, index = self._element(key)
+        if entry is not None:
+            elements = list(self[entry])
+            elements[index] = value
+            self._staged[entry] = type(self._group[entry])(elements)
+            return
+        if key in self._context or key in ("params", "x", "param_group"):
+            raise UnknownKeyError(f"{key!r} is read-only; writable are: {self._writable()}")
+        close = difflib.get_close_matches(str(key), self._group, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"add it to the group first: param_group[{key!r}] = ..."
+        raise UnknownKeyError(f"{key!r} is not an entry of {self._label()}; it has: {self._writable()}; {hint}")
+
+    def __delitem__(self, key: str) -> None:
+        raise UnknownKeyError(f"{key!r} cannot be deleted: a torch optimizer needs all its entries")
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._group
+        yield from (key for key in (*self._context, "x", "param_group") if key not in self._group)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, key: object) -> bool:
+        if key in self._group or key in self._context or key in ("x", "param_group"):
+            return True
+        return isinstance(key, str) and self._element(key)[0] is not None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._label()}: {self._writable()})"
+
+    def _element(self, key: str) -> tuple[str | None, int]:
+        entry, dot, index = key.rpartition(".")
+        value = self._group.get(entry) if dot and index.isdigit() else None
+        if isinstance(value, tuple | list) and int(index) < len(value):
+            return entry, int(index)
+        return None, 0
+
+    def _label(self) -> str:
+        return f"param group {self._context.get('group_index', '?')} ({self._context.get('group_name', '?')!r})"
+
+    def _writable(self) -> str:
+        return ", ".join(key for key in self._group if key != "params")
+
+    def absorb(self, processor: Callable[..., Any], returned: Any) -> None:
+        """Stage what *processor* returned, if it is a mapping of its own.
+
+        Raises:
+            ProcessorReturnError: If it is not a mapping.
+            UnknownKeyError: If it has a key that the group does not.
+        """
+        if returned is self:
+            return
+        if not isinstance(returned, Mapping):
+            raise ProcessorReturnError(
+                f"processor {name_of(processor)!r} returned {type(returned).__name__} for {self._label()}; "
+                "a processor returns a mapping: add `return group`, or give a decorated one its dst="
+            )
+        for key, value in returned.items():
+            if key not in self or self[key] is not value:
+                self[key] = value
+
+    def commit(self) -> None:
+        """Write what was staged to the group, tensors in place."""
+        for key, value in self._staged.items():
+            current = self._group[key]
+            if isinstance(current, torch.Tensor):
+                # In place, so that a compiled or capturable step keeps its tensor and does not recompile.
+                current.fill_(float(value))
+            else:
+                self._group[key] = value
+
+    def check(self) -> None:
+        """Make staged values plain and usable, before any group is changed.
+
+        Raises:
+            ProcessorValueError: If a number is replaced by something else, or by infinity or NaN.
+        """
+        for key, value in self._staged.items():
+            self._staged[key] = self._plain(key, value, self._group[key])
+
+    def _plain(self, key: str, value: Any, current: Any) -> Any:
+        if isinstance(current, tuple | list) and isinstance(value, Sequence) and len(value) == len(current):
+            pairs = zip(value, current, strict=True)
+            return type(current)(self._plain(f"{key}.{i}", v, c) for i, (v, c) in enumerate(pairs))
+        if isinstance(current, bool) or not isinstance(current, int | float | torch.Tensor):
+            return value
+        # A numpy scalar in a param group would make the checkpoint unreadable for weights_only=True.
+        number = value.item() if hasattr(value, "item") else value
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise ProcessorValueError(
+                f"{key!r} of {self._label()} would become {number!r} ({type(number).__name__}); it must be a finite number"
+            )
+        return number
+
+
+def run_processors(
+    processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]], context: Mapping[str, Any]
+) -> None:
+    """Run every processor on every group, then commit; if any fails, no group has changed.
+
+    Raises:
+        ProcessorError: If a processor returns or writes something impossible; names processor and group.
+    """
+    staged = []
+    for index, group in enumerate(groups):
+        mapping = GroupMapping(group, {**context, "group_index": index, "group_name": group_name(group, index)})
+        for processor in processors:
+            mapping.absorb(processor, processor(mapping))
+        mapping.check()
+        staged.append(mapping)
+    for mapping in staged:
+        mapping.commit()
+
+
+def group_name(group: Mapping[str, Any], index: int) -> str:
+    """Return the group's ``name`` entry, or ``group_<index>`` as Ignite's loggers call it."""
+    return str(group.get("name", f"group_{index}"))
+
+
+def set_initial_values(processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Remember, as ``initial_<key>``, what the processors will change, where nothing is remembered yet.
+
+    Raises:
+        MissingKeyError: If a processor is known to write a key that a group does not have.
+    """
+    for index, group in enumerate(groups):
+        mapping = GroupMapping(group, {"group_index": index, "group_name": group_name(group, index)})
+        if "lr" in group:
+            group.setdefault("initial_lr", float(group["lr"]))
+        for processor, key in written_keys(processors):
+            if key not in mapping:
+                raise MissingKeyError(
+                    f"processor {name_of(processor)!r} writes {key!r}, which param group {index} "
+                    f"({group_name(group, index)!r}) lacks; it has: {mapping._writable()}"  # noqa: SLF001 - own class
+                )
+            value = mapping[key]
+            if isinstance(value, int | float | torch.Tensor):
+                group.setdefault(f"initial_{key}", float(value))
+
+
+def written_keys(processors: Sequence[Callable[..., Any]]) -> list[tuple[Callable[..., Any], str]]:
+    """Return each processor with each key that it is known to write."""
+    return [(p, key) for p in processors if isinstance(p, Processor) for key in p.writes]

@@ -1,0 +1,150 @@
+"""The accumulation window: the micro-batches of one step, and the arithmetic that makes their mean exact.
+
+Losses are accumulated as a weighted sum and divided once, when the window closes, so the step's
+gradient is the mean over all items of the window, whatever the micro-batches' sizes and however
+many there are:
+
+.. math:: g = \\frac{\\sum_m w_m \\nabla L_m}{\\sum_m w_m}
+
+To keep fp16 in range, each loss is multiplied by :math:`w_m / c` and the gradient, at the end, by
+:math:`c / \\sum_m w_m`, where :math:`c` is the window's first weight: with equal weights every
+loss enters as it is.
+"""
+
+import math
+from typing import Literal
+
+import torch
+
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, BackwardError
+
+Tail = Literal["step", "carry", "drop"]
+Reduction = Literal["mean", "sum"]
+
+
+def check_count(name: str, value: int) -> int:
+    """Return *value* if it is an integer of at least 1, else raise an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ArgumentValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    """Raise an error that names the argument unless *value* is one of *choices*."""
+    if value not in choices:
+        raise ArgumentValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+class Window:
+    """Counts and weighs the micro-batches of one step; alone knows when a step is due.
+
+    Args:
+        size: Micro-batches per step, at least 1.
+        tail: What becomes of a short last window of an epoch: ``"step"``, ``"carry"`` or ``"drop"``.
+        reduction: What losses are over their items: a ``"mean"`` or a ``"sum"``.
+
+    Attributes:
+        micro_batches: Complete micro-batches in the open window.
+        weight: Their total weight.
+        pending: Whether a loss has entered the micro-batch that is under way.
+        losses: The losses that entered, detached, by micro-batch, for the report on a non-finite window.
+    """
+
+    def __init__(self, size: int, tail: Tail = "step", reduction: Reduction = "mean") -> None:
+        self.size = check_count("accumulation_steps", size)
+        check_choice("tail", tail, ("step", "carry", "drop"))
+        check_choice("loss_reduction", reduction, ("mean", "sum"))
+        self.tail: Tail = tail
+        self.reduction: Reduction = reduction
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty the window."""
+        self.micro_batches: int = 0
+        self.weight: float = 0.0
+        self.pending: bool = False
+        self.losses: list[tuple[int, torch.Tensor]] = []
+        self._unit: float = 0.0
+        self._weighted: bool | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any loss has entered since the last step."""
+        return self.pending or self.micro_batches > 0
+
+    @property
+    def scale(self) -> float:
+        """What the accumulated gradients are multiplied with to become the window's mean."""
+        return self._unit / self.weight
+
+    def enter(self, loss: torch.Tensor, weight: float | None) -> torch.Tensor | None:
+        """Take a loss into the micro-batch under way and return what to differentiate.
+
+        Args:
+            loss: The loss, shape ().
+            weight: Items behind it, at least 0. None, in all calls of a window: every micro-batch weighs
+                the same, and several losses in one micro-batch add up, as with ``loss.backward()``.
+
+        Returns:
+            The loss times its factor; None if it weighs nothing and so contributes nothing.
+
+        Raises:
+            ArgumentTypeError: If the weight is not a number.
+            ArgumentValueError: If the weight is negative, infinite or NaN, or missing for a summed loss.
+            BackwardError: If only some losses of the window have a weight.
+        """
+        if self._weighted is not None and self._weighted != (weight is not None):
+            have, this = ("a weight", "none") if self._weighted else ("no weight", "one")
+            raise BackwardError(
+                f"earlier losses of this window came with {have}, this one with {this}; "
+                "pass weight= to every backward() call or to none"
+            )
+        items = self._items(weight)
+        self._weighted = weight is not None
+        self.losses.append((self.micro_batches + 1, loss.detach()))
+        first_of_micro_batch = not self.pending
+        self.pending = True
+        if items == 0.0:
+            return None
+        self._unit = self._unit or items
+        if weight is not None or first_of_micro_batch:
+            self.weight += items
+        if self.reduction == "sum":
+            return loss / self._unit
+        return loss if items == self._unit else loss * (items / self._unit)
+
+    def _items(self, weight: float | None) -> float:
+        if weight is None:
+            if self.reduction == "sum":
+                raise ArgumentValueError(
+                    "loss_reduction='sum' needs the number of items in every sum: "
+                    "optimizer.backward(loss, weight=n), with n the samples or tokens that were summed"
+                )
+            return 1.0
+        if isinstance(weight, bool) or not (
+            isinstance(weight, int | float) or (isinstance(weight, torch.Tensor) and weight.numel() == 1)
+        ):
+            raise ArgumentTypeError(
+                f"weight must be a number, got {type(weight).__name__}; "
+                "it is the number of items (samples, tokens) behind the loss"
+            )
+        items = float(weight)
+        if not (math.isfinite(items) and items >= 0.0):
+            raise ArgumentValueError(f"weight must be finite and at least 0, got {items}")
+        return items
+
+    def end_micro_batch(self) -> None:
+        """Count the micro-batch under way; one that no loss has entered was differentiated by the user."""
+        if not self.pending:
+            if self._weighted or self.reduction == "sum":
+                raise BackwardError(
+                    "update() was called for a micro-batch of which backward() was not told the weight; "
+                    "call optimizer.backward(loss, weight=n) instead of loss.backward()"
+                )
+            self._weighted = False
+            self._unit = 1.0
+            self.weight += 1.0
+        self.pending = False
+        self.micro_batches += 1

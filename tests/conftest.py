@@ -1,0 +1,18 @@
+"""What every test starts from: a seed, one thread, no display."""
+
+import random
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global generator is what libraries draw from
+    torch.manual_seed(0)
