@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError
+from ice_engine.arguments import positive
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def clip_norm(max_norm: float, *, norm_type: float = 2.0) -> ClipNorm:
 
     Raises:
         ArgumentTypeError: If an argument is not a number.
-        ArgumentValueError: If an argument is not above 0.
+        ArgumentValueError: If an argument is not above 0, or *max_norm* is infinite.
 
     Examples:
         >>> weight = torch.zeros(2, requires_grad=True)
@@ -58,9 +58,6 @@ def clip_norm(max_norm: float, *, norm_type: float = 2.0) -> ClipNorm:
 
     .. versionadded:: 0.1.0
     """
-    for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ArgumentTypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-        if math.isnan(value) or value <= 0:
-            raise ArgumentValueError(f"{name} must be above 0, got {value}")
-    return ClipNorm(float(max_norm), float(norm_type))
+    if norm_type != math.inf:
+        positive("norm_type", norm_type)
+    return ClipNorm(positive("max_norm", max_norm), float(norm_type))

@@ -11,6 +11,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from ice_engine import events, sharding
+from ice_engine.arguments import choice, count
 from ice_engine.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -27,7 +28,7 @@ from ice_engine.hooks import HookRegistry
 from ice_engine.precision import Policy, Precision, describe_nonfinite, total_norm
 from ice_engine.processors.group import group_name, run_processors, set_initial_values, written_keys
 from ice_engine.typing import Clip, DictProcessor, OptimizerFactory
-from ice_engine.window import Reduction, Tail, Window, check_choice, check_count
+from ice_engine.window import Reduction, Tail, Window
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,20 @@ class Optimizer(OptimizerFacade):
     def processors(self) -> tuple[DictProcessor, ...]:
         """Its processors, in the order they run."""
         return self._processors
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine it is attached to, or None."""
+        return self._engine
+
+    @property
+    def clocks(self) -> dict[str, int]:
+        """How often what has happened: ``step``, ``attempt``, ``skipped`` and ``iteration``; a copy."""
+        return dict(self._clocks)
+
+    def event(self, kind: str) -> Any:
+        """Return its event of a kind, such as ``optimizer.event("STEP_COMPLETED")``, whatever its name."""
+        return self.events[f"{self._name}_{kind}".upper()]
 
     @property
     def hooks(self) -> HookRegistry:
@@ -324,16 +339,16 @@ class Optimizer(OptimizerFacade):
             NonFiniteGradientError: By the ``nonfinite`` policy.
             ProcessorError: If a processor returns or writes something impossible; no param group has changed.
         """
-        size = self._window.size if grad_acc_steps is None else check_count("grad_acc_steps", grad_acc_steps)
+        size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
         given = {"current_epoch": current_epoch, "epoch_steps": epoch_steps, "global_steps": global_steps}
         given["epoch_size"] = epoch_size
         for argument, value in given.items():
             if value is not None:
-                check_count(argument, value)
+                count(argument, value, 1)
         if epoch_steps is not None and epoch_size is not None and epoch_steps > epoch_size:
             raise ArgumentValueError(f"epoch_steps ({epoch_steps}) is beyond epoch_size ({epoch_size}); both count micro-batches")
         self._require_window()
-        self._precision.adopt(grad_scaler, self._window)
+        self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
         self._epoch = given
         self._window.end_micro_batch()
         self._clocks["iteration"] = self._iteration(global_steps)
@@ -392,7 +407,7 @@ class Optimizer(OptimizerFacade):
         reason = precision.judge(norm)
         if reason is not None:
             report = f"optimizer {self._name!r}, attempt {self._clocks['attempt']}, rank {sharding.rank()}: {reason}, "
-            report += describe_nonfinite(self._named_parameters(), window)
+            report += describe_nonfinite(self._named_parameters(), window.losses)
             if precision.last_finite_norm is not None:
                 report += f"; last finite norm {precision.last_finite_norm:.4g}"
             self._skip(norm, loss_scale, reason)
@@ -659,7 +674,7 @@ class Optimizer(OptimizerFacade):
 
 
 def _build(optimizer: Any, params: Any, shard: sharding.Sharding | None) -> torch.optim.Optimizer:
-    check_choice("sharding", shard, (None, "zero1"))
+    choice("sharding", shard, (None, "zero1"))
     if isinstance(optimizer, Optimizer):
         raise ArgumentTypeError("optimizer is an ice_engine.Optimizer already; wrap the torch optimizer once, or pass optimizer.inner")
     if isinstance(optimizer, torch.optim.Optimizer):

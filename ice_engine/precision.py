@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from ice_engine.arguments import choice, count
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
-from ice_engine.window import Window, check_choice, check_count
 
 Policy = Literal["skip", "raise", "off"]
 
@@ -30,8 +30,8 @@ class Precision:
     def __init__(
         self, scaler: torch.amp.GradScaler | None, policy: Policy | None, max_consecutive_skips: int, *, has_norm: bool
     ) -> None:
-        check_choice("nonfinite", policy, (None, "skip", "raise", "off"))
-        self.max_consecutive_skips = check_count("max_consecutive_skips", max_consecutive_skips)
+        choice("nonfinite", policy, (None, "skip", "raise", "off"))
+        self.max_consecutive_skips = count("max_consecutive_skips", max_consecutive_skips, 1)
         self.scaler = check_scaler(scaler)
         self.consecutive_skips = 0
         self.last_finite_norm: float | None = None
@@ -58,7 +58,7 @@ class Precision:
         """The scale that the next loss is multiplied with."""
         return self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else None
 
-    def adopt(self, scaler: torch.amp.GradScaler | None, window: Window) -> None:
+    def adopt(self, scaler: torch.amp.GradScaler | None, *, unscaled_losses: bool) -> None:
         """Take over the scaler that the caller of ``update()`` scaled its loss with.
 
         Raises:
@@ -71,7 +71,7 @@ class Precision:
             raise ArgumentValueError(
                 "update() was given another GradScaler than the one in use; one scaler scales and unscales a window"
             )
-        if check_scaler(scaler) and scaler.is_enabled() and window.losses:
+        if check_scaler(scaler) and scaler.is_enabled() and unscaled_losses:
             raise ArgumentValueError(
                 "update() was given a GradScaler after backward() without one, so the gradients are not scaled; "
                 "pass it where the optimizer is made: Optimizer(..., grad_scaler=scaler)"
@@ -154,7 +154,9 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return torch.nn.utils.get_total_norm(values)
 
 
-def describe_nonfinite(named_parameters: Iterable[tuple[str, torch.Tensor]], window: Window) -> str:
+def describe_nonfinite(
+    named_parameters: Iterable[tuple[str, torch.Tensor]], losses: Iterable[tuple[int, torch.Tensor]]
+) -> str:
     """Say which parameter is the first without a finite gradient, and which micro-batch's loss was not finite."""
     for name, parameter in named_parameters:
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad.detach()).all()):
@@ -162,6 +164,5 @@ def describe_nonfinite(named_parameters: Iterable[tuple[str, torch.Tensor]], win
             break
     else:
         culprit = "every entry is finite, their norm is not"
-    bad = [index for index, loss in window.losses if not bool(torch.isfinite(loss))]
-    losses = f"the loss of micro-batch {bad[0]} was not finite" if bad else "all its losses were finite"
-    return f"{culprit}; window of {window.micro_batches} micro-batches, {losses}"
+    bad = [index for index, loss in losses if not bool(torch.isfinite(loss))]
+    return f"{culprit}; " + (f"the loss of micro-batch {bad[0]} was not finite" if bad else "all losses were finite")

@@ -16,25 +16,11 @@ from typing import Literal
 
 import torch
 
+from ice_engine.arguments import choice, count
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, BackwardError
 
 Tail = Literal["step", "carry", "drop"]
 Reduction = Literal["mean", "sum"]
-
-
-def check_count(name: str, value: int) -> int:
-    """Return *value* if it is an integer of at least 1, else raise an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ArgumentValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
-    """Raise an error that names the argument unless *value* is one of *choices*."""
-    if value not in choices:
-        raise ArgumentValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 class Window:
@@ -53,9 +39,9 @@ class Window:
     """
 
     def __init__(self, size: int, tail: Tail = "step", reduction: Reduction = "mean") -> None:
-        self.size = check_count("accumulation_steps", size)
-        check_choice("tail", tail, ("step", "carry", "drop"))
-        check_choice("loss_reduction", reduction, ("mean", "sum"))
+        self.size = count("accumulation_steps", size, 1)
+        choice("tail", tail, ("step", "carry", "drop"))
+        choice("loss_reduction", reduction, ("mean", "sum"))
         self.tail: Tail = tail
         self.reduction: Reduction = reduction
         self.reset()

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
-from ice_engine.processors import arguments
+from ice_engine import arguments
 from ice_engine.processors.clocks import Unit
 from ice_engine.processors.ramps import ramp
 from ice_engine.processors.schedule import Schedule, build, progress
@@ -214,7 +214,7 @@ def _milestones(step_size: Sequence[int]) -> tuple[int, ...]:
 
 
 def _polynomial(base: float, t: int, *, power: float, floor: float, total: int) -> float:
-    return floor + (base - floor) * (1 - progress(t, total)) ** power
+    return floor + (base - floor) * math.pow(1 - progress(t, total), power)
 
 
 def polynomial(

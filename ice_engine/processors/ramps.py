@@ -1,6 +1,6 @@
 """Schedules that hold the value or lead up to it."""
 
-from ice_engine.processors import arguments
+from ice_engine import arguments
 from ice_engine.processors.clocks import Unit
 from ice_engine.processors.schedule import Schedule, build
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, ProcessorValueError
-from ice_engine.processors import arguments
+from ice_engine import arguments
 from ice_engine.processors.clocks import UNITS, Unit, elapsed, run_length
 from ice_engine.processors.processor import Processor, require_key, require_mapping
 

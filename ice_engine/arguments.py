@@ -1,6 +1,6 @@
-"""Checks of the arguments of schedules: each returns the value as a plain Python number, or raises.
+"""Checks of what users pass in: each names the argument, what was found and what is wanted.
 
-Plain, so that ``repr`` gives back the expression, whatever numpy type came in.
+Numbers come back plain, so that ``repr`` and checkpoints are free of numpy types.
 """
 
 import math
@@ -53,3 +53,14 @@ def positive(argument: str, value: Any) -> float:
         message = f"{argument} must be above 0, got {value!r}"
         raise ArgumentValueError(message)
     return float(value)
+
+
+def choice(argument: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    """Check that *value* is one of *choices*; *argument* is what errors call it.
+
+    Raises:
+        ArgumentValueError: If it is not.
+    """
+    if value not in choices:
+        message = f"{argument} must be one of {', '.join(map(repr, choices))}; got {value!r}"
+        raise ArgumentValueError(message)

@@ -1,0 +1,37 @@
+"""PyTorch-Ignite runs the loop; ice_engine decides when and how your optimizer steps."""
+
+from importlib.metadata import version
+
+from ice_engine.checkpoint import Checkpoint
+from ice_engine.clipping import clip_norm
+from ice_engine.errors import IceEngineError, IceEngineWarning, NonFiniteGradientError
+from ice_engine.events import OptimizerEvents, StepRecord, optimizer_events
+from ice_engine.hooks import HookRegistry
+from ice_engine.optimizer import Optimizer
+from ice_engine.processors import Collect, Compose, Processor, dictprocess, schedules
+from ice_engine.tensorboard import TensorBoard
+from ice_engine.trainer import create_trainer
+from ice_engine.typing import DictProcessor
+
+__version__ = version("ice-engine")
+
+__all__ = [
+    "Checkpoint",
+    "Collect",
+    "Compose",
+    "DictProcessor",
+    "HookRegistry",
+    "IceEngineError",
+    "IceEngineWarning",
+    "NonFiniteGradientError",
+    "Optimizer",
+    "OptimizerEvents",
+    "Processor",
+    "StepRecord",
+    "TensorBoard",
+    "clip_norm",
+    "create_trainer",
+    "dictprocess",
+    "optimizer_events",
+    "schedules",
+]

@@ -1,0 +1,88 @@
+"""An Ignite trainer in one call, shaped like ``ignite.engine.create_supervised_trainer``."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from ignite.engine import Engine, _prepare_batch
+
+from ice_engine.errors import ArgumentTypeError
+from ice_engine.optimizer import Optimizer
+
+
+def batch_size(x: Any, y: Any) -> int:
+    """Return the number of samples: the length of *y*, or of *x* where *y* has none."""
+    for value in (y, x):
+        if hasattr(value, "__len__") and not (isinstance(value, torch.Tensor) and value.ndim == 0):
+            return len(value)
+    message = f"cannot tell how many samples are in a batch of {type(x).__name__} and {type(y).__name__}; pass weight="
+    raise ArgumentTypeError(message)
+
+
+def _loss_value(x: Any, y: Any, y_pred: Any, loss: torch.Tensor) -> float:  # noqa: ARG001 - Ignite's signature
+    return loss.item()
+
+
+def create_trainer(
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    *,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    prepare_batch: Callable[..., tuple[Any, Any]] = _prepare_batch,
+    weight: Callable[[Any, Any], float] = batch_size,
+    output_transform: Callable[[Any, Any, Any, torch.Tensor], Any] = _loss_value,
+) -> Engine:
+    """Make an engine that trains *model*, with *optimizer* attached.
+
+    Args:
+        model: In training mode during each iteration.
+        optimizer: Steps after each full window; not attached yet.
+        loss_fn: ``loss_fn(y_pred, y)``, a mean over the batch (or its sum, as the optimizer was told), shape ().
+        device: Where batches are moved; the model is already there.
+        autocast: ``torch.float16`` or ``torch.bfloat16`` to run model and loss under autocast; None for neither.
+        prepare_batch: ``(batch, device=, non_blocking=) -> (x, y)``.
+        weight: ``(x, y) ->`` items behind the loss; by default the samples, so that a window's gradient is
+            their mean even if micro-batches differ in size.
+        output_transform: ``(x, y, y_pred, loss) -> engine.state.output``; by default the loss as a number.
+
+    Returns:
+        An Ignite engine.
+
+    Raises:
+        ArgumentTypeError: If an argument has the wrong type.
+        AttachError: If the optimizer is attached already.
+
+    Examples:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> trainer = create_trainer(model, optimizer, torch.nn.functional.mse_loss)
+        >>> state = trainer.run([(torch.ones(4, 2), torch.ones(4, 1))] * 3)
+        >>> state.optimizer_step
+        3
+
+    .. versionadded:: 0.1.0
+    """
+    if not isinstance(model, torch.nn.Module):
+        message = f"model must be a torch.nn.Module, got {type(model).__name__}"
+        raise ArgumentTypeError(message)
+    if not isinstance(optimizer, Optimizer):
+        message = f"optimizer must be an ice_engine.Optimizer, got {type(optimizer).__name__}; wrap it: ice.Optimizer(optimizer)"
+        raise ArgumentTypeError(message)
+    device = torch.device(device) if device is not None else None
+    kind = device.type if device is not None else next(model.parameters()).device.type
+
+    def train_step(engine: Engine, batch: Any) -> Any:  # noqa: ARG001 - Ignite's signature
+        model.train()
+        x, y = prepare_batch(batch, device=device, non_blocking=False)
+        with contextlib.nullcontext() if autocast is None else torch.autocast(kind, dtype=autocast):
+            y_pred = model(x)
+            loss = loss_fn(y_pred, y)
+        optimizer.backward(loss, weight=weight(x, y))
+        return output_transform(x, y, y_pred, loss)
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer, model=model)
+    return trainer
