@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from ignite.engine import Engine, Events
 
-from ice_engine import events, sharding
+from ice_engine import sharding as ranks
 from ice_engine.arguments import choice, count
 from ice_engine.errors import (
     ArgumentTypeError,
@@ -23,6 +23,7 @@ from ice_engine.errors import (
     NotConsolidatedError,
     StateDictError,
 )
+from ice_engine.events import StepRecord, check_name, fire, optimizer_events, register
 from ice_engine.facade import OptimizerFacade
 from ice_engine.hooks import HookRegistry
 from ice_engine.precision import Policy, Precision, describe_nonfinite, total_norm
@@ -94,9 +95,9 @@ class Optimizer(OptimizerFacade):
         grad_scaler: torch.amp.GradScaler | None = None,
         nonfinite: Policy | None = None,
         max_consecutive_skips: int = 100,
-        sharding: sharding.Sharding | None = None,
+        sharding: ranks.Sharding | None = None,
     ) -> None:
-        self._name = events.check_name(name)
+        self._name = check_name(name)
         self._processors = _check_processors(processors)
         self._window = Window(accumulation_steps, tail, loss_reduction)
         if clip is not None and not callable(clip):
@@ -117,7 +118,7 @@ class Optimizer(OptimizerFacade):
         self._parameter_names: dict[int, str] = {}
         self._engine: Engine | None = None
         self._events: dict[str, Any] = {}
-        self._last_record: events.StepRecord | None = None
+        self._last_record: StepRecord | None = None
         set_initial_values(self._processors, self.param_groups if self._processors else ())
 
     # -- what is asked for --------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class Optimizer(OptimizerFacade):
     @property
     def events(self) -> Any:
         """Its events, ``ice_engine.optimizer_events(name)``."""
-        return events.optimizer_events(self._name)
+        return optimizer_events(self._name)
 
     @property
     def processors(self) -> tuple[DictProcessor, ...]:
@@ -159,7 +160,7 @@ class Optimizer(OptimizerFacade):
         return HookRegistry(self._engine)
 
     @property
-    def record(self) -> events.StepRecord | None:
+    def record(self) -> StepRecord | None:
         """What happened in the last closed window; None before the first."""
         return self._last_record
 
@@ -182,14 +183,14 @@ class Optimizer(OptimizerFacade):
         registry = HookRegistry(engine)
         if model is not None and not isinstance(model, torch.nn.Module):
             raise ArgumentTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        sharding.require_one_process("attach()")
+        ranks.require_one_process("attach()")
         self._check_attachable(engine)
         if self._processors:
             set_initial_values(self._processors, self.param_groups)
         if model is not None:
             self._parameter_names = {id(p): n for n, p in model.named_parameters()}
         self._engine = engine
-        self._events = events.register(engine, self._name)
+        self._events = register(engine, self._name)
         self._publish()
         for event, handler in (
             (Events.STARTED, self._on_started),
@@ -406,7 +407,7 @@ class Optimizer(OptimizerFacade):
         norm = self._norm(parameters)
         reason = precision.judge(norm)
         if reason is not None:
-            report = f"optimizer {self._name!r}, attempt {self._clocks['attempt']}, rank {sharding.rank()}: {reason}, "
+            report = f"optimizer {self._name!r}, attempt {self._clocks['attempt']}, rank {ranks.rank()}: {reason}, "
             report += describe_nonfinite(self._named_parameters(), window.losses)
             if precision.last_finite_norm is not None:
                 report += f"; last finite norm {precision.last_finite_norm:.4g}"
@@ -457,7 +458,7 @@ class Optimizer(OptimizerFacade):
 
     def _fire(self, kind: str) -> None:
         if self._engine is not None:
-            events.fire(self._engine, self._events[kind])
+            fire(self._engine, self._events[kind])
 
     def _publish(self) -> None:
         if self._engine is not None:
@@ -467,7 +468,7 @@ class Optimizer(OptimizerFacade):
 
     def _note(self, norm: torch.Tensor | None, loss_scale: float | None, reason: str | None) -> None:
         keys = dict.fromkeys(["lr", *(key.partition(".")[0] for _, key in written_keys(self._processors))])
-        self._last_record = events.StepRecord(
+        self._last_record = StepRecord(
             step=self._clocks["step"],
             attempt=self._clocks["attempt"],
             iteration=self._clocks["iteration"],
@@ -587,8 +588,8 @@ class Optimizer(OptimizerFacade):
             ``state``, ``param_groups`` (each with ``param_names``) and ``ice_engine``: plain data that
             loads with ``weights_only=True``. Tensors are the live ones, as in torch.
         """
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < sharding.world_size():
-            raise ArgumentValueError(f"rank must be an integer from 0 to {sharding.world_size() - 1}, got {rank!r}")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < ranks.world_size():
+            raise ArgumentValueError(f"rank must be an integer from 0 to {ranks.world_size() - 1}, got {rank!r}")
         state = dict(self._inner.state_dict())
         state["param_groups"] = [
             {**group, "param_names": list(names)} for group, names in zip(state["param_groups"], self._names(), strict=True)
@@ -673,7 +674,7 @@ class Optimizer(OptimizerFacade):
         return f"Optimizer({', '.join(parts)}) of {self._inner!r}"
 
 
-def _build(optimizer: Any, params: Any, shard: sharding.Sharding | None) -> torch.optim.Optimizer:
+def _build(optimizer: Any, params: Any, shard: ranks.Sharding | None) -> torch.optim.Optimizer:
     choice("sharding", shard, (None, "zero1"))
     if isinstance(optimizer, Optimizer):
         raise ArgumentTypeError("optimizer is an ice_engine.Optimizer already; wrap the torch optimizer once, or pass optimizer.inner")
@@ -692,7 +693,7 @@ def _build(optimizer: Any, params: Any, shard: sharding.Sharding | None) -> torc
         )
     if params is None:
         raise ArgumentValueError(f"the factory {optimizer!r} needs params: Optimizer(factory, model.parameters())")
-    return sharding.build(optimizer, params, shard)
+    return ranks.build(optimizer, params, shard)
 
 
 def _check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor, ...]:

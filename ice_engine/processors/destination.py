@@ -33,7 +33,9 @@ def check_destination(dst: Any, processor: str) -> Destination:
         if not isinstance(key, str):
             message = f"dst of processor {processor!r} has {key!r} ({type(key).__name__}) for a key; {wanted}"
             raise ArgumentTypeError(message)
-    return dict(dst) if isinstance(dst, dict) else type(dst)(dst)
+    if isinstance(dst, dict):
+        return dict(dst)
+    return list(dst) if isinstance(dst, list) else tuple(dst)
 
 
 def updates(dst: Destination, returned: Any, processor: str) -> Mapping[str, Any]:

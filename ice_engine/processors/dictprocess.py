@@ -167,6 +167,9 @@ class Configured(Processor):
             raise
         if self.dst is None and not isinstance(returned, Mapping) and returned is not None:
             return returned
+        if self.dst is None and returned is mapping:
+            # An updater may be given the group itself as `x` or `param_group`, change it and return it.
+            return mapping
         for key, value in updates(self.dst, returned, self.name).items():
             mapping[key] = value
         return mapping
