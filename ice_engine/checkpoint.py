@@ -100,7 +100,9 @@ class Checkpoint(IgniteCheckpoint):
         if not any(saved is engine for saved in self.to_save.values()):
             message = "resume() needs the trainer in to_save, or its epoch would start anew: to_save={'trainer': trainer, ...}"
             raise CheckpointError(message)
-        files = sorted(self._folder.glob(f"{self.filename_prefix}*.{self.ext}"), key=lambda file: file.stat().st_mtime_ns)
+        files = sorted(
+            self._folder.glob(f"{self.filename_prefix}*.{self.ext}"), key=lambda file: file.stat().st_mtime_ns
+        )
         if not files:
             return None
         newest = files[-1]
@@ -109,6 +111,8 @@ class Checkpoint(IgniteCheckpoint):
             self.load_objects(self.to_save, state)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError) as err:
             others = ", ".join(file.name for file in files[:-1]) or "none"
-            message = f"{newest} cannot be loaded: {err}. Other checkpoints there: {others}; remove it to resume from those"
+            message = (
+                f"{newest} cannot be loaded: {err}. Other checkpoints there: {others}; remove it to resume from those"
+            )
             raise CheckpointError(message) from err
         return newest

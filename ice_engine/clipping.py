@@ -21,8 +21,7 @@ class ClipNorm:
         return torch.nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
 
     def __repr__(self) -> str:
-        norm_type = "" if self.norm_type == 2.0 else f", norm_type={self.norm_type:g}"
-        return f"clip_norm({self.max_norm:g}{norm_type})"
+        return f"clip_norm({self.max_norm:g}, norm_type={self.norm_type:g})"
 
 
 def clip_norm(max_norm: float, *, norm_type: float = 2.0) -> ClipNorm:

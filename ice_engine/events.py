@@ -61,12 +61,14 @@ def check_name(name: str) -> str:
         ArgumentValueError: If it is not a Python identifier.
     """
     if not isinstance(name, str):
-        raise ArgumentTypeError(f"name must be a string, got {name!r}")
+        message = f"name must be a string, got {name!r}"
+        raise ArgumentTypeError(message)
     if not name.isidentifier():
-        raise ArgumentValueError(
+        message = (
             f"name must be an identifier, got {name!r}; it prefixes events and engine.state attributes, "
             "such as name='generator' for GENERATOR_STEP_COMPLETED and engine.state.generator_step"
         )
+        raise ArgumentValueError(message)
     return name
 
 
@@ -95,7 +97,7 @@ def optimizer_events(name: str = "optimizer") -> type[EventEnum]:
     if check_name(name) == "optimizer":
         return OptimizerEvents
     members = {f"{name}_{kind}".upper(): f"{name}_{kind}".lower() for kind in _KINDS}
-    return cast("type[EventEnum]", EventEnum(f"{name.capitalize()}Events", members))  # type: ignore[arg-type,call-arg]
+    return cast("type[EventEnum]", EventEnum(f"{name.capitalize()}Events", members))  # type: ignore[call-arg]
 
 
 def register(engine: Engine, name: str) -> dict[str, EventEnum]:

@@ -5,6 +5,7 @@ into attributes. A subclass whose attributes are *properties* of the wrapped opt
 them; copies would go stale, because ``load_state_dict`` replaces ``param_groups`` and ``state``.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,12 @@ class OptimizerFacade(torch.optim.Optimizer):
     def inner(self) -> torch.optim.Optimizer:
         """The wrapped optimizer."""
         return self._inner
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether the wrapped optimizer's ``step`` cannot do without a closure, as LBFGS's."""
+        closure = inspect.signature(self._inner.step).parameters.get("closure")
+        return closure is not None and closure.default is closure.empty
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

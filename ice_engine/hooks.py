@@ -137,7 +137,9 @@ class HookRegistry:
             raise ArgumentTypeError(f"hook must be callable, got {type(hook).__name__}")
         name = name or self._free_name(hook)
         if name in self._hooks:
-            raise HookError(f"a hook named {name!r} is on this engine already; remove({name!r}) first, or use another name")
+            raise HookError(
+                f"a hook named {name!r} is on this engine already; remove({name!r}) first, or use another name"
+            )
         handler = self._on_state(hook) if isinstance(hook, Processor) else hook
         registered = Hook(name, event, hook, order, self)
         try:

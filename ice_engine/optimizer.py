@@ -1,17 +1,17 @@
 """The optimizer that steps itself: composes window, precision, clipping, processors and events."""
 
 import copy
-import inspect
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
 
 from ice_engine import sharding as ranks
-from ice_engine.arguments import choice, count
+from ice_engine.arguments import count
+from ice_engine.clocks import Clocks
 from ice_engine.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -20,20 +20,25 @@ from ice_engine.errors import (
     ClosureError,
     IceEngineWarning,
     NoGradientsError,
-    NotConsolidatedError,
-    StateDictError,
 )
 from ice_engine.events import StepRecord, check_name, fire, optimizer_events, register
 from ice_engine.facade import OptimizerFacade
 from ice_engine.hooks import HookRegistry
 from ice_engine.precision import Policy, Precision, describe_nonfinite, total_norm
-from ice_engine.processors.group import group_name, run_processors, set_initial_values, written_keys
+from ice_engine.processors.group import (
+    check_processors,
+    frozen,
+    group_name,
+    run_processors,
+    set_initial_values,
+    written_keys,
+)
+from ice_engine.state import pack, unpack
 from ice_engine.typing import Clip, DictProcessor, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
 
 logger = logging.getLogger(__name__)
 
-_STATE_VERSION = 1
 _FIRST = -100  # order of our handlers: validation and checkpoints on the same event see the step already taken
 
 
@@ -81,7 +86,7 @@ class Optimizer(OptimizerFacade):
     .. versionadded:: 0.1.0
     """
 
-    def __init__(  # noqa: PLR0913 - the whole configuration, by keyword
+    def __init__(
         self,
         optimizer: torch.optim.Optimizer | OptimizerFactory,
         params: Any = None,
@@ -98,26 +103,30 @@ class Optimizer(OptimizerFacade):
         sharding: ranks.Sharding | None = None,
     ) -> None:
         self._name = check_name(name)
-        self._processors = _check_processors(processors)
+        self._processors = check_processors(processors)
         self._window = Window(accumulation_steps, tail, loss_reduction)
         if clip is not None and not callable(clip):
-            raise ArgumentTypeError(f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({clip!r})")
+            message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({clip!r})"
+            raise ArgumentTypeError(message)
         self._clip = clip
         self._precision = Precision(grad_scaler, nonfinite, max_consecutive_skips, has_norm=clip is not None)
-        super().__init__(_build(optimizer, params, sharding))
-        self._needs_closure = _needs_closure(self._inner)
-        if self._needs_closure and (accumulation_steps > 1 or grad_scaler is not None or clip is not None):
-            raise ClosureError(
+        if isinstance(optimizer, OptimizerFacade):
+            message = (
+                "optimizer is wrapped already; wrap a torch optimizer once: pass optimizer.inner, or use it as it is"
+            )
+            raise ArgumentTypeError(message)
+        super().__init__(ranks.build(optimizer, params, sharding))
+        if self.needs_closure and (accumulation_steps > 1 or grad_scaler is not None or clip is not None):
+            message = (
                 f"{type(self._inner).__name__} evaluates the loss in a closure, several times a step, so it cannot "
                 "accumulate, clip or scale; leave out accumulation_steps, clip and grad_scaler, and call "
                 "optimizer.step(closure) in train_step"
             )
-        self._clocks: dict[str, int] = {"step": 0, "attempt": 0, "skipped": 0, "iteration": 0}
-        self._epoch: dict[str, int | None] = {}
+            raise ClosureError(message)
+        self._clocks = Clocks()
         self._loaded: bool = False
         self._parameter_names: dict[int, str] = {}
         self._engine: Engine | None = None
-        self._events: dict[str, Any] = {}
         self._last_record: StepRecord | None = None
         set_initial_values(self._processors, self.param_groups if self._processors else ())
 
@@ -146,7 +155,7 @@ class Optimizer(OptimizerFacade):
     @property
     def clocks(self) -> dict[str, int]:
         """How often what has happened: ``step``, ``attempt``, ``skipped`` and ``iteration``; a copy."""
-        return dict(self._clocks)
+        return dict(self._clocks.counts)
 
     def event(self, kind: str) -> Any:
         """Return its event of a kind, such as ``optimizer.event("STEP_COMPLETED")``, whatever its name."""
@@ -156,8 +165,14 @@ class Optimizer(OptimizerFacade):
     def hooks(self) -> HookRegistry:
         """The hooks of the engine it is attached to."""
         if self._engine is None:
-            raise AttachError(f"optimizer {self._name!r} is not attached to an engine; call optimizer.attach(engine) first")
+            message = f"optimizer {self._name!r} is not attached to an engine; call optimizer.attach(engine) first"
+            raise AttachError(message)
         return HookRegistry(self._engine)
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The GradScaler it drives, or None."""
+        return self._precision.scaler
 
     @property
     def record(self) -> StepRecord | None:
@@ -182,7 +197,8 @@ class Optimizer(OptimizerFacade):
         """
         registry = HookRegistry(engine)
         if model is not None and not isinstance(model, torch.nn.Module):
-            raise ArgumentTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            message = f"model must be a torch.nn.Module, got {type(model).__name__}"
+            raise ArgumentTypeError(message)
         ranks.require_one_process("attach()")
         self._check_attachable(engine)
         if self._processors:
@@ -190,7 +206,8 @@ class Optimizer(OptimizerFacade):
         if model is not None:
             self._parameter_names = {id(p): n for n, p in model.named_parameters()}
         self._engine = engine
-        self._events = register(engine, self._name)
+        register(engine, self._name)
+        self._clocks.run = engine.state
         self._publish()
         for event, handler in (
             (Events.STARTED, self._on_started),
@@ -219,51 +236,58 @@ class Optimizer(OptimizerFacade):
     def _check_attachable(self, engine: Engine) -> None:
         if self._engine is not None:
             this = "this" if self._engine is engine else "another"
-            raise AttachError(f"optimizer {self._name!r} is attached to {this} engine already; call optimizer.detach() first")
+            message = f"optimizer {self._name!r} is attached to {this} engine already; call optimizer.detach() first"
+            raise AttachError(message)
         mine = {id(p) for p in self._parameters()}
         for other in vars(engine).get("_ice_optimizers", ()):
             if other.name.lower() == self._name.lower():
-                raise AttachError(
+                message = (
                     f"an optimizer named {other.name!r} is attached to this engine already; give each its own: "
                     "Optimizer(..., name='generator')"
                 )
-            shared = [n for n, p in other._named_parameters() if id(p) in mine]
+                raise AttachError(message)
+            shared = [n for n, p in other.named_parameters() if id(p) in mine]
             if shared:
-                raise AttachError(
+                message = (
                     f"optimizers {other.name!r} and {self._name!r} share {len(shared)} parameters (first: {shared[0]!r}); "
                     "each would step on the other's gradients; give every parameter to one optimizer"
                 )
-            if self._precision.enabled and other._precision.scaler is self._precision.scaler:
-                raise AttachError(
+                raise AttachError(message)
+            if self.grad_scaler is not None and other.grad_scaler is self.grad_scaler:
+                message = (
                     f"optimizers {other.name!r} and {self._name!r} share a GradScaler, whose scale would change inside "
                     "one's window; give each its own: grad_scaler=torch.amp.GradScaler(device)"
                 )
+                raise AttachError(message)
 
     def _on_started(self, engine: Engine) -> None:
         if self._window.is_open:
             self._discard("an exception")
         # As Ignite does with its own counters: a fresh run starts from 0, a resumed or loaded one does not.
         if engine.state.iteration == 0 and not self._loaded:
-            self._clocks = dict.fromkeys(self._clocks, 0)
+            self._clocks.counts = dict.fromkeys(self._clocks.counts, 0)
         self._loaded = False
         self.zero_grad()
         self._publish()
 
-    def _on_iteration_completed(self, engine: Engine) -> None:
+    def _on_iteration_completed(self, _: Engine) -> None:
         if self._window.pending:
             self.update()
         elif not self._window.is_open and any(p.grad is not None for p in self._parameters()):
-            raise BackwardError(
+            message = (
                 f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); call "
                 "optimizer.backward(loss) instead of loss.backward(), and detach() what another optimizer's loss "
                 "should not reach"
             )
+            raise BackwardError(message)
 
     def _on_epoch_ended(self, *_: Any, **__: Any) -> None:
         if self._window.tail == "step":
             self.flush()
         elif self._window.tail == "drop" and self._window.is_open:
-            logger.info("optimizer %r: dropped %d micro-batches at the epoch's end", self._name, self._window.micro_batches)
+            logger.info(
+                "optimizer %r: dropped %d micro-batches at the epoch's end", self._name, self._window.micro_batches
+            )
             self._clear()
 
     def _on_run_ended(self, *_: Any) -> None:
@@ -273,10 +297,10 @@ class Optimizer(OptimizerFacade):
     # -- one micro-batch ----------------------------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor, weight: float | None = None) -> None:
-        """Differentiate *loss* into the open window.
+        r"""Differentiate *loss* into the open window.
 
         The step's gradient becomes the mean over all items of the window,
-        :math:`\\sum_m w_m \\nabla L_m / \\sum_m w_m`, whatever the sizes of its micro-batches.
+        :math:`\sum_m w_m \nabla L_m / \sum_m w_m`, whatever the sizes of its micro-batches.
 
         Args:
             loss: A mean over its items (or their sum, with ``loss_reduction="sum"``), shape ().
@@ -291,25 +315,29 @@ class Optimizer(OptimizerFacade):
                 have a weight, or if the engine that this is attached to is not running.
         """
         if not isinstance(loss, torch.Tensor):
-            raise ArgumentTypeError(f"loss must be a tensor, got {type(loss).__name__}; pass the loss itself, not loss.item()")
+            message = f"loss must be a tensor, got {type(loss).__name__}; pass the loss itself, not loss.item()"
+            raise ArgumentTypeError(message)
         if loss.numel() != 1:
-            raise BackwardError(f"loss must be a scalar, got shape {tuple(loss.shape)}; reduce it first: loss.mean()")
+            message = f"loss must be a scalar, got shape {tuple(loss.shape)}; reduce it first: loss.mean()"
+            raise BackwardError(message)
         if not loss.requires_grad:
-            raise BackwardError(
+            message = (
                 "loss requires no grad: no trainable parameter is behind it; "
                 "look for detach(), torch.no_grad() or frozen parameters between the model and the loss"
             )
+            raise BackwardError(message)
         self._require_window()
         if self._engine is not None and self._engine._dataloader_iter is None:  # noqa: SLF001 - set while run() iterates
-            raise BackwardError(
+            message = (
                 f"backward() outside a run: optimizer {self._name!r} is attached to an engine that is not running, "
                 "so nobody would step; call it in train_step, or optimizer.detach() for a loop of your own"
             )
+            raise BackwardError(message)
         part = self._window.enter(loss, weight)
         if part is not None:
-            self._precision.scale(part).backward()
+            torch.autograd.backward(self._precision.scale(part))
 
-    def update(  # noqa: PLR0913 - ice-learn's signature
+    def update(
         self,
         grad_scaler: torch.amp.GradScaler | None = None,
         grad_acc_steps: int | None = None,
@@ -341,21 +369,15 @@ class Optimizer(OptimizerFacade):
             ProcessorError: If a processor returns or writes something impossible; no param group has changed.
         """
         size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
-        given = {"current_epoch": current_epoch, "epoch_steps": epoch_steps, "global_steps": global_steps}
-        given["epoch_size"] = epoch_size
-        for argument, value in given.items():
-            if value is not None:
-                count(argument, value, 1)
-        if epoch_steps is not None and epoch_size is not None and epoch_steps > epoch_size:
-            raise ArgumentValueError(f"epoch_steps ({epoch_steps}) is beyond epoch_size ({epoch_size}); both count micro-batches")
         self._require_window()
         self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
-        self._epoch = given
+        self._clocks.micro_batch(
+            current_epoch=current_epoch, epoch_steps=epoch_steps, global_steps=global_steps, epoch_size=epoch_size
+        )
         self._window.end_micro_batch()
-        self._clocks["iteration"] = self._iteration(global_steps)
         if self._window.micro_batches >= size:
             return self._close()
-        if epoch_steps is not None and epoch_steps == epoch_size:
+        if self._clocks.epoch_ends:
             if self._window.tail == "step":
                 return self._close()
             self._on_epoch_ended()
@@ -374,11 +396,12 @@ class Optimizer(OptimizerFacade):
         return self._close() if self._window.micro_batches else False
 
     def _require_window(self) -> None:
-        if self._needs_closure:
-            raise ClosureError(
+        if self.needs_closure:
+            message = (
                 f"{type(self._inner).__name__} evaluates the loss in a closure; "
                 "call optimizer.step(closure) in train_step, without backward() and update()"
             )
+            raise ClosureError(message)
 
     # -- one window ---------------------------------------------------------------------------------------
 
@@ -397,18 +420,21 @@ class Optimizer(OptimizerFacade):
         parameters = self._parameters()
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
-            raise NoGradientsError(
+            message = (
                 f"no parameter of optimizer {self._name!r} has a gradient after {window.micro_batches} micro-batches; "
                 "is the loss computed from the parameters it was given, and are they trainable?"
             )
+            raise NoGradientsError(message)
         precision.unscale(self, gradients, window.scale)
         self._count("attempt")
         self._fire("GRADIENTS_READY")
         norm = self._norm(parameters)
         reason = precision.judge(norm)
         if reason is not None:
-            report = f"optimizer {self._name!r}, attempt {self._clocks['attempt']}, rank {ranks.rank()}: {reason}, "
-            report += describe_nonfinite(self._named_parameters(), window.losses)
+            report = (
+                f"optimizer {self._name!r}, attempt {self._clocks.counts['attempt']}, rank {ranks.rank()}: {reason}, "
+            )
+            report += describe_nonfinite(self.named_parameters(), window.losses)
             if precision.last_finite_norm is not None:
                 report += f"; last finite norm {precision.last_finite_norm:.4g}"
             self._skip(norm, loss_scale, reason)
@@ -423,9 +449,8 @@ class Optimizer(OptimizerFacade):
         if self._clip is not None:
             norm = self._clip(parameters)
             if not isinstance(norm, torch.Tensor | float | int):
-                raise ArgumentTypeError(
-                    f"clip returned {type(norm).__name__}; a clip returns the norm before clipping, as ice.clip_norm does"
-                )
+                message = f"clip returned {type(norm).__name__}; a clip returns the norm before clipping, as ice.clip_norm does"
+                raise ArgumentTypeError(message)
             return torch.as_tensor(norm)
         if self._precision.policy == "off":
             return None
@@ -434,7 +459,12 @@ class Optimizer(OptimizerFacade):
     def _step(self, norm: torch.Tensor | None, loss_scale: float | None) -> None:
         if self._processors:
             set_initial_values(self._processors, self.param_groups)
-            run_processors(self._processors, self.param_groups, self._context())
+            owners = {"optimizer": self, "engine": self._engine, "n": self, "module_node": self}
+            run_processors(
+                self._processors,
+                self.param_groups,
+                {**self._clocks.context(self._window.size, self._window.tail), **owners},
+            )
         self._count("step")
         try:
             self._note(norm, loss_scale, None)
@@ -452,13 +482,13 @@ class Optimizer(OptimizerFacade):
         return False
 
     def _count(self, clock: str, by: int = 1) -> None:
-        self._clocks[clock] += by
+        self._clocks.counts[clock] += by
         if self._engine is not None:
-            setattr(self._engine.state, f"{self._name}_{clock}", self._clocks[clock])
+            setattr(self._engine.state, f"{self._name}_{clock}", self._clocks.counts[clock])
 
     def _fire(self, kind: str) -> None:
         if self._engine is not None:
-            fire(self._engine, self._events[kind])
+            fire(self._engine, self.event(kind))
 
     def _publish(self) -> None:
         if self._engine is not None:
@@ -469,16 +499,16 @@ class Optimizer(OptimizerFacade):
     def _note(self, norm: torch.Tensor | None, loss_scale: float | None, reason: str | None) -> None:
         keys = dict.fromkeys(["lr", *(key.partition(".")[0] for _, key in written_keys(self._processors))])
         self._last_record = StepRecord(
-            step=self._clocks["step"],
-            attempt=self._clocks["attempt"],
-            iteration=self._clocks["iteration"],
-            epoch=self._now("epoch", "current_epoch"),
+            step=self._clocks.counts["step"],
+            attempt=self._clocks.counts["attempt"],
+            iteration=self._clocks.counts["iteration"],
+            epoch=self._clocks.epoch,
             micro_batches=self._window.micro_batches,
             weight=self._window.weight,
             grad_norm=norm,
             loss_scale=loss_scale,
             values={
-                group_name(group, i): {key: _frozen(group[key]) for key in keys if key in group}
+                group_name(group, i): {key: frozen(group[key]) for key in keys if key in group}
                 for i, group in enumerate(self.param_groups)
             },
             skipped=reason,
@@ -499,56 +529,6 @@ class Optimizer(OptimizerFacade):
                 stacklevel=3,
             )
             self._clear()
-
-    # -- what processors see ------------------------------------------------------------------------------
-
-    def _context(self) -> dict[str, Any]:
-        iteration, epoch = self._clocks["iteration"], self._now("epoch", "current_epoch")
-        epoch_length = self._now("epoch_length", "epoch_size")
-        epoch_steps = self._epoch.get("epoch_steps")
-        if epoch_steps is None and self._engine is not None and epoch_length is not None:
-            epoch_steps = (iteration - 1) % epoch_length + 1
-        return {
-            "step": self._clocks["step"],
-            "attempt": self._clocks["attempt"],
-            "iteration": iteration,
-            "epoch": epoch,
-            "epoch_length": epoch_length,
-            "max_epochs": self._now("max_epochs", ""),
-            "total_steps": self._total_steps(),
-            "optimizer": self,
-            "engine": self._engine,
-            "current_epoch": epoch,
-            "epoch_steps": epoch_steps,
-            "global_steps": iteration,
-            "epoch_size": epoch_length,
-            "n": self,
-            "module_node": self,
-        }
-
-    def _now(self, attribute: str, argument: str) -> int | None:
-        given = self._epoch.get(argument)
-        if given is not None or self._engine is None:
-            return given
-        return cast("int | None", getattr(self._engine.state, attribute, None))
-
-    def _iteration(self, global_steps: int | None) -> int:
-        if global_steps is not None:
-            return global_steps
-        return int(self._engine.state.iteration) if self._engine is not None else self._clocks["iteration"] + 1
-
-    def _total_steps(self) -> int | None:
-        """Steps of the whole run; None while its length is unknown."""
-        length, epochs = self._now("epoch_length", "epoch_size"), self._now("max_epochs", "")
-        limit = self._now("max_iters", "")
-        if length is None or (epochs is None and limit is None):
-            return None
-        k, tail = self._window.size, self._window.tail
-        full, rest = divmod(limit, length) if limit is not None else (cast("int", epochs), 0)
-        if tail == "carry":
-            return -(-(full * length + rest) // k)
-        per_epoch = -(-length // k) if tail == "step" else length // k
-        return full * per_epoch + (-(-rest // k) if tail == "step" else rest // k)
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -576,7 +556,7 @@ class Optimizer(OptimizerFacade):
         if self._processors:
             set_initial_values(self._processors, self.param_groups)
 
-    def state_dict(self, rank: int = 0) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self, rank: int = 0) -> dict[str, Any]:
         """Return torch's own state dict with parameter names and one key more, ``ice_engine``.
 
         A plain torch optimizer of the same class loads it as it is. Call on every rank.
@@ -589,19 +569,15 @@ class Optimizer(OptimizerFacade):
             loads with ``weights_only=True``. Tensors are the live ones, as in torch.
         """
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < ranks.world_size():
-            raise ArgumentValueError(f"rank must be an integer from 0 to {ranks.world_size() - 1}, got {rank!r}")
-        state = dict(self._inner.state_dict())
-        state["param_groups"] = [
-            {**group, "param_names": list(names)} for group, names in zip(state["param_groups"], self._names(), strict=True)
-        ]
-        state["ice_engine"] = {
-            "version": _STATE_VERSION,
+            message = f"rank must be an integer from 0 to {ranks.world_size() - 1}, got {rank!r}"
+            raise ArgumentValueError(message)
+        extra = {
             "name": self._name,
-            "clocks": dict(self._clocks),
+            "clocks": dict(self._clocks.counts),
             "window": {"micro_batches": self._window.micro_batches, "weight": self._window.weight},
             **self._precision.state_dict(),
         }
-        return state
+        return pack(dict(self._inner.state_dict()), self._names(), extra)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours or of the wrapped optimizer's class; nothing of the argument is kept.
@@ -613,12 +589,12 @@ class Optimizer(OptimizerFacade):
             NotConsolidatedError: If it is the stub of a rank that does not hold the whole state.
             StateDictError: If it is of a newer version, or its param groups do not fit; nothing has changed then.
         """
-        state_dict = copy.deepcopy(dict(state_dict))
-        extra = state_dict.pop("ice_engine", None)
-        self._check_loadable(state_dict, extra)
+        sizes = [len(group["params"]) for group in self.param_groups]
+        # Copied, because torch would keep the caller's tensors as live state.
+        plain, extra = unpack(copy.deepcopy(dict(state_dict)), sizes)
         before = [{k: v for k, v in g.items() if k.startswith("initial_")} for g in self.param_groups]
         names = [group.get("param_names") for group in self.param_groups]
-        self._inner.load_state_dict(state_dict)
+        self._inner.load_state_dict(plain)
         for group, initial, own in zip(self.param_groups, before, names, strict=True):
             for key, value in initial.items():
                 group.setdefault(key, value)
@@ -627,7 +603,7 @@ class Optimizer(OptimizerFacade):
             if own is not None:
                 group["param_names"] = own
         if extra is not None:
-            self._clocks = {clock: int(extra["clocks"][clock]) for clock in self._clocks}
+            self._clocks.counts.update({clock: int(value) for clock, value in extra["clocks"].items()})
             self._precision.load_state_dict(extra)
             self._loaded = True
             self._publish()
@@ -641,75 +617,14 @@ class Optimizer(OptimizerFacade):
                 )
         self._clear()
 
-    def _check_loadable(self, state_dict: dict[str, Any], extra: Any) -> None:
-        if isinstance(extra, dict) and "consolidated_on" in extra:
-            raise NotConsolidatedError(
-                f"this state dict is a stub: the whole state is on rank {extra['consolidated_on']}; load the one saved there"
-            )
-        missing = [key for key in ("state", "param_groups") if key not in state_dict]
-        if missing:
-            raise StateDictError(f"not an optimizer's state dict: {', '.join(missing)} missing, has {', '.join(map(str, state_dict))}")
-        if extra is not None and extra.get("version") != _STATE_VERSION:
-            raise StateDictError(
-                f"state dict has version {extra.get('version')!r}, this ice_engine reads {_STATE_VERSION}; install a newer one"
-            )
-        saved = [len(group["params"]) for group in state_dict["param_groups"]]
-        here = [len(group["params"]) for group in self.param_groups]
-        if saved != here:
-            raise StateDictError(
-                f"state dict has param groups of {saved} parameters, the optimizer of {here}; "
-                "build the optimizer with the groups it was saved with"
-            )
-
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(vars(self))
         kept.pop("step", None)  # patched in by torch's schedulers
         kept.pop("_opt_called", None)
-        return {**kept, "_engine": None, "_events": {}, "_parameter_names": {}, "_last_record": None}
+        return {**kept, "_engine": None, "_parameter_names": {}, "_last_record": None}
 
     def __repr__(self) -> str:
         parts = [f"name={self._name!r}", f"accumulation_steps={self._window.size}"]
         parts += [f"clip={self._clip!r}"] if self._clip is not None else []
         parts += [f"processors={list(self._processors)!r}"] if self._processors else []
         return f"Optimizer({', '.join(parts)}) of {self._inner!r}"
-
-
-def _build(optimizer: Any, params: Any, shard: ranks.Sharding | None) -> torch.optim.Optimizer:
-    choice("sharding", shard, (None, "zero1"))
-    if isinstance(optimizer, Optimizer):
-        raise ArgumentTypeError("optimizer is an ice_engine.Optimizer already; wrap the torch optimizer once, or pass optimizer.inner")
-    if isinstance(optimizer, torch.optim.Optimizer):
-        if params is not None:
-            raise ArgumentValueError("params go with a factory; an optimizer instance has its own. Leave params out")
-        if shard is not None:
-            raise ArgumentValueError(
-                f"sharding={shard!r} needs a factory, as the state is made on each rank for its own shard: "
-                f"Optimizer(functools.partial({type(optimizer).__name__}, lr=...), model.parameters(), sharding={shard!r})"
-            )
-        return optimizer
-    if not callable(optimizer):
-        raise ArgumentTypeError(
-            f"optimizer must be a torch.optim.Optimizer or a factory of one, got {type(optimizer).__name__}"
-        )
-    if params is None:
-        raise ArgumentValueError(f"the factory {optimizer!r} needs params: Optimizer(factory, model.parameters())")
-    return ranks.build(optimizer, params, shard)
-
-
-def _check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor, ...]:
-    if callable(processors) or isinstance(processors, str | dict):
-        raise ArgumentTypeError(f"processors must be a list, got {processors!r}; write processors=[...]")
-    found = tuple(processors)
-    for index, processor in enumerate(found):
-        if not callable(processor):
-            raise ArgumentTypeError(f"processors[{index}] must be callable, got {processor!r} ({type(processor).__name__})")
-    return found
-
-
-def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    parameters = inspect.signature(optimizer.step).parameters
-    return "closure" in parameters and parameters["closure"].default is inspect.Parameter.empty
-
-
-def _frozen(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value

@@ -38,10 +38,11 @@ class Precision:
         self._policy = policy
         self._has_norm = has_norm
         if policy == "off" and self.enabled:
-            raise ArgumentValueError(
+            message = (
                 "nonfinite='off' with a GradScaler would step on overflowed gradients; "
                 "leave nonfinite out, or train without grad_scaler"
             )
+            raise ArgumentValueError(message)
 
     @property
     def enabled(self) -> bool:
@@ -68,14 +69,16 @@ class Precision:
         if scaler is None or scaler is self.scaler:
             return
         if self.scaler is not None:
-            raise ArgumentValueError(
+            message = (
                 "update() was given another GradScaler than the one in use; one scaler scales and unscales a window"
             )
+            raise ArgumentValueError(message)
         if check_scaler(scaler) and scaler.is_enabled() and unscaled_losses:
-            raise ArgumentValueError(
+            message = (
                 "update() was given a GradScaler after backward() without one, so the gradients are not scaled; "
                 "pass it where the optimizer is made: Optimizer(..., grad_scaler=scaler)"
             )
+            raise ArgumentValueError(message)
         self.scaler = scaler
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
@@ -114,13 +117,15 @@ class Precision:
             NonFiniteGradientError: With *report* in its message.
         """
         if self.policy == "raise":
-            raise NonFiniteGradientError(f"{report}. nonfinite='skip' would leave this step out and go on")
+            message = f"{report}. nonfinite='skip' would leave this step out and go on"
+            raise NonFiniteGradientError(message)
         if self.consecutive_skips >= self.max_consecutive_skips:
             scale = f", loss scale {self.loss_scale:g}" if self.loss_scale is not None else ""
-            raise NonFiniteGradientError(
+            message = (
                 f"{self.consecutive_skips} steps in a row were skipped{scale}: {report}. "
                 "Lower the learning rate, clip, or use bfloat16; max_consecutive_skips= allows more"
             )
+            raise NonFiniteGradientError(message)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler's state and the skips in a row as plain data."""
@@ -142,10 +147,11 @@ def check_scaler(scaler: torch.amp.GradScaler | None) -> torch.amp.GradScaler | 
     """
     if scaler is None or isinstance(scaler, torch.amp.GradScaler):
         return scaler
-    raise ArgumentTypeError(
+    message = (
         f"grad_scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}; "
         "such as torch.amp.GradScaler('cuda')"
     )
+    raise ArgumentTypeError(message)
 
 
 def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:

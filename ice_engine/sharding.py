@@ -5,7 +5,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from ice_engine.errors import ArgumentTypeError, AttachError
+from ice_engine.arguments import choice
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError
 from ice_engine.typing import OptimizerFactory
 
 Sharding = Literal["zero1"]
@@ -28,23 +29,48 @@ def require_one_process(what: str) -> None:
         AttachError: If the world has more than one rank.
     """
     if world_size() > 1:
-        raise AttachError(
+        message = (
             f"{what} runs in one process so far; this is rank {rank()} of {world_size()}. "
             "Windows that are exact over many ranks are not implemented yet; run one process"
         )
+        raise AttachError(message)
 
 
-def build(factory: OptimizerFactory, params: Any, sharding: Sharding | None) -> torch.optim.Optimizer:
-    """Make the torch optimizer that is wrapped.
+def build(
+    optimizer: torch.optim.Optimizer | OptimizerFactory, params: Any, sharding: Sharding | None
+) -> torch.optim.Optimizer:
+    """Make the torch optimizer that is wrapped, or take the one that is given.
 
     In one process there is nothing to shard: ``"zero1"`` gives the plain optimizer, so that a
     script for many ranks runs unchanged on one.
+
+    Raises:
+        ArgumentTypeError: If *optimizer* is neither an optimizer nor a factory of one.
+        ArgumentValueError: If *params* or *sharding* do not go with it.
+        AttachError: If it would be sharded over many ranks.
     """
+    choice("sharding", sharding, (None, "zero1"))
+    if isinstance(optimizer, torch.optim.Optimizer):
+        if params is not None:
+            message = "params go with a factory; an optimizer instance has its own. Leave params out"
+            raise ArgumentValueError(message)
+        if sharding is not None:
+            message = (
+                f"sharding={sharding!r} needs a factory, as each rank makes the state of its own shard: "
+                f"Optimizer(functools.partial({type(optimizer).__name__}, lr=...), model.parameters(), sharding=...)"
+            )
+            raise ArgumentValueError(message)
+        return optimizer
+    if not callable(optimizer):
+        message = f"optimizer must be a torch.optim.Optimizer or a factory of one, got {type(optimizer).__name__}"
+        raise ArgumentTypeError(message)
+    if params is None:
+        message = f"the factory {optimizer!r} needs params: Optimizer(factory, model.parameters())"
+        raise ArgumentValueError(message)
     if sharding is not None:
         require_one_process(f"sharding={sharding!r}")
-    optimizer = factory(params)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentTypeError(
-            f"the optimizer factory {factory!r} returned {type(optimizer).__name__}; it must return a torch.optim.Optimizer"
-        )
-    return optimizer
+    made = optimizer(params)
+    if not isinstance(made, torch.optim.Optimizer):
+        message = f"the factory {optimizer!r} returned {type(made).__name__}; it must return a torch.optim.Optimizer"
+        raise ArgumentTypeError(message)
+    return made

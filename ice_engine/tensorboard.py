@@ -86,13 +86,13 @@ class TensorBoard:
             completed, skipped = (optimizer.event(kind) for kind in ("STEP_COMPLETED", "STEP_SKIPPED"))
             hooks.add(completed(every=every), self._step_writer(optimizer), name=f"tensorboard.{name}.step")
             hooks.add(skipped, self._step_writer(optimizer), name=f"tensorboard.{name}.skip")
-        hooks.add(
-            Events.ITERATION_COMPLETED, self._loss_writer(first, every), name="tensorboard.loss", order=-90
-        )
+        hooks.add(Events.ITERATION_COMPLETED, self._loss_writer(first, every), name="tensorboard.loss", order=-90)
         for prefix, evaluator in (evaluators or {}).items():
             writer = self._metrics_writer(prefix, first)
             HookRegistry(evaluator).add(Events.COMPLETED, writer, name=f"tensorboard.{prefix}", order=90)
-        hooks.add(Events.EPOCH_COMPLETED | Events.COMPLETED | Events.TERMINATE, self.flush, name="tensorboard.flush", order=90)
+        hooks.add(
+            Events.EPOCH_COMPLETED | Events.COMPLETED | Events.TERMINATE, self.flush, name="tensorboard.flush", order=90
+        )
         return self
 
     def flush(self) -> None:
@@ -131,7 +131,9 @@ class TensorBoard:
             step = optimizer.clocks["step"]
             if step != written["step"] and step % every == 0:
                 written["step"] = step
-                outputs = engine.state.output if isinstance(engine.state.output, Mapping) else {"loss": engine.state.output}
+                outputs = (
+                    engine.state.output if isinstance(engine.state.output, Mapping) else {"loss": engine.state.output}
+                )
                 for key, value in outputs.items():
                     self._write(f"training/{key}", value, step)
 

@@ -1,13 +1,13 @@
-"""The accumulation window: the micro-batches of one step, and the arithmetic that makes their mean exact.
+r"""The accumulation window: the micro-batches of one step, and the arithmetic that makes their mean exact.
 
 Losses are accumulated as a weighted sum and divided once, when the window closes, so the step's
 gradient is the mean over all items of the window, whatever the micro-batches' sizes and however
 many there are:
 
-.. math:: g = \\frac{\\sum_m w_m \\nabla L_m}{\\sum_m w_m}
+.. math:: g = \frac{\sum_m w_m \nabla L_m}{\sum_m w_m}
 
 To keep fp16 in range, each loss is multiplied by :math:`w_m / c` and the gradient, at the end, by
-:math:`c / \\sum_m w_m`, where :math:`c` is the window's first weight: with equal weights every
+:math:`c / \sum_m w_m`, where :math:`c` is the window's first weight: with equal weights every
 loss enters as it is.
 """
 
@@ -83,10 +83,11 @@ class Window:
         """
         if self._weighted is not None and self._weighted != (weight is not None):
             have, this = ("a weight", "none") if self._weighted else ("no weight", "one")
-            raise BackwardError(
+            message = (
                 f"earlier losses of this window came with {have}, this one with {this}; "
                 "pass weight= to every backward() call or to none"
             )
+            raise BackwardError(message)
         items = self._items(weight)
         self._weighted = weight is not None
         self.losses.append((self.micro_batches + 1, loss.detach()))
@@ -104,31 +105,35 @@ class Window:
     def _items(self, weight: float | None) -> float:
         if weight is None:
             if self.reduction == "sum":
-                raise ArgumentValueError(
+                message = (
                     "loss_reduction='sum' needs the number of items in every sum: "
                     "optimizer.backward(loss, weight=n), with n the samples or tokens that were summed"
                 )
+                raise ArgumentValueError(message)
             return 1.0
         if isinstance(weight, bool) or not (
             isinstance(weight, int | float) or (isinstance(weight, torch.Tensor) and weight.numel() == 1)
         ):
-            raise ArgumentTypeError(
+            message = (
                 f"weight must be a number, got {type(weight).__name__}; "
                 "it is the number of items (samples, tokens) behind the loss"
             )
+            raise ArgumentTypeError(message)
         items = float(weight)
         if not (math.isfinite(items) and items >= 0.0):
-            raise ArgumentValueError(f"weight must be finite and at least 0, got {items}")
+            message = f"weight must be finite and at least 0, got {items}"
+            raise ArgumentValueError(message)
         return items
 
     def end_micro_batch(self) -> None:
         """Count the micro-batch under way; one that no loss has entered was differentiated by the user."""
         if not self.pending:
             if self._weighted or self.reduction == "sum":
-                raise BackwardError(
+                message = (
                     "update() was called for a micro-batch of which backward() was not told the weight; "
                     "call optimizer.backward(loss, weight=n) instead of loss.backward()"
                 )
+                raise BackwardError(message)
             self._weighted = False
             self._unit = 1.0
             self.weight += 1.0

@@ -23,9 +23,13 @@ def elapsed(mapping: Mapping[str, Any], unit: Unit, processor: str) -> int:
     """Return how many of *unit* lie behind: 0 during the first one.
 
     Raises:
-        MissingKeyError: If the mapping has no such clock.
+        MissingKeyError: If the mapping has no such clock, or has None for it.
     """
-    count: int = require_key(mapping, unit, processor, "Give it to Optimizer(processors=[...]), or set it yourself.")
+    mend = "Give it to Optimizer(processors=[...]), or set it yourself."
+    count: int | None = require_key(mapping, unit, processor, mend)
+    if count is None:
+        message = f"processor {processor!r} follows {unit!r}, which is None: nothing here counts it. Use another unit="
+        raise MissingKeyError(message)
     # Ignite counts iterations and epochs from 1, and shows 0 before the run; steps count what was applied.
     return count if unit == "step" else max(count - 1, 0)
 

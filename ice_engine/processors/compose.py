@@ -20,14 +20,14 @@ class Compose(Processor):
         ArgumentTypeError: If one of them cannot be called.
 
     Examples:
-        >>> from ice_engine.processors import Compose, dictprocess
-        >>> @dictprocess
+        >>> import ice_engine as ice
+        >>> @ice.dictprocess
         ... def add(x, y):
         ...     return x + y
-        >>> @dictprocess
+        >>> @ice.dictprocess
         ... def power(x, n):
         ...     return x**n
-        >>> pipeline = Compose(add(x="a", y="b", dst="c"), power(x="c", n=2, dst="c"))
+        >>> pipeline = ice.Compose(add(x="a", y="b", dst="c"), power(x="c", n=2, dst="c"))
         >>> pipeline({"a": 1, "b": 2})
         {'a': 1, 'b': 2, 'c': 9}
 
@@ -84,8 +84,8 @@ class Collect(Processor):
         ArgumentTypeError: If a key is not a string.
 
     Examples:
-        >>> from ice_engine.processors import Collect
-        >>> Collect("lr", "step")({"step": 3, "lr": 0.1, "engine": ...})
+        >>> import ice_engine as ice
+        >>> ice.Collect("lr", "step")({"step": 3, "lr": 0.1, "engine": ...})
         {'lr': 0.1, 'step': 3}
 
     .. versionadded:: 0.1.0

@@ -4,8 +4,8 @@ import bisect
 import math
 from collections.abc import Sequence
 
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine import arguments
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.processors.clocks import Unit
 from ice_engine.processors.ramps import ramp
 from ice_engine.processors.schedule import Schedule, build, progress
@@ -40,8 +40,8 @@ def linear(
         ArgumentValueError: If *total* is below 1, a factor infinite or NaN, or *unit* unknown.
 
     Examples:
-        >>> from ice_engine.processors import schedules
-        >>> line = schedules.linear(total=4)
+        >>> import ice_engine as ice
+        >>> line = ice.schedules.linear(total=4)
         >>> [line({"step": t, "initial_lr": 1.0})["lr"] for t in range(6)]
         [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
@@ -97,8 +97,8 @@ def cosine(
             *warmup*, a number infinite or NaN, or *unit* unknown.
 
     Examples:
-        >>> from ice_engine.processors import schedules
-        >>> decay = schedules.cosine(total=10)
+        >>> import ice_engine as ice
+        >>> decay = ice.schedules.cosine(total=10)
         >>> decay({"step": 5, "initial_lr": 0.2})["lr"]
         0.1
         >>> decay({"step": 99, "initial_lr": 0.2})["lr"]
@@ -147,8 +147,8 @@ def exponential(*, gamma: float, unit: Unit = "step", dst: str = "lr") -> Schedu
         ArgumentValueError: If *gamma* is not above 0, infinite or NaN, or *unit* unknown.
 
     Examples:
-        >>> from ice_engine.processors import schedules
-        >>> halve = schedules.exponential(gamma=0.5, unit="epoch")
+        >>> import ice_engine as ice
+        >>> halve = ice.schedules.exponential(gamma=0.5, unit="epoch")
         >>> halve({"epoch": 3, "initial_lr": 1.0})["lr"]
         0.25
 
@@ -186,8 +186,8 @@ def step(*, step_size: int | Sequence[int], gamma: float = 0.1, unit: Unit = "st
             *unit* unknown.
 
     Examples:
-        >>> from ice_engine.processors import schedules
-        >>> drops = schedules.step(step_size=[2, 3], gamma=0.5)
+        >>> import ice_engine as ice
+        >>> drops = ice.schedules.step(step_size=[2, 3], gamma=0.5)
         >>> [drops({"step": t, "initial_lr": 1.0})["lr"] for t in range(5)]
         [1.0, 1.0, 0.5, 0.25, 0.25]
 
@@ -242,8 +242,8 @@ def polynomial(
         ArgumentValueError: If *total* is below 1, *power* not above 0, a number infinite or NaN, or *unit* unknown.
 
     Examples:
-        >>> from ice_engine.processors import schedules
-        >>> schedules.polynomial(power=2, total=10)({"step": 5, "initial_lr": 1.0})["lr"]
+        >>> import ice_engine as ice
+        >>> ice.schedules.polynomial(power=2, total=10)({"step": 5, "initial_lr": 1.0})["lr"]
         0.25
 
     .. versionadded:: 0.1.0

@@ -54,8 +54,8 @@ def dictprocess(function: Callable[..., Any]) -> "Decorated":
             called ``dst``.
 
     Examples:
-        >>> from ice_engine.processors import dictprocess
-        >>> @dictprocess
+        >>> import ice_engine as ice
+        >>> @ice.dictprocess
         ... def scale(value, by=0.5):
         ...     return value * by
         >>> halve = scale(value="lr", dst="lr")

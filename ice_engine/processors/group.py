@@ -2,13 +2,20 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 
-from ice_engine.errors import MissingKeyError, ProcessorReturnError, ProcessorValueError, UnknownKeyError
+from ice_engine.errors import (
+    ArgumentTypeError,
+    MissingKeyError,
+    ProcessorReturnError,
+    ProcessorValueError,
+    UnknownKeyError,
+)
 from ice_engine.processors.processor import Processor
+from ice_engine.typing import DictProcessor
 
 
 def name_of(processor: Callable[..., Any]) -> str:
@@ -60,13 +67,16 @@ class GroupMapping(MutableMapping[str, Any]):
             self._staged[entry] = type(self._group[entry])(elements)
             return
         if key in self._context or key in ("params", "x", "param_group"):
-            raise UnknownKeyError(f"{key!r} is read-only; writable are: {self._writable()}")
+            message = f"{key!r} is read-only; writable are: {self._writable()}"
+            raise UnknownKeyError(message)
         close = difflib.get_close_matches(str(key), self._group, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"add it to the group first: param_group[{key!r}] = ..."
-        raise UnknownKeyError(f"{key!r} is not an entry of {self._label()}; it has: {self._writable()}; {hint}")
+        message = f"{key!r} is not an entry of {self._label()}; it has: {self._writable()}; {hint}"
+        raise UnknownKeyError(message)
 
     def __delitem__(self, key: str) -> None:
-        raise UnknownKeyError(f"{key!r} cannot be deleted: a torch optimizer needs all its entries")
+        message = f"{key!r} cannot be deleted: a torch optimizer needs all its entries"
+        raise UnknownKeyError(message)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._group
@@ -106,13 +116,24 @@ class GroupMapping(MutableMapping[str, Any]):
         if returned is self:
             return
         if not isinstance(returned, Mapping):
-            raise ProcessorReturnError(
+            message = (
                 f"processor {name_of(processor)!r} returned {type(returned).__name__} for {self._label()}; "
                 "a processor returns a mapping: add `return group`, or give a decorated one its dst="
             )
+            raise ProcessorReturnError(message)
         for key, value in returned.items():
             if key not in self or self[key] is not value:
                 self[key] = value
+
+    def require(self, key: str, processor: Callable[..., Any]) -> None:
+        """Check that *key*, which *processor* writes, is an entry of the group.
+
+        Raises:
+            MissingKeyError: If it is not.
+        """
+        if key not in self:
+            message = f"processor {name_of(processor)!r} writes {key!r}, which {self._label()} lacks; it has: {self._writable()}"
+            raise MissingKeyError(message)
 
     def commit(self) -> None:
         """Write what was staged to the group, tensors in place."""
@@ -142,9 +163,8 @@ class GroupMapping(MutableMapping[str, Any]):
         # A numpy scalar in a param group would make the checkpoint unreadable for weights_only=True.
         number = value.item() if hasattr(value, "item") else value
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise ProcessorValueError(
-                f"{key!r} of {self._label()} would become {number!r} ({type(number).__name__}); it must be a finite number"
-            )
+            message = f"{key!r} of {self._label()} would become {number!r} ({type(number).__name__}); it must be a finite number"
+            raise ProcessorValueError(message)
         return number
 
 
@@ -183,11 +203,7 @@ def set_initial_values(processors: Sequence[Callable[..., Any]], groups: Sequenc
         if "lr" in group:
             group.setdefault("initial_lr", float(group["lr"]))
         for processor, key in written_keys(processors):
-            if key not in mapping:
-                raise MissingKeyError(
-                    f"processor {name_of(processor)!r} writes {key!r}, which param group {index} "
-                    f"({group_name(group, index)!r}) lacks; it has: {mapping._writable()}"  # noqa: SLF001 - own class
-                )
+            mapping.require(key, processor)
             value = mapping[key]
             if isinstance(value, int | float | torch.Tensor):
                 group.setdefault(f"initial_{key}", float(value))
@@ -196,3 +212,25 @@ def set_initial_values(processors: Sequence[Callable[..., Any]], groups: Sequenc
 def written_keys(processors: Sequence[Callable[..., Any]]) -> list[tuple[Callable[..., Any], str]]:
     """Return each processor with each key that it is known to write."""
     return [(p, key) for p in processors if isinstance(p, Processor) for key in p.writes]
+
+
+def check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor, ...]:
+    """Return *processors* as a tuple.
+
+    Raises:
+        ArgumentTypeError: If it is not a list, or one of them is not callable.
+    """
+    if callable(processors) or isinstance(processors, str | dict):
+        message = f"processors must be a list, got {processors!r}; write processors=[...]"
+        raise ArgumentTypeError(message)
+    found = tuple(processors)
+    for index, processor in enumerate(found):
+        if not callable(processor):
+            message = f"processors[{index}] must be callable, got {processor!r} ({type(processor).__name__})"
+            raise ArgumentTypeError(message)
+    return found
+
+
+def frozen(value: Any) -> Any:
+    """Return *value* as it is now: a copy of a tensor, which the next step would change in place."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value

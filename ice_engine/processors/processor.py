@@ -18,8 +18,8 @@ class Processor(ABC):
     engine's state. A plain function from dict to dict does for the first; the registry of hooks takes only this.
 
     Examples:
-        >>> from ice_engine.processors import Processor
-        >>> class Halve(Processor):
+        >>> import ice_engine as ice
+        >>> class Halve(ice.Processor):
         ...     writes = ("lr",)
         ...
         ...     def __call__(self, mapping):

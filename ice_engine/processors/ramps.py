@@ -29,8 +29,8 @@ def constant(factor: float = 1.0, *, unit: Unit = "step", dst: str = "lr") -> Sc
         ArgumentValueError: If *factor* is infinite or NaN, or *unit* unknown.
 
     Examples:
-        >>> from ice_engine.processors import schedules
-        >>> schedules.constant(0.5)({"step": 9, "initial_lr": 0.2})["lr"]
+        >>> import ice_engine as ice
+        >>> ice.schedules.constant(0.5)({"step": 9, "initial_lr": 0.2})["lr"]
         0.1
 
     .. versionadded:: 0.1.0
@@ -72,8 +72,8 @@ def warmup(*, steps: int, start: float | None = None, unit: Unit = "step", dst: 
         ArgumentValueError: If *steps* is below 1, *start* infinite or NaN, or *unit* unknown.
 
     Examples:
-        >>> from ice_engine.processors import schedules
-        >>> rise = schedules.warmup(steps=3)
+        >>> import ice_engine as ice
+        >>> rise = ice.schedules.warmup(steps=3)
         >>> [rise({"step": t, "initial_lr": 1.0})["lr"] for t in range(5)]
         [0.25, 0.5, 0.75, 1.0, 1.0]
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, ProcessorValueError
 from ice_engine import arguments
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, ProcessorValueError
 from ice_engine.processors.clocks import UNITS, Unit, elapsed, run_length
 from ice_engine.processors.processor import Processor, require_key, require_mapping
 
@@ -81,8 +81,8 @@ class Schedule(Processor):
             ArgumentValueError: If they differ in ``dst`` or ``unit``, or *at* is below 1.
 
         Examples:
-            >>> from ice_engine.processors import schedules
-            >>> flat = schedules.constant().then(schedules.linear(total=4), at=2)
+            >>> import ice_engine as ice
+            >>> flat = ice.schedules.constant().then(ice.schedules.linear(total=4), at=2)
             >>> [flat({"step": t, "initial_lr": 1.0})["lr"] for t in range(7)]
             [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
         """
@@ -111,8 +111,8 @@ class Schedule(Processor):
             ArgumentValueError: If one is not finite, or *min* is above *max*.
 
         Examples:
-            >>> from ice_engine.processors import schedules
-            >>> schedules.exponential(gamma=0.1).clamp(min=0.05)({"step": 9, "initial_lr": 1.0})["lr"]
+            >>> import ice_engine as ice
+            >>> ice.schedules.exponential(gamma=0.1).clamp(min=0.05)({"step": 9, "initial_lr": 1.0})["lr"]
             0.05
         """
         if min is None and max is None:

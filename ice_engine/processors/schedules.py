@@ -5,8 +5,8 @@ entry. They combine: ``a * b`` applies ``a`` to what ``b`` gives, ``a.then(b, at
 ``a.clamp(min=..., max=...)`` limits.
 
 Examples:
-    >>> from ice_engine.processors import schedules
-    >>> plan = schedules.warmup(steps=4) * schedules.cosine(total=100)
+    >>> import ice_engine as ice
+    >>> plan = ice.schedules.warmup(steps=4) * ice.schedules.cosine(total=100)
     >>> plan
     warmup(steps=4) * cosine(total=100)
     >>> plan({"step": 50, "initial_lr": 0.2})

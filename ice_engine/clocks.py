@@ -1,0 +1,87 @@
+"""Where in the run an optimizer is: its three clocks, and how long the run will be."""
+
+from typing import Any, cast
+
+from ice_engine.arguments import count
+from ice_engine.errors import ArgumentValueError
+
+
+class Clocks:
+    """Counts iterations (micro-batches), attempts (windows closed), steps (updates applied) and skips.
+
+    Attributes:
+        counts: ``step``, ``attempt``, ``skipped`` and ``iteration``, each so far.
+        run: The state of the engine that runs it, for epoch and length; None in a loop of the user's own.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {"step": 0, "attempt": 0, "skipped": 0, "iteration": 0}
+        self.run: Any = None
+        self._given: dict[str, int | None] = {}
+
+    def micro_batch(self, **given: int | None) -> None:
+        """Count a micro-batch; *given* is what the caller of ``update()`` knows of the run.
+
+        Raises:
+            ArgumentTypeError: If something given is not an integer.
+            ArgumentValueError: If it is below 1, or ``epoch_steps`` is beyond ``epoch_size``.
+        """
+        for argument, value in given.items():
+            if value is not None:
+                count(argument, value, 1)
+        done, size = given["epoch_steps"], given["epoch_size"]
+        if done is not None and size is not None and done > size:
+            message = f"epoch_steps ({done}) is beyond epoch_size ({size}); both count micro-batches"
+            raise ArgumentValueError(message)
+        self._given = given
+        counted = self.counts["iteration"] + 1 if self.run is None else int(self.run.iteration)
+        self.counts["iteration"] = given["global_steps"] or counted
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch, from 1; None where nobody says."""
+        return self._now("epoch", "current_epoch")
+
+    @property
+    def epoch_ends(self) -> bool:
+        """Whether the caller of ``update()`` said that this micro-batch is its epoch's last."""
+        return self._given.get("epoch_size") is not None and self._given["epoch_steps"] == self._given["epoch_size"]
+
+    def context(self, window_size: int, tail: str) -> dict[str, int | None]:
+        """Return what processors may know of the run, under our names and ice-learn's."""
+        iteration, length = self.counts["iteration"], self._now("epoch_length", "epoch_size")
+        done = self._given.get("epoch_steps")
+        if done is None and length is not None and self.run is not None:
+            done = (iteration - 1) % length + 1
+        return {
+            "step": self.counts["step"],
+            "attempt": self.counts["attempt"],
+            "iteration": iteration,
+            "epoch": self.epoch,
+            "epoch_length": length,
+            "max_epochs": self._now("max_epochs"),
+            "total_steps": self.total_steps(window_size, tail),
+            "current_epoch": self.epoch,
+            "epoch_steps": done,
+            "global_steps": iteration,
+            "epoch_size": length,
+        }
+
+    def total_steps(self, window_size: int, tail: str) -> int | None:
+        """Return the steps of the whole run; None while its length is unknown."""
+        length, limit = self._now("epoch_length", "epoch_size"), self._now("max_iters")
+        epochs = self._now("max_epochs")
+        if length is None or (epochs is None and limit is None):
+            return None
+        full, rest = divmod(limit, length) if limit is not None else (cast("int", epochs), 0)
+        if tail == "carry":
+            return -(-(full * length + rest) // window_size)
+        if tail == "drop":
+            return full * (length // window_size) + rest // window_size
+        return full * -(-length // window_size) + -(-rest // window_size)
+
+    def _now(self, attribute: str, argument: str = "") -> int | None:
+        given = self._given.get(argument)
+        if given is not None or self.run is None:
+            return given
+        return cast("int | None", getattr(self.run, attribute, None))
