@@ -17,8 +17,13 @@ class ClipNorm:
     norm_type: float = 2.0
 
     def __call__(self, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Clip in place and return the norm before, shape ()."""
-        return torch.nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+        """Clip in place and return the norm before, shape (); a gradient without a finite norm is left as it is."""
+        parameters = [p for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], self.norm_type)
+        # With a NaN norm every gradient would become NaN, and nobody could tell which was to blame. Norm 0
+        # leaves all as they are, without asking the device.
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, torch.where(norm.isfinite(), norm, 0.0))
+        return norm
 
     def __repr__(self) -> str:
         return f"clip_norm({self.max_norm:g}, norm_type={self.norm_type:g})"
@@ -53,7 +58,7 @@ def clip_norm(max_norm: float, *, norm_type: float = 2.0) -> ClipNorm:
 
     References:
         Pascanu et al., `On the difficulty of training RNNs <https://arxiv.org/abs/1211.5063>`_, 2013;
-        ``torch.nn.utils.clip_grad_norm_``, which does the work.
+        ``torch.nn.utils.clip_grad_norm_``, whose two halves do the work.
 
     .. versionadded:: 0.1.0
     """

@@ -19,6 +19,9 @@ class Clocks:
         self.run: Any = None
         self._given: dict[str, int | None] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "run": None}
+
     def micro_batch(self, **given: int | None) -> None:
         """Count a micro-batch; *given* is what the caller of ``update()`` knows of the run.
 

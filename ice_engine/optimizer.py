@@ -249,7 +249,7 @@ class Optimizer(OptimizerFacade):
             shared = [n for n, p in other.named_parameters() if id(p) in mine]
             if shared:
                 message = (
-                    f"optimizers {other.name!r} and {self._name!r} share {len(shared)} parameters (first: {shared[0]!r}); "
+                    f"optimizers {other.name!r} and {self._name!r} share {len(shared)} parameters ({shared[0]!r}...); "
                     "each would step on the other's gradients; give every parameter to one optimizer"
                 )
                 raise AttachError(message)
@@ -335,7 +335,7 @@ class Optimizer(OptimizerFacade):
             raise BackwardError(message)
         part = self._window.enter(loss, weight)
         if part is not None:
-            torch.autograd.backward(self._precision.scale(part))
+            torch.autograd.backward(self._precision.scale(part), inputs=self._reach())
 
     def update(
         self,
@@ -395,6 +395,13 @@ class Optimizer(OptimizerFacade):
             self._window.end_micro_batch()
         return self._close() if self._window.micro_batches else False
 
+    def _reach(self) -> list[torch.Tensor] | None:
+        # Beside another optimizer, such as a discriminator's beside a generator's, a loss may reach
+        # parameters that it must not train; a gradient left there would enter the other's step.
+        if self._engine is None or len(vars(self._engine)["_ice_optimizers"]) == 1:
+            return None
+        return [p for p in self._parameters() if p.requires_grad]
+
     def _require_window(self) -> None:
         if self.needs_closure:
             message = (
@@ -426,37 +433,39 @@ class Optimizer(OptimizerFacade):
             )
             raise NoGradientsError(message)
         precision.unscale(self, gradients, window.scale)
+        try:
+            return self._decide(parameters, loss_scale)
+        finally:
+            # Whatever a handler raised: the scaler must not stay in the middle of a window.
+            precision.update()
+
+    def _decide(self, parameters: list[torch.Tensor], loss_scale: float | None) -> bool:
         self._count("attempt")
         self._fire("GRADIENTS_READY")
         norm = self._norm(parameters)
-        reason = precision.judge(norm)
-        if reason is not None:
-            report = (
-                f"optimizer {self._name!r}, attempt {self._clocks.counts['attempt']}, rank {ranks.rank()}: {reason}, "
-            )
-            report += describe_nonfinite(self.named_parameters(), window.losses)
-            if precision.last_finite_norm is not None:
-                report += f"; last finite norm {precision.last_finite_norm:.4g}"
-            self._skip(norm, loss_scale, reason)
-            precision.update()
-            precision.stop_if_exhausted(report)
-            return False
-        self._step(norm, loss_scale)
-        precision.update()
-        return True
+        reason = self._precision.judge(norm)
+        if reason is None:
+            return self._step(norm, loss_scale)
+        reason = f"{reason}, {describe_nonfinite(self.named_parameters(), self._window.losses)}"
+        self._skip(norm, loss_scale, reason)
+        attempt = self._clocks.counts["attempt"]
+        self._precision.stop_if_exhausted(
+            f"{reason} (optimizer {self._name!r}, attempt {attempt}, rank {ranks.rank()})"
+        )
+        return False
 
     def _norm(self, parameters: list[torch.Tensor]) -> torch.Tensor | None:
         if self._clip is not None:
             norm = self._clip(parameters)
             if not isinstance(norm, torch.Tensor | float | int):
-                message = f"clip returned {type(norm).__name__}; a clip returns the norm before clipping, as ice.clip_norm does"
+                message = f"clip returned {type(norm).__name__}; wanted the norm before clipping, as from ice.clip_norm"
                 raise ArgumentTypeError(message)
             return torch.as_tensor(norm)
         if self._precision.policy == "off":
             return None
         return total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def _step(self, norm: torch.Tensor | None, loss_scale: float | None) -> None:
+    def _step(self, norm: torch.Tensor | None, loss_scale: float | None) -> bool:
         if self._processors:
             set_initial_values(self._processors, self.param_groups)
             owners = {"optimizer": self, "engine": self._engine, "n": self, "module_node": self}
@@ -474,6 +483,7 @@ class Optimizer(OptimizerFacade):
             self._count("step", -1)
             raise
         self._fire("STEP_COMPLETED")
+        return True
 
     def _skip(self, norm: torch.Tensor | None, loss_scale: float | None, reason: str) -> bool:
         self._count("skipped")

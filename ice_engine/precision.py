@@ -100,7 +100,7 @@ class Precision:
 
     def judge(self, norm: torch.Tensor | None) -> str | None:
         """Return why a gradient of this norm must not be applied, or None; count skips in a row."""
-        if norm is None:
+        if norm is None or self.policy == "off":
             return None
         value = float(norm)
         if value - value == 0.0:  # neither infinite nor NaN
@@ -120,9 +120,11 @@ class Precision:
             message = f"{report}. nonfinite='skip' would leave this step out and go on"
             raise NonFiniteGradientError(message)
         if self.consecutive_skips >= self.max_consecutive_skips:
-            scale = f", loss scale {self.loss_scale:g}" if self.loss_scale is not None else ""
+            facts = f", loss scale {self.loss_scale:g}" if self.loss_scale is not None else ""
+            if self.last_finite_norm is not None:
+                facts += f", last finite norm {self.last_finite_norm:.4g}"
             message = (
-                f"{self.consecutive_skips} steps in a row were skipped{scale}: {report}. "
+                f"{self.consecutive_skips} steps in a row were skipped{facts}: {report}. "
                 "Lower the learning rate, clip, or use bfloat16; max_consecutive_skips= allows more"
             )
             raise NonFiniteGradientError(message)

@@ -37,7 +37,7 @@ def sub1(x: int, y: int) -> dict[str, int]:
 
 
 @dictprocess
-def sub2(x: int, y: int) -> None:  # noqa: ARG001 - as in the original
+def sub2(x: int, y: int) -> None:
     return
 
 
@@ -302,15 +302,11 @@ def test_keywords_beside_a_mapping_are_refused() -> None:
 
 @pytest.mark.parametrize("processor", [scale(dst="lr"), scale])
 def test_handed_to_ignite_as_a_handler_it_names_the_right_way(processor: Callable[..., Any]) -> None:
-    @dictprocess
-    def log(x: int = 0) -> None: ...
+    trainer = Engine(lambda engine, batch: None)
+    trainer.add_event_handler(Events.STARTED, processor)
 
-    trainer = Engine(lambda engine, batch: None)  # noqa: ARG005 - Ignite's signature
-    trainer.add_event_handler(Events.STARTED, log(x=1) if processor is scale else processor)
-    with pytest.raises(ArgumentTypeError, match=r"was called with an Engine instead.*optimizer\.hooks\.add\(event, pro"):
+    with pytest.raises(ArgumentTypeError, match=r"called with an Engine instead.*optimizer\.hooks\.add\(event, pr"):
         trainer.run([0])
-    with pytest.raises(ArgumentTypeError, match="'scale' was called with an Engine"):
-        processor(trainer)
 
 
 @pytest.mark.parametrize("wrong", [None, 0.5, [("lr", 1)]])
@@ -335,7 +331,7 @@ def test_error_of_the_function_passes_through_untouched() -> None:
     error = OddError(1, 2)
 
     @dictprocess
-    def fail(x: int) -> None:  # noqa: ARG001 - read from the mapping
+    def fail(x: int) -> None:
         raise error
 
     with pytest.raises(OddError) as caught:
@@ -348,10 +344,11 @@ def test_error_of_the_function_passes_through_untouched() -> None:
 def test_error_of_the_function_notes_the_processor_and_its_arguments() -> None:
     with pytest.raises(TypeError) as caught:
         scale(value="l_r", by="factor", dst="lr")({"lr": 1.0, "factor": 2.5})
-    assert caught.value.__notes__ == [
+    (note,) = caught.value.__notes__
+    assert note == (
         "raised by processor scale(value='l_r', by='factor', dst='lr'), called with: value='l_r', by=2.5; "
         "no keys of the mapping, so passed as strings: 'l_r'"
-    ]
+    )
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="3.10 has no notes")
@@ -415,7 +412,7 @@ def test_changing_a_list_afterwards_changes_no_processor() -> None:
 
 
 def test_makers_can_stand_in_a_list_of_processors() -> None:
-    mapping: dict[str, Any] = {"x": 3, "y": 1}
+    mapping: MutableMapping[str, Any] = {"x": 3, "y": 1}
     for processor in [sub1, scale(value="z", by=10, dst="z")]:
         mapping = processor(mapping)
     assert mapping == {"x": 3, "y": 1, "z": 20}

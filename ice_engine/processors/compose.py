@@ -1,6 +1,6 @@
 """Processors made of processors, and the one that keeps only some keys."""
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from ice_engine.errors import ArgumentTypeError, ProcessorReturnError
@@ -34,7 +34,7 @@ class Compose(Processor):
     .. versionadded:: 0.1.0
     """
 
-    def __init__(self, *processors: DictProcessor | list[DictProcessor] | tuple[DictProcessor, ...]) -> None:
+    def __init__(self, *processors: DictProcessor | Sequence[DictProcessor]) -> None:
         only = processors[0] if len(processors) == 1 else None
         chain: Any = only if isinstance(only, list | tuple) else processors
         for index, processor in enumerate(chain):

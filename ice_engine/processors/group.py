@@ -132,7 +132,8 @@ class GroupMapping(MutableMapping[str, Any]):
             MissingKeyError: If it is not.
         """
         if key not in self:
-            message = f"processor {name_of(processor)!r} writes {key!r}, which {self._label()} lacks; it has: {self._writable()}"
+            name = name_of(processor)
+            message = f"processor {name!r} writes {key!r}, which {self._label()} lacks; it has: {self._writable()}"
             raise MissingKeyError(message)
 
     def commit(self) -> None:
@@ -163,7 +164,8 @@ class GroupMapping(MutableMapping[str, Any]):
         # A numpy scalar in a param group would make the checkpoint unreadable for weights_only=True.
         number = value.item() if hasattr(value, "item") else value
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            message = f"{key!r} of {self._label()} would become {number!r} ({type(number).__name__}); it must be a finite number"
+            found = f"{number!r} ({type(number).__name__})"
+            message = f"{key!r} of {self._label()} would become {found}; it must be a finite number"
             raise ProcessorValueError(message)
         return number
 

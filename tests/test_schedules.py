@@ -1,0 +1,556 @@
+"""Schedules: their values against the definitions and torch's own, and what holds for every one of them.
+
+A new schedule needs one row in EVERY.
+"""
+
+import copy
+import itertools
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ignite.engine import Engine
+
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError, ProcessorValueError
+from ice_engine.processors import Processor
+from ice_engine.processors.schedules import (
+    Schedule,
+    constant,
+    cosine,
+    exponential,
+    linear,
+    polynomial,
+    step,
+    warmup,
+)
+
+# Expression, and from when on its value stays (None: never). The whole run is 40 steps, iterations or epochs long.
+EVERY: list[tuple[str, int | None]] = [
+    ("constant()", 0),
+    ("constant(factor=0.5)", 0),
+    ("linear()", 40),
+    ("linear(start=0.1, end=2.0, total=7, unit='iteration')", 7),
+    ("cosine()", 40),
+    ("cosine(total=30, warmup=10)", 30),
+    ("cosine(total=30, warmup=29, start=0.0, floor=0.001, unit='epoch')", 30),
+    ("cosine(warmup=60)", 60),  # longer than the run
+    ("exponential(gamma=0.9)", None),
+    ("step(step_size=7)", None),
+    ("step(step_size=(5, 9), gamma=0.5, unit='epoch')", 9),
+    ("polynomial()", 40),
+    ("polynomial(power=2.5, floor=1e-05, total=13, dst='weight_decay')", 13),
+    ("warmup(steps=5)", 5),
+    ("warmup(steps=5, start=0.1, unit='iteration', dst='betas.0')", 5),
+    ("warmup(steps=5) * cosine(total=20)", 20),
+    ("warmup(steps=5) * cosine(total=20, unit='epoch') * constant(factor=0.1)", 20),
+    ("constant().then(cosine(), at=10)", 40),
+    ("constant().then(linear(total=5), at=50)", 55),
+    ("(warmup(steps=5) * constant(factor=2.0)).then(step(step_size=3).clamp(min=0.01), at=10)", None),
+    ("constant().then(linear(total=5).then(constant(factor=0.3), at=6), at=4)", 10),
+    ("exponential(gamma=0.5).clamp(min=0.001, max=0.5)", 60),
+    ("(warmup(steps=5) * linear()).clamp(max=0.05) * constant(factor=3.0)", 40),
+]
+
+every = pytest.mark.parametrize("expression", [expression for expression, _ in EVERY])
+
+
+def make(expression: str) -> Schedule:
+    return eval(expression)  # type: ignore[no-any-return]  # noqa: S307 - our own text
+
+
+def at(t: int, *, base: float = 1.0, dst: str = "lr", run: int | None = 40) -> dict[str, Any]:
+    """What a schedule sees when *t* steps, iterations and epochs lie behind it."""
+    clocks = {"step": t, "iteration": t + 1, "epoch": t + 1}
+    lengths = {"total_steps": run, "epoch_length": run and 1, "max_epochs": run}
+    return {f"initial_{dst}": base, dst: -1.0, "other": "kept", **clocks, **lengths}
+
+
+def value(schedule: Schedule, t: int, base: float = 1.0) -> float:
+    return float(schedule(at(t, base=base, dst=schedule.dst))[schedule.dst])
+
+
+def values(schedule: Schedule, count: int, base: float = 1.0) -> list[float]:
+    return [value(schedule, t, base) for t in range(count)]
+
+
+def exactly(expected: list[float]) -> Any:
+    return pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+# -- what holds for every schedule ----------------------------------------------------------------------------
+
+
+@every
+@given(t=st.integers(0, 10_000), base=st.floats(1e-8, 100))
+def test_only_its_own_entry_changes_and_to_a_finite_number(expression: str, t: int, base: float) -> None:
+    schedule = make(expression)
+    before = at(t, base=base, dst=schedule.dst)
+    mapping = dict(before)
+
+    assert schedule(mapping) is mapping
+    result = mapping.pop(schedule.dst)
+    before.pop(schedule.dst)
+    assert mapping == before
+    assert isinstance(result, float)
+    assert math.isfinite(result)
+    assert result >= 0
+
+
+@every
+@given(t=st.integers(0, 200))
+def test_same_clock_gives_the_same_value_in_any_order(expression: str, t: int) -> None:
+    schedule = make(expression)
+    fresh = value(schedule, t)
+    values(schedule, 5)
+
+    assert value(schedule, t) == fresh
+
+
+@pytest.mark.parametrize(("expression", "end"), [(e, end) for e, end in EVERY if end is not None])
+@given(past=st.integers(0, 10_000))
+def test_past_its_end_it_stays(expression: str, end: int, past: int) -> None:
+    schedule = make(expression)
+
+    assert value(schedule, end + past) == value(schedule, end)
+
+
+@every
+def test_repr_is_the_expression_that_builds_it(expression: str) -> None:
+    schedule = make(expression)
+
+    assert repr(schedule) == expression.replace("constant(factor=1.0)", "constant()")
+    assert make(repr(schedule)) == schedule
+    assert hash(make(repr(schedule))) == hash(schedule)
+
+
+@every
+@pytest.mark.parametrize("clone", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy])  # noqa: S301
+def test_copies_are_equal_and_do_the_same(expression: str, clone: Callable[[Schedule], Schedule]) -> None:
+    schedule = make(expression)
+
+    assert clone(schedule) == schedule
+    assert values(clone(schedule), 50) == values(schedule, 50)
+
+
+def test_schedules_differ_where_their_expressions_do() -> None:
+    for (first, _), (second, _) in itertools.combinations(EVERY, 2):
+        assert make(first) != make(second)
+
+
+@every
+def test_it_is_a_frozen_processor_that_writes_its_entry(expression: str) -> None:
+    schedule = make(expression)
+
+    assert isinstance(schedule, Processor)
+    assert schedule.writes == (schedule.dst,)
+    with pytest.raises(AttributeError, match="cannot assign"):
+        schedule.dst = "momentum"  # type: ignore[misc]
+
+
+@every
+def test_missing_initial_value_is_named_with_the_keys_there_are(expression: str) -> None:
+    schedule = make(expression)
+    message = f"needs 'initial_{schedule.dst}', which the mapping lacks; it has: lr, step. Attach the optimizer first, "
+
+    with pytest.raises(MissingKeyError, match=message):
+        schedule({"lr": 1.0, "step": 0})
+
+
+@every
+def test_missing_clock_is_named(expression: str) -> None:
+    schedule = make(expression)
+    initial = f"initial_{schedule.dst}"
+
+    with pytest.raises(MissingKeyError, match=f"needs '(step|iteration|epoch)', .* lacks; it has: {initial}\\."):
+        schedule({initial: 1.0})
+
+
+@pytest.mark.parametrize("unit", ["step", "iteration", "epoch"])
+def test_clock_that_nothing_counts_is_named(unit: Any) -> None:
+    with pytest.raises(MissingKeyError, match=f"'constant' follows '{unit}', which is None"):
+        constant(unit=unit)({"initial_lr": 1.0, unit: None})
+
+
+@every
+def test_called_with_an_engine_it_names_the_right_way(expression: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"was called with an Engine.*optimizer\.hooks\.add"):
+        make(expression)(Engine(lambda engine, batch: None))  # type: ignore[arg-type]
+
+
+# -- numbers from the definitions -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (constant(), [1, 1, 1]),
+        (constant(factor=0.5), [0.5, 0.5]),
+        (linear(total=4), [1, 0.75, 0.5, 0.25, 0, 0]),
+        (linear(start=0, end=2, total=2), [0, 1, 2, 2]),
+        (cosine(total=4), [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0, 0]),
+        (cosine(total=4, floor=0.2), [1, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5), 0.2, 0.2]),
+        (cosine(total=5, warmup=3), [0.25, 0.5, 0.75, 1, 0.5, 0, 0]),
+        (cosine(total=5, warmup=3, start=0), [0, 1 / 3, 2 / 3, 1, 0.5, 0, 0]),
+        (cosine(total=3, warmup=2, start=0.5, floor=0.1), [0.5, 0.75, 1, 0.1, 0.1]),
+        (exponential(gamma=0.5), [1, 0.5, 0.25]),
+        (exponential(gamma=2), [1, 2, 4]),
+        (step(step_size=2), [1, 1, 0.1, 0.1, 0.01]),
+        (step(step_size=[1, 3], gamma=0.5), [1, 0.5, 0.5, 0.25, 0.25]),
+        (polynomial(total=4), [1, 0.75, 0.5, 0.25, 0, 0]),
+        (polynomial(total=4, power=2, floor=0.5), [1, 0.5 + 0.5 * 0.5625, 0.625, 0.53125, 0.5, 0.5]),
+        (polynomial(total=4, power=0.5), [1, math.sqrt(0.75), math.sqrt(0.5), 0.5, 0, 0]),
+        (warmup(steps=3), [0.25, 0.5, 0.75, 1, 1]),
+        (warmup(steps=4, start=0), [0, 0.25, 0.5, 0.75, 1, 1]),
+        (warmup(steps=2, start=3), [3, 2, 1, 1]),
+    ],
+    ids=repr,
+)
+def test_values_are_those_of_the_definition(schedule: Schedule, expected: list[float]) -> None:
+    assert values(schedule, len(expected)) == exactly(expected)
+
+
+def test_mmcv_polynomial_over_two_epochs_of_five_iterations() -> None:
+    assert values(polynomial(total=10, unit="iteration"), 10) == exactly([1 - t / 10 for t in range(10)])
+
+
+def test_first_warmup_step_is_not_wasted_and_the_ramp_meets_the_peak() -> None:
+    ramp = values(cosine(total=100, warmup=9), 11)
+
+    assert ramp[:10] == exactly([(t + 1) / 10 for t in range(10)])
+    assert ramp[10] < 1
+
+
+TORCH: list[tuple[Schedule, Callable[[Any], Any], int]] = [
+    (
+        cosine(total=50, floor=0.01),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=50, eta_min=0.01),
+        51,
+    ),
+    (exponential(gamma=0.97), lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.97), 200),
+    (step(step_size=7, gamma=0.3), lambda o: torch.optim.lr_scheduler.StepLR(o, 7, 0.3), 60),
+    (step(step_size=[3, 10, 11]), lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3, 10, 11]), 20),
+    (
+        polynomial(total=30, power=2.0),
+        lambda o: torch.optim.lr_scheduler.PolynomialLR(o, total_iters=30, power=2.0),
+        40,
+    ),
+    (
+        linear(start=0.2, end=0.9, total=30),
+        lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.2, 0.9, total_iters=30),
+        40,
+    ),
+    (
+        warmup(steps=20, start=0.1),
+        lambda o: torch.optim.lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=20),
+        30,
+    ),
+    (constant(0.25), lambda o: torch.optim.lr_scheduler.ConstantLR(o, 0.25, total_iters=10**9), 10),
+    (
+        constant(0.25).then(constant(), at=5),
+        lambda o: torch.optim.lr_scheduler.ConstantLR(o, 0.25, total_iters=5),
+        10,
+    ),
+    (
+        warmup(steps=4, start=0.1).then(exponential(gamma=0.9), at=4),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o,
+            [
+                torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=4),
+                torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+            ],
+            milestones=[4],
+        ),
+        30,
+    ),
+    (
+        linear(start=0.5, end=1, total=6) * exponential(gamma=0.9),
+        lambda o: torch.optim.lr_scheduler.ChainedScheduler(
+            [
+                torch.optim.lr_scheduler.LinearLR(o, 0.5, total_iters=6),
+                torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+            ],
+            optimizer=o,
+        ),
+        30,
+    ),
+]
+
+
+@pytest.mark.parametrize(("schedule", "theirs", "steps"), TORCH, ids=lambda x: repr(x) if x is not None else "")
+def test_every_step_is_torchs_own(schedule: Schedule, theirs: Callable[[Any], Any], steps: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = theirs(optimizer)
+    expected = []
+    for _ in range(steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+
+    assert values(schedule, steps, base=0.3) == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+# -- clocks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("unit", "mapping"),
+    [
+        ("step", {"step": 3}),
+        ("iteration", {"iteration": 4}),
+        ("epoch", {"epoch": 4}),
+    ],
+)
+def test_each_unit_follows_its_own_clock(unit: Any, mapping: dict[str, int]) -> None:
+    clocks = {"step": 50, "iteration": 60, "epoch": 70, **mapping}
+
+    assert linear(total=4, unit=unit)({"initial_lr": 1.0, **clocks})["lr"] == 0.25
+
+
+@pytest.mark.parametrize("unit", ["iteration", "epoch"])
+def test_before_the_run_ignites_zero_is_the_beginning(unit: Any) -> None:
+    assert linear(total=4, unit=unit)({"initial_lr": 1.0, unit: 0})["lr"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("unit", "clock", "lengths"),
+    [
+        ("step", 6, {"total_steps": 8}),
+        ("iteration", 7, {"epoch_length": 4, "max_epochs": 2}),
+        ("epoch", 7, {"max_epochs": 8}),
+    ],
+)
+def test_without_a_total_it_lasts_the_whole_run(unit: Any, clock: int, lengths: dict[str, int]) -> None:
+    lengths = {"total_steps": 999, "max_epochs": 999, "epoch_length": 999, **lengths}
+
+    assert linear(unit=unit)({"initial_lr": 1.0, unit: clock, **lengths})["lr"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("unit", "lengths", "unknown"),
+    [
+        ("step", {}, "'total_steps'"),
+        ("step", {"total_steps": None, "max_epochs": 3, "epoch_length": 3}, "'total_steps'"),
+        ("iteration", {"epoch_length": 3}, "'max_epochs'"),
+        ("iteration", {"epoch_length": None, "max_epochs": None}, "'epoch_length' and 'max_epochs'"),
+        ("epoch", {"max_epochs": None}, "'max_epochs'"),
+    ],
+)
+@pytest.mark.parametrize("factory", [cosine, linear, polynomial])
+def test_unknown_length_of_the_run_asks_for_a_total(
+    factory: Callable[..., Schedule], unit: Any, lengths: dict[str, Any], unknown: str
+) -> None:
+    message = f"whose length in {unit}s is unknown: {unknown} of the mapping.*Pass {factory.__name__}\\(total="
+
+    with pytest.raises(MissingKeyError, match=message):
+        factory(unit=unit)({"initial_lr": 1.0, unit: 1, **lengths})
+
+
+def test_a_total_of_its_own_needs_no_run() -> None:
+    assert linear(total=4)({"initial_lr": 1.0, "step": 1, "total_steps": None})["lr"] == 0.75
+
+
+def test_any_entry_can_be_scheduled_from_its_own_initial_value() -> None:
+    group = {"initial_lr": 5.0, "initial_betas.0": 0.8, "step": 1}
+
+    assert linear(total=2, dst="betas.0")(group) == {**group, "betas.0": 0.4}
+    with pytest.raises(MissingKeyError, match=r"'linear' needs 'initial_betas\.1'"):
+        linear(total=2, dst="betas.1")(group)
+
+
+def test_growth_beyond_every_float_is_named() -> None:
+    with pytest.raises(ProcessorValueError, match=r"'exponential' is beyond every float at step 10000: expo"):
+        value(exponential(gamma=2.0), 10_000)
+
+
+# -- composition ----------------------------------------------------------------------------------------------
+
+
+def test_product_of_factors_is_the_product_of_their_values() -> None:
+    product = values(warmup(steps=5) * cosine(total=20), 25, base=0.3)
+    rise, fall = values(warmup(steps=5), 25), values(cosine(total=20), 25, base=0.3)
+
+    assert product == exactly([a * b for a, b in zip(rise, fall, strict=True)])
+
+
+def test_product_applies_the_left_one_to_what_the_right_one_gives() -> None:
+    floored, halved = polynomial(total=1, floor=0.2), constant(0.5)
+
+    assert value(floored * halved, 0) == 0.5
+    assert value(floored * halved, 1) == 0.2
+    assert value(halved * floored, 1) == 0.1
+
+
+def test_product_is_associative_also_by_equality() -> None:
+    a, b, c = warmup(steps=5), polynomial(total=9, floor=0.1), constant(0.5)
+
+    assert (a * b) * c == a * (b * c)
+    assert values((a * b) * c, 12) == [value(a, t, value(b, t, value(c, t))) for t in range(12)]
+
+
+def test_product_may_follow_two_clocks() -> None:
+    product = warmup(steps=4, start=0) * step(step_size=1, gamma=0.5, unit="epoch")
+
+    assert product({"initial_lr": 1.0, "step": 2, "epoch": 3})["lr"] == 0.5 * 0.25
+
+
+def test_then_starts_the_second_clock_at_the_change_from_the_same_base() -> None:
+    schedule = constant(0.5).then(linear(total=4), at=2)
+
+    assert values(schedule, 8, base=2.0) == [1, 1, 2, 1.5, 1, 0.5, 0, 0]
+
+
+def test_then_counts_in_the_unit_of_both() -> None:
+    schedule = constant(unit="epoch").then(constant(0.5, unit="epoch"), at=2)
+
+    assert [schedule({"initial_lr": 1.0, "epoch": e, "step": 99})["lr"] for e in (1, 2, 3)] == [1, 1, 0.5]
+
+
+def test_second_without_a_total_lasts_the_rest_of_the_run() -> None:
+    schedule = constant().then(linear(), at=30)
+
+    assert values(schedule, 42)[29:] == exactly([1, *(1 - t / 10 for t in range(11)), 0])
+
+
+def test_thens_chain_and_nest_on_clocks_of_their_own() -> None:
+    chained = constant(1).then(constant(2), at=2).then(linear(total=2), at=3)
+    nested = constant(1).then(constant(2).then(linear(total=2), at=1), at=2)
+
+    assert values(chained, 6) == [1, 1, 2, 1, 0.5, 0]
+    assert values(nested, 6) == values(chained, 6)
+
+
+def test_then_shifts_every_factor_of_a_product() -> None:
+    shifted = constant().then(warmup(steps=3) * linear(total=10), at=4)
+
+    assert values(shifted, 20)[4:] == values(warmup(steps=3) * linear(total=10), 16)
+
+
+def test_clamp_limits_on_either_side() -> None:
+    line = linear(total=4)
+
+    assert values(line.clamp(min=0.3), 5) == [1, 0.75, 0.5, 0.3, 0.3]
+    assert values(line.clamp(max=0.6), 5) == [0.6, 0.6, 0.5, 0.25, 0]
+    assert values(line.clamp(min=0.3, max=0.6), 5) == [0.6, 0.6, 0.5, 0.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("combine", "error", "message"),
+    [
+        (lambda: cosine() * cosine(dst="momentum"), ArgumentValueError, "writes 'lr' and .* writes 'momentum'; give"),
+        (lambda: cosine().then(linear(dst="wd"), at=1), ArgumentValueError, "writes 'lr' and .* writes 'wd'; give"),
+        (lambda: cosine() * 2, TypeError, "unsupported operand"),
+        (lambda: cosine() * len, TypeError, "unsupported operand"),
+        (lambda: cosine().then(2, at=1), ArgumentTypeError, r"then\(\) wants a schedule, got 2 \(int\)"),
+        (lambda: cosine().then(linear(), at=0), ArgumentValueError, r"then\(at=\.\.\.\) must be at least 1, got 0"),
+        (lambda: cosine().then(linear(), at=1.5), ArgumentTypeError, r"then\(at=\.\.\.\) must be an int, got 1.5"),
+        (lambda: cosine().then(linear(unit="epoch"), at=1), ArgumentValueError, "count in epoch and step; give both"),
+        (
+            lambda: (cosine() * linear(unit="epoch")).then(linear(), at=1),
+            ArgumentValueError,
+            "count in epoch and step",
+        ),
+        (lambda: cosine().clamp(), ArgumentTypeError, "wants min=, max= or both, got neither"),
+        (lambda: cosine().clamp(min=2, max=1), ArgumentValueError, "must have min <= max, got 2.0 and 1.0"),
+        (lambda: cosine().clamp(min=math.nan), ArgumentValueError, r"clamp\(min=\.\.\.\) must be finite, got nan"),
+        (lambda: cosine().clamp(max="1"), ArgumentTypeError, r"clamp\(max=\.\.\.\) must be a number, got '1' \(str\)"),
+    ],
+)
+def test_impossible_combinations_are_refused_when_combined(
+    combine: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        combine()
+
+
+# -- arguments ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "error", "message"),
+    [
+        (constant, {"factor": math.inf}, ArgumentValueError, r"constant\(factor=\.\.\.\) must be finite, got inf"),
+        (constant, {"factor": "1"}, ArgumentTypeError, r"must be a number, got '1' \(str\)"),
+        (constant, {"factor": True}, ArgumentTypeError, r"must be a number, got True \(bool\)"),
+        (linear, {"start": math.nan}, ArgumentValueError, r"linear\(start=\.\.\.\) must be finite"),
+        (linear, {"end": None}, ArgumentTypeError, r"linear\(end=\.\.\.\) must be a number, got None"),
+        (linear, {"total": 0}, ArgumentValueError, r"linear\(total=\.\.\.\) must be at least 1, got 0"),
+        (cosine, {"total": -5}, ArgumentValueError, r"cosine\(total=\.\.\.\) must be at least 1, got -5"),
+        (cosine, {"total": 10.0}, ArgumentTypeError, r"cosine\(total=\.\.\.\) must be an int, got 10\.0 \(float\)"),
+        (cosine, {"total": True}, ArgumentTypeError, r"must be an int, got True \(bool\)"),
+        (cosine, {"warmup": -1}, ArgumentValueError, r"cosine\(warmup=\.\.\.\) must be at least 0, got -1"),
+        (cosine, {"warmup": True}, ArgumentTypeError, r"cosine\(warmup=\.\.\.\) must be an int"),
+        (cosine, {"total": 5, "warmup": 5}, ArgumentValueError, "must be below total=5, which includes it, got 5"),
+        (cosine, {"start": 0.1}, ArgumentValueError, "there is none; give warmup= too"),
+        (cosine, {"start": math.nan, "warmup": 2}, ArgumentValueError, r"cosine\(start=\.\.\.\) must be finite"),
+        (cosine, {"floor": -math.inf}, ArgumentValueError, r"cosine\(floor=\.\.\.\) must be finite"),
+        (exponential, {"gamma": 0}, ArgumentValueError, r"exponential\(gamma=\.\.\.\) must be above 0, got 0"),
+        (exponential, {"gamma": math.nan}, ArgumentValueError, "must be finite, got nan"),
+        (step, {"step_size": 0}, ArgumentValueError, r"step\(step_size=\.\.\.\) must be at least 1, got 0"),
+        (step, {"step_size": True}, ArgumentTypeError, "must be an int, got True"),
+        (step, {"step_size": 2.5}, ArgumentTypeError, "must be an int, got 2.5"),
+        (step, {"step_size": "12"}, ArgumentTypeError, "must be an int or a list of ints, got '12'"),
+        (step, {"step_size": []}, ArgumentValueError, r"rising times, each once and at least one, got \[\]"),
+        (step, {"step_size": [3, 2]}, ArgumentValueError, r"rising times.*got \[3, 2\]"),
+        (step, {"step_size": [2, 2]}, ArgumentValueError, r"rising times.*got \[2, 2\]"),
+        (step, {"step_size": [0, 2]}, ArgumentValueError, "each of step.* must be at least 1, got 0"),
+        (step, {"step_size": [1, 2.0]}, ArgumentTypeError, r"each of step.* must be an int, got 2\.0"),
+        (step, {"step_size": 1, "gamma": -0.1}, ArgumentValueError, r"step\(gamma=\.\.\.\) must be above 0"),
+        (polynomial, {"power": 0}, ArgumentValueError, r"polynomial\(power=\.\.\.\) must be above 0"),
+        (polynomial, {"floor": math.nan}, ArgumentValueError, r"polynomial\(floor=\.\.\.\) must be finite"),
+        (polynomial, {"total": 0}, ArgumentValueError, r"polynomial\(total=\.\.\.\) must be at least 1"),
+        (warmup, {"steps": 0}, ArgumentValueError, r"warmup\(steps=\.\.\.\) must be at least 1, got 0"),
+        (warmup, {"steps": None}, ArgumentTypeError, r"warmup\(steps=\.\.\.\) must be an int, got None"),
+        (warmup, {"steps": 1, "start": math.inf}, ArgumentValueError, r"warmup\(start=\.\.\.\) must be finite"),
+    ],
+)
+def test_impossible_arguments_are_refused_when_made(
+    factory: Callable[..., Schedule], arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        factory(**arguments)
+
+
+REQUIRED: list[tuple[Callable[..., Schedule], dict[str, Any]]] = [
+    (constant, {}),
+    (cosine, {}),
+    (exponential, {"gamma": 0.5}),
+    (linear, {}),
+    (polynomial, {}),
+    (step, {"step_size": 2}),
+    (warmup, {"steps": 2}),
+]
+
+
+@pytest.mark.parametrize(("factory", "required"), REQUIRED)
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"unit": "batch"}, ArgumentValueError, r"\(unit=\.\.\.\) must be one of 'step', 'iteration', 'epoch', got"),
+        ({"unit": 1}, ArgumentTypeError, r"\(unit=\.\.\.\) must be a string, got 1 \(int\)"),
+        ({"dst": None}, ArgumentTypeError, r"\(dst=\.\.\.\) must be a string, got None"),
+        ({"dst": ""}, ArgumentValueError, r"\(dst=\.\.\.\) must be the key of an entry"),
+    ],
+)
+def test_every_factory_checks_unit_and_dst(
+    factory: Callable[..., Schedule],
+    required: dict[str, Any],
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=factory.__name__ + message):
+        factory(**required, **arguments)
+
+
+def test_numpy_numbers_become_plain_ones() -> None:
+    schedule = cosine(total=np.int64(10), warmup=np.int32(2), floor=np.float32(0.5))  # type: ignore[arg-type]
+
+    assert repr(schedule) == "cosine(total=10, warmup=2, floor=0.5)"
+    assert repr(step(step_size=[np.int64(1)], gamma=1)) == "step(step_size=(1,), gamma=1.0)"  # type: ignore[list-item]
+    assert type(value(schedule, 5)) is float
