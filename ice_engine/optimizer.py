@@ -602,7 +602,9 @@ class Optimizer(OptimizerFacade):
         sizes = [len(group["params"]) for group in self.param_groups]
         # Copied, because torch would keep the caller's tensors as live state.
         plain, extra = unpack(copy.deepcopy(dict(state_dict)), sizes)
-        before = [{k: v for k, v in g.items() if k.startswith("initial_")} for g in self.param_groups]
+        # What processors start from; without them it is a scheduler's own, and goes as in a plain optimizer.
+        kept = "initial_" if self._processors else ()
+        before = [{k: v for k, v in g.items() if k.startswith(kept)} for g in self.param_groups]
         names = [group.get("param_names") for group in self.param_groups]
         self._inner.load_state_dict(plain)
         for group, initial, own in zip(self.param_groups, before, names, strict=True):

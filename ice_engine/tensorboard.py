@@ -1,7 +1,7 @@
 """A run in TensorBoard: loss, every scheduled key, gradient norm and loss scale against the step."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from ignite.engine import Engine, Events
 
 from ice_engine.arguments import count
 from ice_engine.errors import ArgumentTypeError, AttachError
+from ice_engine.events import StepRecord
 from ice_engine.hooks import HookRegistry
 from ice_engine.optimizer import Optimizer
 
@@ -18,9 +19,23 @@ from ice_engine.optimizer import Optimizer
 class TensorBoard:
     """Writes what optimizers do, and what engines measure, as scalars over the optimizer's step.
 
-    Tags: ``training/loss`` (the engine's output), ``optimizer/lr/group_0`` and so on for every key that a
-    processor writes, ``optimizer/grad_norm``, ``optimizer/loss_scale``, ``optimizer/skipped``,
-    ``validation/accuracy`` for an evaluator called ``validation``.
+    =========================  ================================================================================
+    tag                        value
+    =========================  ================================================================================
+    ``training/loss``          the trainer's output in the micro-batch that filled the window, if it is a number
+                               or a tensor with one element; of a dict, each such entry as ``training/<key>``.
+                               Anything else, such as predictions, is no scalar and is left out.
+    ``optimizer/lr/group_0``   and so on, for every param group and every key that a processor writes;
+                               ``optimizer/betas/group_0.1`` for the second of a tuple
+    ``optimizer/grad_norm``    before clipping, if it was computed
+    ``optimizer/loss_scale``   with a GradScaler
+    ``optimizer/weight``       items, or micro-batches, behind the step
+    ``optimizer/skipped``      steps skipped so far
+    ``validation/accuracy``    metrics of an evaluator called ``validation``
+    =========================  ================================================================================
+
+    A skipped step writes ``skipped`` and ``loss_scale`` alone. In a resumed run, what was written after the
+    checkpoint is taken back. The prefix ``optimizer`` is the optimizer's name.
 
     Args:
         log_dir: The run's folder; or a ``SummaryWriter`` or Ignite's ``TensorboardLogger`` that is there already.
@@ -68,6 +83,8 @@ class TensorBoard:
             This object.
 
         Raises:
+            ArgumentTypeError: If *every* is no int, or *evaluators* not a dict of engines.
+            ArgumentValueError: If *every* is below 1.
             AttachError: If there is no optimizer, or one is not attached to *engine*.
         """
         count("every", every, 1)
@@ -79,15 +96,17 @@ class TensorBoard:
             if not isinstance(optimizer, Optimizer) or optimizer.engine is not engine:
                 message = f"{optimizer!r} is not attached to this engine; call optimizer.attach(engine) before"
                 raise AttachError(message)
+        evaluators = _check_evaluators(evaluators)
         first = optimizers[0]
         hooks.add(Events.STARTED, lambda: self._open(first), name="tensorboard.open", order=-90)
         for optimizer in optimizers:
             name = optimizer.name
             completed, skipped = (optimizer.event(kind) for kind in ("STEP_COMPLETED", "STEP_SKIPPED"))
             hooks.add(completed(every=every), self._step_writer(optimizer), name=f"tensorboard.{name}.step")
-            hooks.add(skipped, self._step_writer(optimizer), name=f"tensorboard.{name}.skip")
-        hooks.add(Events.ITERATION_COMPLETED, self._loss_writer(first, every), name="tensorboard.loss", order=-90)
-        for prefix, evaluator in (evaluators or {}).items():
+            hooks.add(skipped, self._skip_writer(optimizer), name=f"tensorboard.{name}.skip")
+        # The step of a short last window happens after the epoch's last iteration: the loss goes with the step.
+        hooks.add(first.event("STEP_COMPLETED")(every=every), self._loss_writer(first), name="tensorboard.loss")
+        for prefix, evaluator in evaluators.items():
             writer = self._metrics_writer(prefix, first)
             HookRegistry(evaluator).add(Events.COMPLETED, writer, name=f"tensorboard.{prefix}", order=90)
         hooks.add(
@@ -100,7 +119,7 @@ class TensorBoard:
         if self._writer is not None:
             self._writer.flush()
 
-    def _open(self, optimizer: Optimizer) -> None:
+    def _open(self, optimizer: Optimizer) -> Any:
         if self._writer is None:
             # Imported here: it loads TensorBoard, which a run without it need not pay for.
             from torch.utils.tensorboard import SummaryWriter
@@ -110,47 +129,74 @@ class TensorBoard:
             self._writer = SummaryWriter(str(self._log_dir), purge_step=step + 1 if step else None)
             # The writer's thread is a daemon: without this, an exception would lose the last two minutes.
             weakref.finalize(self, self._writer.close)
+        return self._writer
 
-    def _step_writer(self, optimizer: Optimizer) -> Any:
-        def write() -> None:
-            record, prefix = optimizer.record, optimizer.name
-            if record is None:
-                return
+    def _step_writer(self, optimizer: Optimizer) -> Callable[[Engine], None]:
+        prefix = optimizer.name
+
+        def write(engine: Engine) -> None:
+            record: StepRecord = getattr(engine.state, f"{prefix}_record")
             scalars = {f"{key}/{group}": v for group, values in record.values.items() for key, v in values.items()}
             scalars |= {"grad_norm": record.grad_norm, "loss_scale": record.loss_scale}
             scalars |= {"weight": record.weight, "skipped": optimizer.clocks["skipped"]}
             for tag, value in scalars.items():
-                self._write(f"{prefix}/{tag}", value, record.step)
+                for suffix, number in _numbers(value):
+                    self._writer.add_scalar(f"{prefix}/{tag}{suffix}", number, record.step)
 
         return write
 
-    def _loss_writer(self, optimizer: Optimizer, every: int) -> Any:
-        written = {"step": 0}
+    def _skip_writer(self, optimizer: Optimizer) -> Callable[[Engine], None]:
+        prefix = optimizer.name
 
         def write(engine: Engine) -> None:
-            step = optimizer.clocks["step"]
-            if step != written["step"] and step % every == 0:
-                written["step"] = step
-                outputs = (
-                    engine.state.output if isinstance(engine.state.output, Mapping) else {"loss": engine.state.output}
-                )
-                for key, value in outputs.items():
-                    self._write(f"training/{key}", value, step)
+            record: StepRecord = getattr(engine.state, f"{prefix}_record")
+            for tag, value in (("loss_scale", record.loss_scale), ("skipped", optimizer.clocks["skipped"])):
+                for _, number in _numbers(value):
+                    self._writer.add_scalar(f"{prefix}/{tag}", number, record.step)
 
         return write
 
-    def _metrics_writer(self, prefix: str, optimizer: Optimizer) -> Any:
+    def _loss_writer(self, optimizer: Optimizer) -> Callable[[Engine], None]:
+        def write(engine: Engine) -> None:
+            output = engine.state.output
+            for key, value in output.items() if isinstance(output, Mapping) else [("loss", output)]:
+                number = _number(value)
+                if number is not None:
+                    self._writer.add_scalar(f"training/{key}", number, optimizer.clocks["step"])
+
+        return write
+
+    def _metrics_writer(self, prefix: str, optimizer: Optimizer) -> Callable[[Engine], None]:
         def write(evaluator: Engine) -> None:
+            # A first evaluation may come before the run.
+            writer = self._open(optimizer)
             for key, value in evaluator.state.metrics.items():
-                self._write(f"{prefix}/{key}", value, optimizer.clocks["step"])
+                for suffix, number in _numbers(value):
+                    writer.add_scalar(f"{prefix}/{key}{suffix}", number, optimizer.clocks["step"])
 
         return write
 
-    def _write(self, tag: str, value: Any, step: int) -> None:
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, tuple | list):
-            for i, element in enumerate(value):
-                self._write(f"{tag}.{i}", element, step)
-        elif isinstance(value, Real):
-            self._writer.add_scalar(tag, float(value), step)
+
+def _check_evaluators(evaluators: Any) -> Mapping[str, Engine]:
+    found = {} if evaluators is None else evaluators
+    if not isinstance(found, Mapping) or not all(isinstance(evaluator, Engine) for evaluator in found.values()):
+        message = (
+            f"evaluators must be a dict of engines by name, got {evaluators!r}; evaluators={{'validation': evaluator}}"
+        )
+        raise ArgumentTypeError(message)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    return float(value) if isinstance(value, Real) else None
+
+
+def _numbers(value: Any) -> Iterator[tuple[str, float]]:
+    """Yield the numbers in *value*, each with what its tag gets: nothing, or its place in a tuple such as betas."""
+    elements = [(f".{i}", v) for i, v in enumerate(value)] if isinstance(value, tuple | list) else [("", value)]
+    for suffix, element in elements:
+        number = _number(element)
+        if number is not None:
+            yield suffix, number

@@ -7,16 +7,24 @@ from typing import Any
 import torch
 from ignite.engine import Engine, _prepare_batch
 
-from ice_engine.errors import ArgumentTypeError
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.optimizer import Optimizer
 
 
 def batch_size(x: Any, y: Any) -> int:
-    """Return the number of samples: the length of *y*, or of *x* where *y* has none."""
+    """Return the number of samples: the first dimension of *y*, or of *x* where *y* has none.
+
+    Raises:
+        ArgumentTypeError: If neither is a tensor or array; the length of a tuple or dict need not be that of the batch.
+    """
     for value in (y, x):
-        if hasattr(value, "__len__") and not (isinstance(value, torch.Tensor) and value.ndim == 0):
-            return len(value)
-    message = f"cannot tell how many samples are in a batch of {type(x).__name__} and {type(y).__name__}; pass weight="
+        shape: Any = getattr(value, "shape", ())
+        if len(shape) > 0:
+            return int(shape[0])
+    message = (
+        f"cannot tell how many samples are in a batch of {type(x).__name__} and {type(y).__name__}; "
+        "say so: create_trainer(..., weight=lambda x, y: ...)"
+    )
     raise ArgumentTypeError(message)
 
 
@@ -31,7 +39,7 @@ def create_trainer(
     *,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
-    prepare_batch: Callable[..., tuple[Any, Any]] = _prepare_batch,
+    prepare_batch: Callable[..., Any] = _prepare_batch,
     weight: Callable[[Any, Any], float] = batch_size,
     output_transform: Callable[[Any, Any, Any, torch.Tensor], Any] = _loss_value,
 ) -> Engine:
@@ -53,6 +61,7 @@ def create_trainer(
 
     Raises:
         ArgumentTypeError: If an argument has the wrong type.
+        ArgumentValueError: If *device* or *autocast* is none that there is.
         AttachError: If the optimizer is attached already.
 
     Examples:
@@ -69,10 +78,19 @@ def create_trainer(
         message = f"model must be a torch.nn.Module, got {type(model).__name__}"
         raise ArgumentTypeError(message)
     if not isinstance(optimizer, Optimizer):
-        message = f"optimizer must be an ice_engine.Optimizer, got {type(optimizer).__name__}; wrap it: ice.Optimizer(optimizer)"
+        message = (
+            f"optimizer must be an ice_engine.Optimizer, got {type(optimizer).__name__}; "
+            "wrap it: ice.Optimizer(optimizer)"
+        )
         raise ArgumentTypeError(message)
-    device = torch.device(device) if device is not None else None
-    kind = device.type if device is not None else next(model.parameters()).device.type
+    functions = {"loss_fn": loss_fn, "prepare_batch": prepare_batch, "weight": weight}
+    for argument, function in {**functions, "output_transform": output_transform}.items():
+        if not callable(function):
+            message = f"{argument} must be callable, got {function!r} ({type(function).__name__})"
+            raise ArgumentTypeError(message)
+    _check_autocast(autocast)
+    device = _device(device)
+    kind = (device or next((p.device for p in model.parameters()), torch.device("cpu"))).type
 
     def train_step(engine: Engine, batch: Any) -> Any:  # noqa: ARG001 - Ignite's signature
         model.train()
@@ -86,3 +104,25 @@ def create_trainer(
     trainer = Engine(train_step)
     optimizer.attach(trainer, model=model)
     return trainer
+
+
+def _check_autocast(autocast: Any) -> None:
+    if autocast is not None and not isinstance(autocast, torch.dtype):
+        message = f"autocast must be a torch.dtype or None, got {autocast!r}; such as autocast=torch.bfloat16"
+        raise ArgumentTypeError(message)
+    if autocast not in (None, torch.float16, torch.bfloat16):
+        message = f"autocast must be torch.float16 or torch.bfloat16, got {autocast}"
+        raise ArgumentValueError(message)
+
+
+def _device(device: Any) -> torch.device | None:
+    if device is None or isinstance(device, torch.device):
+        return device
+    if not isinstance(device, str):
+        message = f"device must be a torch.device or a string, got {device!r} ({type(device).__name__})"
+        raise ArgumentTypeError(message)
+    try:
+        return torch.device(device)
+    except RuntimeError as err:
+        message = f"device must be one that torch knows, such as 'cpu' or 'cuda:0', got {device!r}"
+        raise ArgumentValueError(message) from err

@@ -1,0 +1,291 @@
+"""Windows: when a step is due, what becomes of tails, and what the gradient is."""
+
+import logging
+import math
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+import ice_engine as ice
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, BackwardError, IceEngineWarning
+
+
+def run(slopes, k, *, epochs=1, setup=None, run_kwargs=None, **settings):
+    """Train one weight at lr 1 on losses whose gradients are *slopes*; return the gradients that were applied."""
+    weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=k, **settings)
+    trainer = Engine(lambda _, slope: optimizer.backward(weight * slope))
+    optimizer.attach(trainer)
+    applied = []
+    trainer.add_event_handler(optimizer.event("STEP_COMPLETED"), lambda: applied.append(weight.grad.item()))
+    if setup:
+        setup(trainer, optimizer)
+    trainer.run(slopes, **(run_kwargs or {"max_epochs": epochs}))
+    assert weight.grad is None, "a stale gradient is left"
+    assert weight.item() == pytest.approx(-sum(applied))
+    return applied, optimizer
+
+
+def test_a_short_last_window_steps_with_its_own_mean_each_epoch():
+    applied, optimizer = run([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 4, epochs=2)
+
+    assert applied == [2.5, 5.5, 2.5, 5.5]
+    assert optimizer.clocks == {"step": 4, "attempt": 4, "skipped": 0, "iteration": 12}
+
+
+def test_carry_lets_windows_cross_epochs_and_loses_nothing_at_the_end():
+    applied, _ = run([1.0, 2.0, 3.0], 4, epochs=2, tail="carry")
+
+    assert applied == [(1 + 2 + 3 + 1) / 4, 2.5]
+
+
+def test_drop_leaves_the_tail_out_and_says_how_much(caplog):
+    with caplog.at_level(logging.INFO, logger="ice_engine.optimizer"):
+        applied, _ = run([1.0, 2.0, 3.0], 2, epochs=2, tail="drop")
+
+    assert applied == [1.5, 1.5]
+    assert [r.getMessage() for r in caplog.records] == ["optimizer 'optimizer': dropped 1 micro-batches at the epoch's end"] * 2
+
+
+def test_unknown_epoch_length_flushes_at_the_epochs_end():
+    applied, _ = run(iter([1.0, 2.0, 6.0]), 2)
+
+    assert applied == [1.5, 6.0]
+
+
+@pytest.mark.parametrize("stop", ["terminate", "terminate_epoch"])
+def test_stopping_inside_a_window_steps_with_what_is_there(stop):
+    def setup(trainer, _):
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda engine: getattr(engine, stop)())
+
+    applied, _ = run([1.0, 2.0, 6.0, 8.0], 2, setup=setup)
+
+    assert applied == [1.5, 6.0]
+
+
+def test_max_iters_inside_a_window_steps_with_what_is_there():
+    applied, _ = run([1.0, 2.0, 6.0, 8.0], 2, run_kwargs={"max_iters": 3})
+
+    assert applied == [1.5, 6.0]
+
+
+def test_terminated_epoch_does_not_leak_into_the_next():
+    def setup(trainer, _):
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda engine: engine.terminate_epoch())
+
+    applied, _ = run([1.0, 2.0, 6.0, 8.0], 2, epochs=2, setup=setup)
+
+    assert applied == [1.5, 6.0, 1.5, 7.0]
+
+
+def test_interrupt_and_run_again_continue_the_window():
+    def setup(trainer, _):
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda engine: engine.interrupt())
+
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=2)
+    trainer = Engine(lambda _, slope: optimizer.backward(weight * slope))
+    optimizer.attach(trainer)
+    setup(trainer, optimizer)
+    trainer.run([1.0, 3.0], max_epochs=1)
+    assert weight.grad.item() == 1.0
+
+    trainer.run([1.0, 3.0], max_epochs=1)
+
+    assert weight.item() == -2.0
+
+
+def test_the_window_of_a_run_that_raised_is_dropped_with_a_warning():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=4)
+
+    def train_step(engine, slope):
+        if math.isnan(slope):
+            raise ZeroDivisionError
+        optimizer.backward(weight * slope)
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer)
+    with pytest.raises(ZeroDivisionError):
+        trainer.run([1.0, math.nan])
+    assert weight.item() == 0.0
+    trainer.state.iteration = trainer.state.epoch = 0
+    trainer._internal_run_generator = None  # Ignite: the run after an exception would do nothing
+
+    with pytest.warns(IceEngineWarning, match="dropped the 1 micro-batches of a window that an exception left open"):
+        trainer.run([5.0, 7.0], max_epochs=1)
+
+    assert weight.item() == -6.0
+
+
+def test_a_second_fresh_run_starts_its_clocks_anew_as_ignite_does():
+    _, optimizer = run([1.0, 2.0], 1)
+
+    optimizer.engine.run([1.0], max_epochs=1)
+
+    assert optimizer.clocks["step"] == 1
+    assert optimizer.engine.state.optimizer_step == 1
+
+
+def test_the_flush_comes_before_the_users_epoch_handlers():
+    seen = []
+
+    def setup(trainer, _):
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: seen.append(engine.state.optimizer_step))
+
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=2)
+    trainer = Engine(lambda _, slope: optimizer.backward(weight * slope))
+    setup(trainer, optimizer)  # before attach()
+    optimizer.attach(trainer)
+    trainer.run([1.0, 2.0, 3.0], max_epochs=1)
+
+    assert seen == [2]
+
+
+def loop(losses, **settings):
+    weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=len(losses), **settings)
+    for loss, kwargs in losses:
+        optimizer.backward(loss(weight), **kwargs)
+        stepped = optimizer.update()
+    return stepped, -weight.item()
+
+
+def test_weights_make_the_mean_over_items():
+    stepped, gradient = loop([(lambda w: w * 1.0, {"weight": 3}), (lambda w: w * 5.0, {"weight": torch.tensor(1)})])
+
+    assert stepped
+    assert gradient == 2.0
+
+
+def test_a_micro_batch_of_weight_0_contributes_nothing_even_if_nan():
+    stepped, gradient = loop([(lambda w: w * math.nan, {"weight": 0}), (lambda w: w * 5.0, {"weight": 2})])
+
+    assert stepped
+    assert gradient == 5.0
+
+
+def test_a_window_of_weight_0_is_skipped_with_the_reason():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0))
+
+    optimizer.backward(weight * math.nan, weight=0)
+
+    assert optimizer.update() is False
+    assert optimizer.record.skipped == "the window's weight is 0"
+    assert optimizer.clocks == {"step": 0, "attempt": 1, "skipped": 1, "iteration": 1}
+
+
+def test_unweighted_losses_of_one_micro_batch_add_up_as_in_torch():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=2)
+    for _ in range(2):
+        optimizer.backward(weight * 1.0)
+        optimizer.backward(weight * 3.0)
+        optimizer.update()
+
+    assert weight.item() == -4.0
+
+
+def test_fp16_gradients_stay_in_range_over_a_long_window():
+    weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float16))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=4)
+    for _ in range(4):
+        optimizer.backward(weight * 10000.0, weight=1000)
+        optimizer.update()
+
+    assert weight.item() == -10000.0
+
+
+def test_losses_with_and_without_weight_do_not_mix():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=2)
+    optimizer.backward(weight * 1.0, weight=3)
+
+    with pytest.raises(BackwardError, match="earlier losses of this window came with a weight, this one with none"):
+        optimizer.backward(weight * 1.0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (-1, ArgumentValueError, "weight must be finite and at least 0, got -1.0"),
+        (math.nan, ArgumentValueError, "finite"),
+        (math.inf, ArgumentValueError, "finite"),
+        ("3", ArgumentTypeError, "weight must be a number, got str"),
+        (True, ArgumentTypeError, "got bool"),
+        (torch.ones(2), ArgumentTypeError, "got Tensor"),
+    ],
+)
+def test_impossible_weights_are_refused(weight, error, message):
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([parameter], lr=1.0))
+
+    with pytest.raises(error, match=message):
+        optimizer.backward(parameter * 1.0, weight=weight)
+
+    assert parameter.grad is None
+
+
+def test_summed_losses_need_their_number_of_items():
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([parameter], lr=1.0), loss_reduction="sum")
+
+    with pytest.raises(ArgumentValueError, match=r"optimizer.backward\(loss, weight=n\)"):
+        optimizer.backward(parameter * 1.0)
+
+
+def test_update_without_backward_counts_the_callers_own_backward():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0))
+    for slope in (1.0, 3.0):
+        (weight * slope).backward()
+        stepped = optimizer.update(None, 2)
+
+    assert stepped
+    assert weight.item() == -2.0
+
+
+def test_update_closes_a_short_window_where_the_caller_says_the_epoch_ends():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=2)
+    stepped = []
+    for i, slope in enumerate((1.0, 3.0, 5.0), 1):
+        optimizer.backward(weight * slope)
+        stepped.append(optimizer.update(current_epoch=1, epoch_steps=i, global_steps=i, epoch_size=3))
+
+    assert stepped == [False, True, True]
+    assert weight.item() == -7.0
+
+
+def test_flush_steps_with_what_is_there_and_is_idempotent():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=8)
+    optimizer.backward(weight * 3.0)
+    optimizer.update()
+
+    assert [optimizer.flush(), optimizer.flush()] == [True, False]
+    assert weight.item() == -3.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"grad_acc_steps": 0}, ArgumentValueError, "grad_acc_steps must be at least 1, got 0"),
+        ({"grad_acc_steps": 1.5}, ArgumentTypeError, "grad_acc_steps must be an int"),
+        ({"epoch_steps": 3, "epoch_size": 2}, ArgumentValueError, r"epoch_steps \(3\) is beyond epoch_size \(2\)"),
+        ({"global_steps": 0}, ArgumentValueError, "global_steps must be at least 1"),
+        ({"grad_scaler": "cuda"}, ArgumentTypeError, "grad_scaler must be a torch.amp.GradScaler or None, got str"),
+    ],
+)
+def test_update_refuses_impossible_arguments(arguments, error, message):
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0))
+    optimizer.backward(weight * 1.0)
+
+    with pytest.raises(error, match=message):
+        optimizer.update(**arguments)
+
+    assert weight.item() == 0.0
