@@ -543,7 +543,8 @@ class Optimizer(OptimizerFacade):
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield its parameters with their names: given ones, the attached model's, or their places in the groups."""
         for names, group in zip(self._names(), self.param_groups, strict=True):
             yield from zip(names, group["params"], strict=True)
 

@@ -405,7 +405,7 @@ def test_maker_copies_and_pickles_as_itself() -> None:
 
 def test_changing_a_list_afterwards_changes_no_processor() -> None:
     dst = ["a"]
-    processor = give(result=1, dst=dst)
+    processor = give(result={"a": 1, "b": 2}, dst=dst)
     dst.append("b")
 
     assert processor() == {"a": 1}

@@ -177,13 +177,13 @@ def test_on_step_started_a_scheduler_moves_once_per_step_under_accumulation(make
 
 def test_a_skipped_step_moves_no_scheduler_on_step_started() -> None:
     trainer, _, optimizer = ice_trainer(nonfinite="skip")
-    scheduler = LRScheduler(lr_scheduler.ExponentialLR(optimizer, 0.5))
-    trainer.add_event_handler(STEP_STARTED, scheduler)
+    trainer.add_event_handler(STEP_STARTED, LRScheduler(lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)))
     data = DATA[:4]
     data[1] = (data[1][0] * math.nan, data[1][1])
     trainer.run(data)
     assert trainer.state.optimizer_skipped == 1
-    assert lrs(optimizer) == [0.1 * 0.25, 0.05 * 0.25]  # Ignite's LRScheduler leaves the first call out
+    assert trainer.state.optimizer_step == 3
+    assert lrs(optimizer) == [0.1 * 0.25, 0.05 * 0.25]
 
 
 # The state of Ignite's ReduceLROnPlateauScheduler holds a bound method, and so loads from no file.
@@ -277,7 +277,7 @@ def test_a_scheduler_built_after_the_lr_finder_starts_from_the_suggestion() -> N
         finder = find_lr(trainer, model, optimizer)
         finder.apply_suggested_lr(optimizer)
         suggested = lrs(optimizer)
-        scheduler = LRScheduler(lr_scheduler.ExponentialLR(optimizer, 0.5))
+        scheduler = LRScheduler(lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t))
         trainer.add_event_handler(Events.ITERATION_STARTED, scheduler)
         seen = values_per_step(trainer, optimizer, Events.ITERATION_STARTED)
         trainer.run(DATA, max_epochs=1)

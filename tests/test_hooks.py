@@ -1,7 +1,6 @@
 """The registry of hooks: names, order, signatures, removal, and processors on events."""
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,8 +69,8 @@ def test_a_hook_without_a_name_gets_a_free_one(engine, hooks):
     def report():
         """Do nothing."""
 
-    names = [hooks.add(Events.COMPLETED, hook).name for hook in (report, report, report, SimpleNamespace)]
-    assert names == ["report", "report#2", "report#3", "SimpleNamespace"]
+    names = [hooks.add(Events.COMPLETED, hook).name for hook in (report, report, functools.partial(report), report)]
+    assert names == ["report", "report#2", "partial", "report#3"]
 
 
 def test_a_name_is_given_once(hooks):
@@ -308,6 +307,7 @@ def test_hooks_can_be_removed_during_and_after_a_profiled_run(engine, hooks, pro
     engine.run([1, 2, 3])
     assert calls == ["kept", "removed", "kept", "kept"]
     hooks.remove("kept")
+    hooks.remove("remover")
     engine.run([1, 2, 3])
     assert calls == ["kept", "removed", "kept", "kept"]
 

@@ -1,0 +1,248 @@
+"""Loss scale, skipped steps and non-finite policies: nothing moves on a skip."""
+
+import math
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+import ice_engine as ice
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
+
+
+def make(slopes, **settings):
+    """One weight, trained with momentum on losses whose gradients are *slopes*."""
+    weight = torch.nn.Parameter(torch.zeros(()))
+    inner = torch.optim.SGD([("layer.weight", weight)], lr=1.0, momentum=0.5)
+    optimizer = ice.Optimizer(inner, **settings)
+    trainer = Engine(lambda _, slope: optimizer.backward(weight * slope))
+    optimizer.attach(trainer)
+    return weight, optimizer, lambda: trainer.run(slopes, max_epochs=1)
+
+
+def test_nothing_moves_on_a_skipped_step():
+    weight, optimizer, run = make(
+        [1.0, math.inf, math.nan, 2.0],
+        grad_scaler=torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1),
+        processors=[ice.schedules.linear(total=4)],
+    )
+    seen = []
+    engine = optimizer.engine
+
+    def note(kind):
+        def handler(engine):
+            state = optimizer.state[weight].get("momentum_buffer")
+            seen.append((kind, engine.state.optimizer_step, optimizer.param_groups[0]["lr"], None if state is None else state.item()))
+
+        return handler
+
+    for kind in ("STEP_STARTED", "STEP_COMPLETED", "STEP_SKIPPED"):
+        engine.add_event_handler(optimizer.event(kind), note(kind))
+    run()
+
+    assert seen == [
+        ("STEP_STARTED", 1, 1.0, None),
+        ("STEP_COMPLETED", 1, 1.0, 1.0),
+        ("STEP_SKIPPED", 1, 1.0, 1.0),
+        ("STEP_SKIPPED", 1, 1.0, 1.0),
+        ("STEP_STARTED", 2, 0.75, 1.0),
+        ("STEP_COMPLETED", 2, 0.75, 2.5),
+    ]
+    assert weight.item() == -1.0 - 0.75 * 2.5
+    assert engine.state.optimizer_step == 2
+    assert engine.state.optimizer_skipped == 2
+    assert engine.state.optimizer_attempt == 4
+    assert optimizer.grad_scaler.get_scale() == 4.0 * 2 / 2 / 2 * 2
+
+
+def test_the_scale_is_updated_once_per_window_and_at_its_edge():
+    weight, optimizer, run = make(
+        [1.0] * 8, accumulation_steps=2, grad_scaler=torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1)
+    )
+    applied = []
+    optimizer.engine.add_event_handler(
+        optimizer.event("STEP_STARTED"), lambda: applied.append((weight.grad.item(), optimizer.record.loss_scale))
+    )
+    run()
+
+    assert applied == [(1.0, 2.0), (1.0, 4.0), (1.0, 8.0), (1.0, 16.0)]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fused_optimizers_with_scaler_and_clipping_skip_and_step_like_the_others(fused):
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(
+        torch.optim.SGD([weight], lr=1.0, fused=fused),
+        clip=ice.clip_norm(1.0),
+        grad_scaler=torch.amp.GradScaler("cpu", init_scale=1024.0),
+    )
+    for slope in (0.5, math.inf, 3.0):
+        optimizer.backward(weight * slope)
+        optimizer.update()
+
+    assert weight.item() == pytest.approx(-1.5, abs=1e-5)
+    assert optimizer.clocks["skipped"] == 1
+
+
+def test_a_nan_that_a_handler_put_in_is_caught():
+    weight, optimizer, run = make([1.0], clip=ice.clip_norm(1.0))
+    optimizer.engine.add_event_handler(optimizer.event("GRADIENTS_READY"), lambda: weight.grad.fill_(math.nan))
+    run()
+
+    assert weight.item() == 0.0
+    assert optimizer.clocks["skipped"] == 1
+
+
+def test_a_gradient_that_a_handler_repaired_is_used_and_the_scale_backs_off():
+    weight, optimizer, run = make([math.inf], grad_scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+    optimizer.engine.add_event_handler(optimizer.event("GRADIENTS_READY"), lambda: weight.grad.fill_(1.0))
+    run()
+
+    assert weight.item() == -1.0
+    assert optimizer.grad_scaler.get_scale() == 2.0
+
+
+def test_the_skip_event_says_which_parameter_and_micro_batch_were_not_finite():
+    _, optimizer, run = make([1.0, math.nan], accumulation_steps=2, clip=ice.clip_norm(1.0))
+    reasons = []
+    optimizer.engine.add_event_handler(
+        optimizer.event("STEP_SKIPPED"), lambda engine: reasons.append(engine.state.optimizer_record.skipped)
+    )
+    run()
+
+    assert reasons == ["gradient norm is nan, first in 'layer.weight', shape (); the loss of micro-batch 2 was not finite"]
+
+
+def test_the_first_bad_parameter_is_named_even_though_clipping_saw_it():
+    good, bad = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    optimizer = ice.Optimizer(torch.optim.SGD([("good", good), ("bad", bad)], lr=1.0), clip=ice.clip_norm(1.0))
+    optimizer.backward(good.sum() + (bad * math.nan).sum())
+    optimizer.update()
+
+    assert "first in 'bad', shape (3,)" in optimizer.record.skipped
+
+
+def test_raise_stops_at_the_first_and_leaves_everything_as_it_was():
+    weight, optimizer, run = make([1.0, math.inf], nonfinite="raise")
+
+    with pytest.raises(NonFiniteGradientError, match=r"gradient norm is inf, first in 'layer.weight'.*attempt 2, rank 0"):
+        run()
+
+    assert weight.item() == -1.0
+    assert weight.grad is None
+    assert optimizer.clocks["step"] == 1
+
+
+def test_too_many_skips_in_a_row_stop_the_run_with_a_report():
+    _, optimizer, run = make([2.0, *[math.nan] * 5], clip=ice.clip_norm(9.0), max_consecutive_skips=3)
+
+    with pytest.raises(NonFiniteGradientError, match="3 steps in a row were skipped, last finite norm 2: gradient norm is nan"):
+        run()
+
+    assert optimizer.clocks["skipped"] == 3
+
+
+def test_skips_that_are_not_in_a_row_do_not_stop_the_run():
+    _, optimizer, run = make([math.nan, 1.0] * 4, clip=ice.clip_norm(9.0), max_consecutive_skips=2)
+    run()
+
+    assert optimizer.clocks["skipped"] == 4
+
+
+def test_off_steps_on_whatever_comes():
+    weight, optimizer, run = make([math.nan], nonfinite="off", clip=ice.clip_norm(1.0))
+    run()
+
+    assert math.isnan(weight.item())
+    assert optimizer.clocks["skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "policy_skips"),
+    [({}, 0), ({"clip": ice.clip_norm(1.0)}, 1), ({"nonfinite": "skip"}, 1)],
+)
+def test_without_a_policy_it_skips_where_a_norm_is_at_hand(settings, policy_skips):
+    _, optimizer, run = make([math.nan], **settings)
+    run()
+
+    assert optimizer.clocks["skipped"] == policy_skips
+
+
+def test_a_disabled_scaler_is_none():
+    weight, optimizer, run = make([2.0], grad_scaler=torch.amp.GradScaler("cpu", enabled=False))
+    run()
+
+    assert weight.item() == -2.0
+    assert optimizer.record.loss_scale is None
+
+
+def test_an_exception_in_a_handler_leaves_the_scaler_usable():
+    weight, optimizer, run = make([1.0, 1.0], grad_scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+    failing = optimizer.hooks.add(optimizer.event("GRADIENTS_READY"), lambda: 1 / 0, name="failing")
+    with pytest.raises(ZeroDivisionError):
+        run()
+    failing.remove()
+    optimizer.engine._internal_run_generator = None  # Ignite: the run after an exception would do nothing
+    optimizer.engine.state.iteration = optimizer.engine.state.epoch = 0
+    run()
+
+    assert weight.item() == -1.0 - 1.5
+
+
+def test_update_takes_the_scaler_that_the_caller_scaled_with():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for slope in (1.0, 3.0):
+        scaler.scale(weight * slope).backward()
+        optimizer.update(scaler, 2, current_epoch=1, epoch_steps=1, global_steps=1, epoch_size=10)
+
+    assert weight.item() == -2.0
+
+
+def test_update_refuses_a_scaler_that_backward_did_not_scale_with():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0))
+    optimizer.backward(weight * 1.0)
+
+    with pytest.raises(ArgumentValueError, match=r"Optimizer\(..., grad_scaler=scaler\)"):
+        optimizer.update(torch.amp.GradScaler("cpu"))
+
+
+def test_update_refuses_a_second_scaler():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), grad_scaler=torch.amp.GradScaler("cpu"))
+    optimizer.backward(weight * 1.0)
+
+    with pytest.raises(ArgumentValueError, match="another GradScaler"):
+        optimizer.update(torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"nonfinite": "ignore"}, ArgumentValueError, "nonfinite must be one of None, 'skip', 'raise', 'off'; got 'ignore'"),
+        ({"max_consecutive_skips": 0}, ArgumentValueError, "max_consecutive_skips must be at least 1, got 0"),
+        ({"max_consecutive_skips": 2.0}, ArgumentTypeError, "max_consecutive_skips must be an int"),
+        ({"grad_scaler": True}, ArgumentTypeError, "torch.amp.GradScaler or None, got bool"),
+        ({"grad_scaler": torch.amp.GradScaler("cpu"), "nonfinite": "off"}, ArgumentValueError, "overflowed gradients"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        make([], **settings)
+
+
+def test_bf16_autocast_trains_with_a_scaler():
+    model = torch.nn.Linear(4, 1)
+    optimizer = ice.Optimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), grad_scaler=torch.amp.GradScaler("cpu", init_scale=64.0)
+    )
+    trainer = ice.create_trainer(model, optimizer, torch.nn.functional.mse_loss, autocast=torch.bfloat16)
+    x = torch.randn(64, 4)
+    y = x @ torch.tensor([[1.0], [-1.0], [0.5], [2.0]])
+    losses = []
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: losses.append(engine.state.output))
+    trainer.run([(x, y)] * 10, max_epochs=5)
+
+    assert losses[-1] < 0.05 * losses[0]
