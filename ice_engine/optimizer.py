@@ -636,6 +636,10 @@ class Optimizer(OptimizerFacade):
         kept.pop("_opt_called", None)
         return {**kept, "_engine": None, "_parameter_names": {}, "_last_record": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._discard("copying")  # torch copies and pickles parameters without their gradients
+
     def __repr__(self) -> str:
         parts = [f"name={self._name!r}", f"accumulation_steps={self._window.size}"]
         parts += [f"clip={self._clip!r}"] if self._clip is not None else []

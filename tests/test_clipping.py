@@ -80,9 +80,7 @@ def test_any_function_of_the_parameters_may_clip():
 
 def test_a_clip_that_returns_nothing_is_refused():
     weight = torch.nn.Parameter(torch.zeros(()))
-    optimizer = ice.Optimizer(
-        torch.optim.SGD([weight], lr=1.0), clip=lambda p: torch.nn.utils.clip_grad_value_(p, 1.0)
-    )
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), clip=lambda p: torch.nn.utils.clip_grad_value_(p, 1.0))
     optimizer.backward(weight * 4.0)
 
     with pytest.raises(ArgumentTypeError, match="clip returned NoneType; wanted the norm before clipping"):

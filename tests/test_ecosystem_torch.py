@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -351,6 +352,27 @@ def test_a_copied_scheduler_drives_the_copied_optimizer(duplicate: Callable[[Any
     assert_same(model, bare_model)
 
 
+@pytest.mark.parametrize("leaf", [nn.Parameter, lambda data: data.requires_grad_()], ids=["parameter", "leaf tensor"])
+@pytest.mark.parametrize("duplicate", [copied, pickled])
+def test_a_copy_made_inside_a_window_says_so_and_starts_its_own(
+    duplicate: Callable[[Any], Any], leaf: Callable[..., torch.Tensor]
+) -> None:
+    p = leaf(torch.ones(2))
+    optimizer = ice.Optimizer(optim.SGD([p], lr=0.5), accumulation_steps=2)
+    optimizer.backward(p.sum())
+    optimizer.update()
+    with pytest.warns(ice.IceEngineWarning, match="dropped the 1 micro-batches of a window that copying left open"):
+        other_p, other = duplicate((p, optimizer))
+    for q, opt, stepped in ((p, optimizer, [True, False]), (other_p, other, [False, True])):
+        seen = []
+        for _ in range(2):
+            opt.backward(3 * q.sum())
+            seen.append(opt.update())
+        assert seen == stepped
+    assert p.tolist() == [1 - 0.5 * (1 + 3) / 2] * 2
+    assert other_p.tolist() == [1 - 0.5 * (3 + 3) / 2] * 2
+
+
 def test_a_copy_leaves_the_hooks_of_every_other_instance_alone() -> None:
     model = make_model()
     optimizer, calls = ice.Optimizer(SGD(model.parameters())), []
@@ -576,6 +598,17 @@ def test_a_compiled_model_trains_to_the_same_bits() -> None:
     compiled = torch.compile(model, backend="eager")
     train(bare_model, bare)
     train(compiled, optimizer)
+    assert_same(model, bare_model)
+    assert optimizer.clocks["step"] == 6
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_model_compiled_by_inductor_trains_the_same() -> None:
+    bare_model, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    model.load_state_dict(bare_model.state_dict())
+    bare, optimizer = SGD(bare_model.parameters()), ice.Optimizer(SGD(model.parameters()))
+    train(torch.compile(bare_model), bare)
+    train(torch.compile(model), optimizer)
     assert_same(model, bare_model)
     assert optimizer.clocks["step"] == 6
 

@@ -24,7 +24,9 @@ def make_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).to(dtype)
 
 
-def make_batches(count: int, size: int = 3, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def make_batches(
+    count: int, size: int = 3, dtype: torch.dtype = torch.float32
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(2)
     shapes = [(size, 4), (size, 1)]
     return [tuple(torch.randn(s, generator=generator, dtype=dtype) for s in shapes) for _ in range(count)]

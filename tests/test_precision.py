@@ -32,7 +32,14 @@ def test_nothing_moves_on_a_skipped_step():
     def note(kind):
         def handler(engine):
             state = optimizer.state[weight].get("momentum_buffer")
-            seen.append((kind, engine.state.optimizer_step, optimizer.param_groups[0]["lr"], None if state is None else state.item()))
+            seen.append(
+                (
+                    kind,
+                    engine.state.optimizer_step,
+                    optimizer.param_groups[0]["lr"],
+                    None if state is None else state.item(),
+                )
+            )
 
         return handler
 
@@ -110,7 +117,9 @@ def test_the_skip_event_says_which_parameter_and_micro_batch_were_not_finite():
     )
     run()
 
-    assert reasons == ["gradient norm is nan, first in 'layer.weight', shape (); the loss of micro-batch 2 was not finite"]
+    assert reasons == [
+        "gradient norm is nan, first in 'layer.weight', shape (); the loss of micro-batch 2 was not finite"
+    ]
 
 
 def test_the_first_bad_parameter_is_named_even_though_clipping_saw_it():
@@ -125,7 +134,9 @@ def test_the_first_bad_parameter_is_named_even_though_clipping_saw_it():
 def test_raise_stops_at_the_first_and_leaves_everything_as_it_was():
     weight, optimizer, run = make([1.0, math.inf], nonfinite="raise")
 
-    with pytest.raises(NonFiniteGradientError, match=r"gradient norm is inf, first in 'layer.weight'.*attempt 2, rank 0"):
+    with pytest.raises(
+        NonFiniteGradientError, match=r"gradient norm is inf, first in 'layer.weight'.*attempt 2, rank 0"
+    ):
         run()
 
     assert weight.item() == -1.0
@@ -136,7 +147,9 @@ def test_raise_stops_at_the_first_and_leaves_everything_as_it_was():
 def test_too_many_skips_in_a_row_stop_the_run_with_a_report():
     _, optimizer, run = make([2.0, *[math.nan] * 5], clip=ice.clip_norm(9.0), max_consecutive_skips=3)
 
-    with pytest.raises(NonFiniteGradientError, match="3 steps in a row were skipped, last finite norm 2: gradient norm is nan"):
+    with pytest.raises(
+        NonFiniteGradientError, match="3 steps in a row were skipped, last finite norm 2: gradient norm is nan"
+    ):
         run()
 
     assert optimizer.clocks["skipped"] == 3
@@ -221,7 +234,11 @@ def test_update_refuses_a_second_scaler():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"nonfinite": "ignore"}, ArgumentValueError, "nonfinite must be one of None, 'skip', 'raise', 'off'; got 'ignore'"),
+        (
+            {"nonfinite": "ignore"},
+            ArgumentValueError,
+            "nonfinite must be one of None, 'skip', 'raise', 'off'; got 'ignore'",
+        ),
         ({"max_consecutive_skips": 0}, ArgumentValueError, "max_consecutive_skips must be at least 1, got 0"),
         ({"max_consecutive_skips": 2.0}, ArgumentTypeError, "max_consecutive_skips must be an int"),
         ({"grad_scaler": True}, ArgumentTypeError, "torch.amp.GradScaler or None, got bool"),

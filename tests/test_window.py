@@ -45,7 +45,9 @@ def test_drop_leaves_the_tail_out_and_says_how_much(caplog):
         applied, _ = run([1.0, 2.0, 3.0], 2, epochs=2, tail="drop")
 
     assert applied == [1.5, 1.5]
-    assert [r.getMessage() for r in caplog.records] == ["optimizer 'optimizer': dropped 1 micro-batches at the epoch's end"] * 2
+    assert [r.getMessage() for r in caplog.records] == [
+        "optimizer 'optimizer': dropped 1 micro-batches at the epoch's end"
+    ] * 2
 
 
 def test_unknown_epoch_length_flushes_at_the_epochs_end():

@@ -1,0 +1,667 @@
+"""The optimizer itself: what it refuses, how it attaches, and what it saves."""
+
+import copy
+import functools
+import io
+import math
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+import ice_engine as ice
+from ice_engine.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    AttachError,
+    BackwardError,
+    ClosureError,
+    HookError,
+    NoGradientsError,
+    NotConsolidatedError,
+    StateDictError,
+)
+
+
+def parameter(value=0.0):
+    return torch.nn.Parameter(torch.tensor(value))
+
+
+def sgd(*parameters, **settings):
+    return ice.Optimizer(torch.optim.SGD(parameters or [parameter()], lr=1.0, momentum=0.5), **settings)
+
+
+def trainer_of(optimizer, loss):
+    return Engine(lambda engine, batch: optimizer.backward(loss(batch)))
+
+
+# -- made ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        lambda m: m.parameters(),
+        lambda m: m.named_parameters(),
+        lambda m: [{"params": [m.weight], "lr": 0.5}, {"params": [m.bias]}],
+    ],
+)
+def test_a_factory_takes_parameters_pairs_or_groups(params):
+    model = torch.nn.Linear(2, 1)
+
+    optimizer = ice.Optimizer(functools.partial(torch.optim.AdamW, lr=0.1), params(model))
+
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert isinstance(optimizer.inner, torch.optim.AdamW)
+    assert optimizer.param_groups is optimizer.inner.param_groups
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ice.Optimizer("adam"), ArgumentTypeError, "a torch.optim.Optimizer or a factory of one, got str"),
+        (
+            lambda: ice.Optimizer(torch.optim.Adam),
+            ArgumentValueError,
+            r"needs params: Optimizer\(factory, model.parameters",
+        ),
+        (lambda: ice.Optimizer(lambda p: 3, [parameter()]), ArgumentTypeError, "returned int; it must return a torch"),
+        (lambda: ice.Optimizer(torch.optim.Adam([parameter()]), [parameter()]), ArgumentValueError, "Leave params out"),
+        (lambda: ice.Optimizer(sgd()), ArgumentTypeError, "wrapped already"),
+        (lambda: sgd(accumulation_steps=0), ArgumentValueError, "accumulation_steps must be at least 1, got 0"),
+        (lambda: sgd(accumulation_steps=-2), ArgumentValueError, "at least 1, got -2"),
+        (
+            lambda: sgd(accumulation_steps=2.0),
+            ArgumentTypeError,
+            r"accumulation_steps must be an int, got 2.0 \(float\)",
+        ),
+        (lambda: sgd(accumulation_steps=True), ArgumentTypeError, "got True"),
+        (lambda: sgd(tail="keep"), ArgumentValueError, "tail must be one of 'step', 'carry', 'drop'; got 'keep'"),
+        (lambda: sgd(loss_reduction="max"), ArgumentValueError, "loss_reduction must be one of"),
+        (
+            lambda: sgd(clip=1.0),
+            ArgumentTypeError,
+            r"clip must be callable, got 1.0; such as clip=ice.clip_norm\(1.0\)",
+        ),
+        (lambda: sgd(processors=lambda d: d), ArgumentTypeError, r"processors must be a list"),
+        (lambda: sgd(processors=[None]), ArgumentTypeError, r"processors\[0\] must be callable, got None"),
+        (lambda: sgd(name="my opt"), ArgumentValueError, "name must be an identifier, got 'my opt'"),
+        (lambda: sgd(name=3), ArgumentTypeError, "name must be a string, got 3"),
+        (lambda: sgd(sharding="zero3"), ArgumentValueError, "sharding must be one of None, 'zero1'; got 'zero3'"),
+        (lambda: sgd(sharding="zero1"), ArgumentValueError, "needs a factory"),
+    ],
+)
+def test_what_cannot_be_is_refused_when_it_is_made(make, error, message):
+    with pytest.raises(error, match=message) as caught:
+        make()
+
+    assert isinstance(caught.value, ice.IceEngineError)
+
+
+def test_zero1_in_one_process_is_the_plain_optimizer():
+    weight = parameter()
+    optimizer = ice.Optimizer(functools.partial(torch.optim.SGD, lr=1.0), [weight], sharding="zero1")
+    optimizer.backward(weight * 2.0)
+
+    assert optimizer.update()
+    assert type(optimizer.inner) is torch.optim.SGD
+    assert weight.item() == -2.0
+
+
+def test_a_processor_of_a_key_that_no_group_has_is_refused_when_it_is_made():
+    with pytest.raises(
+        ice.IceEngineError, match=r"'cosine' writes 'momemtum', which param group 0 .* lacks; it has: lr"
+    ):
+        sgd(processors=[ice.schedules.cosine(total=3, dst="momemtum")])
+
+
+# -- attached -----------------------------------------------------------------------------------------------
+
+
+def test_it_attaches_once():
+    optimizer = sgd()
+    engine = Engine(lambda e, b: None)
+
+    assert optimizer.attach(engine) is optimizer
+    with pytest.raises(AttachError, match=r"attached to this engine already; call optimizer.detach\(\) first"):
+        optimizer.attach(engine)
+    with pytest.raises(AttachError, match="attached to another engine already"):
+        optimizer.attach(Engine(lambda e, b: None))
+
+
+@pytest.mark.parametrize("name", ["optimizer", "OPTIMIZER"])
+def test_two_optimizers_of_one_name_do_not_attach(name):
+    engine = Engine(lambda e, b: None)
+    sgd().attach(engine)
+
+    with pytest.raises(AttachError, match=r"named 'optimizer' is attached.*name='generator'"):
+        sgd(name=name).attach(engine)
+
+    assert len(engine._ice_optimizers) == 1
+
+
+def test_a_parameter_in_two_optimizers_does_not_attach():
+    engine, shared = Engine(lambda e, b: None), parameter()
+    sgd(shared).attach(engine)
+
+    with pytest.raises(AttachError, match=r"share 1 parameters \('param_groups.0.params.0'...\)"):
+        sgd(parameter(), shared, name="other").attach(engine)
+
+
+def test_a_shared_grad_scaler_does_not_attach():
+    engine, scaler = Engine(lambda e, b: None), torch.amp.GradScaler("cpu")
+    sgd(grad_scaler=scaler).attach(engine)
+
+    with pytest.raises(AttachError, match="share a GradScaler"):
+        sgd(name="other", grad_scaler=scaler).attach(engine)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("engine",), "engine must be an ignite.engine.Engine, got str"),
+        ((None, "model"), "model must be a torch.nn.Module"),
+    ],
+)
+def test_it_attaches_to_engines_only(arguments, message):
+    engine, *model = arguments
+    with pytest.raises(ArgumentTypeError, match=message):
+        sgd().attach(engine or Engine(lambda e, b: None), *model)
+
+
+def test_detached_it_leaves_nothing_and_can_attach_again():
+    weight = parameter()
+    optimizer = sgd(weight)
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    optimizer.detach()
+
+    assert not any(engine._event_handlers.values())
+    assert optimizer.engine is None
+    with pytest.raises(AttachError, match=r"call optimizer.attach\(engine\) first"):
+        _ = optimizer.hooks
+    with pytest.raises(AttachError):
+        optimizer.detach()
+    optimizer.attach(engine)
+    engine.run([1.0])
+    assert weight.item() == -1.0
+
+
+def test_detach_inside_a_window_drops_it_with_a_warning():
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=4)
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: optimizer.detach())
+
+    with pytest.warns(ice.IceEngineWarning, match=r"dropped the 2 micro-batches of a window that detach\(\) left open"):
+        engine.run([1.0, 1.0])
+
+    assert weight.grad is None
+
+
+def test_each_optimizer_of_an_engine_has_its_own_window_events_and_clocks():
+    a, b = parameter(), parameter()
+    first, second = sgd(a, name="first", accumulation_steps=2), sgd(b, name="second", accumulation_steps=3)
+
+    def train_step(engine, slope):
+        first.backward(a * slope)
+        second.backward(b * slope)
+
+    engine = Engine(train_step)
+    first.attach(engine)
+    second.attach(engine)
+    fired = []
+    engine.add_event_handler(first.events.FIRST_STEP_COMPLETED, lambda e: fired.append(("first", e.state.first_step)))
+    engine.add_event_handler(
+        ice.optimizer_events("second").SECOND_STEP_COMPLETED(every=2),
+        lambda e: fired.append(("second", e.state.second_step)),
+    )
+    engine.run([1.0] * 6)
+
+    assert fired == [("first", 1), ("first", 2), ("first", 3), ("second", 2)]
+    assert (engine.state.first_attempt, engine.state.second_attempt) == (3, 2)
+
+
+def test_a_generators_loss_leaves_no_gradient_in_the_discriminator():
+    generator_weight, discriminator_weight = parameter(1.0), parameter(1.0)
+    generator = sgd(generator_weight, name="generator")
+    discriminator = sgd(discriminator_weight, name="discriminator")
+
+    def train_step(engine, batch):
+        fake = generator_weight * 3.0
+        discriminator.backward(discriminator_weight * fake.detach())
+        generator.backward(-discriminator_weight * fake)
+
+    engine = Engine(train_step)
+    generator.attach(engine)
+    discriminator.attach(engine)
+    engine.run([0])
+
+    assert discriminator_weight.item() == 1.0 - 3.0
+    assert generator_weight.item() == 1.0 + 3.0
+
+
+# -- backward -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (
+            lambda w: 3.0,
+            ArgumentTypeError,
+            r"loss must be a tensor, got float; pass the loss itself, not loss.item\(\)",
+        ),
+        (lambda w: w * torch.ones(2), BackwardError, r"scalar, got shape \(2,\); reduce it first: loss.mean\(\)"),
+        (lambda w: (w * 2).detach(), BackwardError, "requires no grad"),
+    ],
+)
+def test_losses_that_cannot_be_differentiated_are_refused(loss, error, message):
+    weight = parameter()
+
+    with pytest.raises(error, match=message):
+        sgd(weight).backward(loss(weight))
+
+
+@pytest.mark.parametrize("when", ["before", "after", "after an exception"])
+def test_backward_outside_the_attached_run_is_refused(when):
+    weight = parameter()
+    optimizer = sgd(weight)
+    engine = trainer_of(optimizer, lambda slope: weight / slope if slope else 1 / 0)
+    optimizer.attach(engine)
+    if when == "after":
+        engine.run([1.0])
+    if when == "after an exception":
+        with pytest.raises(ZeroDivisionError):
+            engine.run([1.0, 0.0])
+
+    with pytest.raises(BackwardError, match="attached to an engine that is not running"):
+        optimizer.backward(weight * 1.0)
+
+
+def test_plain_loss_backward_in_an_attached_run_is_found():
+    weight = parameter()
+    optimizer = sgd(weight)
+    engine = Engine(lambda e, b: (weight * 1.0).backward())
+    optimizer.attach(engine)
+
+    with pytest.raises(BackwardError, match=r"call optimizer.backward\(loss\) instead of loss.backward\(\)"):
+        engine.run([0])
+
+
+def test_gradients_from_before_the_run_do_not_enter_it():
+    weight = parameter()
+    optimizer = sgd(weight)
+    (weight * 100.0).backward()
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    engine.run([1.0])
+
+    assert weight.item() == -1.0
+
+
+def test_a_window_without_any_gradient_is_an_error():
+    mine, other = parameter(), parameter()
+    optimizer = sgd(mine)
+    optimizer.backward(other * 1.0)
+
+    with pytest.raises(
+        NoGradientsError, match="no parameter of optimizer 'optimizer' has a gradient after 1 micro-batches"
+    ):
+        optimizer.update()
+
+
+def test_step_always_steps_and_counts_nothing():
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=4)
+    weight.grad = torch.tensor(1.0)
+    optimizer.step()
+
+    assert weight.item() == -1.0
+    assert optimizer.clocks["step"] == 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"accumulation_steps": 2}, {"grad_scaler": torch.amp.GradScaler("cpu")}, {"clip": ice.clip_norm(1.0)}]
+)
+def test_lbfgs_does_not_go_with_windows(settings):
+    with pytest.raises(ClosureError, match=r"LBFGS evaluates the loss in a closure.*optimizer.step\(closure\)"):
+        ice.Optimizer(torch.optim.LBFGS([parameter()]), **settings)
+
+
+def test_lbfgs_does_not_go_with_backward_and_update():
+    weight = parameter()
+    optimizer = ice.Optimizer(torch.optim.LBFGS([weight]))
+
+    with pytest.raises(ClosureError, match=r"call optimizer.step\(closure\)"):
+        optimizer.backward(weight * 1.0)
+    with pytest.raises(ClosureError):
+        optimizer.update()
+
+
+# -- processors ---------------------------------------------------------------------------------------------
+
+
+def stepped(*processors, groups=None, **settings):
+    weight = parameter()
+    groups = groups or [{"params": [weight]}]
+    optimizer = ice.Optimizer(torch.optim.AdamW(groups, lr=0.5), processors=list(processors), **settings)
+    optimizer.backward(sum(p for group in optimizer.param_groups for p in group["params"]))
+    optimizer.update()
+    return optimizer
+
+
+def test_processors_run_in_order_once_per_step_and_group():
+    calls = []
+
+    def note(group):
+        calls.append((group["step"], group["group_index"], group["group_name"], group["lr"]))
+        group["lr"] *= 2
+        return group
+
+    groups = [{"params": [parameter()], "name": "body"}, {"params": [parameter()], "lr": 0.1}]
+    optimizer = stepped(note, note, groups=groups)
+
+    assert calls == [(0, 0, "body", 0.5), (0, 0, "body", 1.0), (0, 1, "group_1", 0.1), (0, 1, "group_1", 0.2)]
+    assert [group["lr"] for group in optimizer.param_groups] == [2.0, 0.4]
+    assert optimizer.record.values == {"body": {"lr": 2.0}, "group_1": {"lr": 0.4}}
+
+
+def test_a_pure_processor_may_return_a_dict_of_its_own():
+    assert stepped(lambda group: {**group, "weight_decay": 0.25}).param_groups[0]["weight_decay"] == 0.25
+    assert stepped(lambda group: {"lr": 0.25}).param_groups[0]["lr"] == 0.25
+
+
+def test_one_element_of_a_tuple_can_be_scheduled():
+    optimizer = stepped(ice.schedules.constant(0.5, dst="betas.0"))
+
+    assert optimizer.param_groups[0]["betas"] == (0.45, 0.999)
+    assert optimizer.record.values["group_0"]["betas"] == (0.45, 0.999)
+
+
+def test_tensor_lr_is_written_in_place():
+    lr = torch.tensor(0.5)
+    optimizer = ice.Optimizer(
+        torch.optim.AdamW([parameter()], lr=lr, foreach=False), processors=[ice.schedules.constant(0.5)]
+    )
+    optimizer.backward(optimizer.param_groups[0]["params"][0] * 1.0)
+    optimizer.update()
+
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr.item() == 0.25
+
+
+def test_numpy_numbers_become_plain_so_that_the_checkpoint_loads():
+    numpy = pytest.importorskip("numpy")
+    optimizer = stepped(lambda group: {"lr": numpy.float64(0.25)})
+
+    assert type(optimizer.param_groups[0]["lr"]) is float
+
+
+def test_the_context_has_our_names_and_ice_learns():
+    seen = {}
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=2, processors=[lambda group: seen.update(group) or group])
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    engine.run([1.0, 1.0, 1.0], max_epochs=2)
+
+    assert {key: seen[key] for key in ("step", "attempt", "iteration", "epoch", "epoch_length", "max_epochs", "total_steps")} == {
+        "step": 3, "attempt": 4, "iteration": 6, "epoch": 2, "epoch_length": 3, "max_epochs": 2, "total_steps": 4,
+    }  # fmt: skip
+    assert {key: seen[key] for key in ("current_epoch", "epoch_steps", "global_steps", "epoch_size")} == {
+        "current_epoch": 2, "epoch_steps": 3, "global_steps": 6, "epoch_size": 3,
+    }  # fmt: skip
+    assert seen["optimizer"] is seen["n"] is seen["module_node"] is optimizer
+    assert seen["engine"] is engine
+    assert seen["x"] is seen["param_group"]
+    assert seen["x"]["lr"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("k", "tail", "run", "total"),
+    [
+        (4, "step", {"max_epochs": 3}, 9),
+        (4, "drop", {"max_epochs": 3}, 6),
+        (4, "carry", {"max_epochs": 3}, 8),
+        (4, "step", {"max_iters": 13}, 4),
+        (3, "drop", {"max_iters": 14}, 4),
+        (4, "carry", {"max_iters": 13}, 4),
+    ],
+)
+def test_total_steps_is_the_number_of_steps_the_run_takes(k, tail, run, total):
+    totals, weight = set(), parameter()
+    optimizer = sgd(weight, accumulation_steps=k, tail=tail, processors=[lambda g: totals.add(g["total_steps"]) or g])
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    engine.run([1.0] * 10, **run)
+
+    assert totals == {total}
+    assert optimizer.clocks["step"] == total
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (lambda g: None, "processor '<lambda>' returned NoneType for param group 0 .*add `return group`"),
+        (ice.dictprocess(lambda lr: lr * 2), "returned float for param group 0"),
+        (lambda g: {"learning_rate": 1.0}, "'learning_rate' is not an entry of param group 0"),
+        (lambda g: {"weight_dcay": 1.0}, "did you mean 'weight_decay'"),
+        (lambda g: {"step": 3}, "'step' is read-only; writable are: lr"),
+        (lambda g: {"params": []}, "'params' is read-only"),
+        (
+            lambda g: {"lr": math.nan},
+            r"'lr' of param group 0 .* would become nan \(float\); it must be a finite number",
+        ),
+        (lambda g: {"lr": None}, r"would become None \(NoneType\)"),
+        (lambda g: {"lr": 1j}, r"would become 1j \(complex\)"),
+        (lambda g: {"betas": (0.9, math.inf)}, r"'betas.1' of param group 0 .* would become inf"),
+        (lambda g: g.pop("lr") and g, "'lr' cannot be deleted"),
+    ],
+)
+def test_what_a_processor_must_not_do_is_an_error_and_changes_no_group(processor, message):
+    first, second = parameter(), parameter()
+    fail_in_second = lambda g: processor(g) if g["group_index"] == 0 else g  # noqa: E731
+    inner = torch.optim.AdamW([{"params": [second], "lr": 0.1}, {"params": [first]}], lr=0.5)
+    before = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in inner.param_groups])
+    optimizer = ice.Optimizer(inner, processors=[lambda g: {"lr": 0.7}, fail_in_second])
+    optimizer.backward(first + second)
+
+    with pytest.raises(ice.IceEngineError, match=message):
+        optimizer.update()
+
+    after = [{k: v for k, v in g.items() if k not in ("params", "initial_lr")} for g in inner.param_groups]
+    assert after == before
+    assert optimizer.clocks["step"] == 0
+    assert (first.item(), second.item()) == (0.0, 0.0)
+
+
+def test_a_schedule_of_the_whole_run_without_its_length_says_what_to_pass():
+    weight = parameter()
+    optimizer = sgd(weight, processors=[ice.schedules.cosine()])
+    optimizer.backward(weight * 1.0)
+
+    with pytest.raises(ice.IceEngineError, match="total="):
+        optimizer.update()
+
+
+def test_an_added_group_is_processed_too():
+    first, second = parameter(), parameter()
+    optimizer = sgd(first, processors=[ice.schedules.constant(0.5)])
+    optimizer.add_param_group({"params": [second], "lr": 0.2})
+    optimizer.backward(first + second)
+    optimizer.update()
+
+    assert second.item() == pytest.approx(-0.1)
+
+
+# -- saved --------------------------------------------------------------------------------------------------
+
+
+def train(optimizer, weight, slopes):
+    for slope in slopes:
+        optimizer.backward(weight * slope)
+        optimizer.update()
+
+
+def make(k=1):
+    weight = parameter()
+    optimizer = ice.Optimizer(
+        torch.optim.AdamW([("w", weight)], lr=0.1),
+        accumulation_steps=k,
+        grad_scaler=torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2),
+        processors=[ice.schedules.cosine(total=10)],
+    )
+    return weight, optimizer
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_a_loaded_optimizer_goes_on_bit_for_bit():
+    slopes = [1.0, 2.0, math.inf, 4.0, 5.0, 6.0]
+    whole_weight, whole = make()
+    train(whole, whole_weight, slopes)
+
+    weight, first = make()
+    train(first, weight, slopes[:4])
+    resumed_weight, resumed = make()
+    resumed_weight.data.copy_(weight.data)
+    resumed.load_state_dict(through_a_file(first.state_dict()))
+    train(resumed, resumed_weight, slopes[4:])
+
+    assert torch.equal(whole_weight, resumed_weight)
+    assert resumed.clocks == whole.clocks
+    assert resumed.grad_scaler.state_dict() == whole.grad_scaler.state_dict()
+    assert resumed.param_groups[0]["lr"] == whole.param_groups[0]["lr"]
+
+
+def test_the_state_dict_is_torchs_own_with_names_and_one_key_more():
+    weight, optimizer = make()
+    train(optimizer, weight, [1.0])
+
+    state = optimizer.state_dict(rank=0)
+    plain = optimizer.inner.state_dict()
+
+    assert set(state) == {"state", "param_groups", "ice_engine"}
+    assert state["state"] == plain["state"]
+    assert state["param_groups"] == plain["param_groups"]
+    assert state["param_groups"][0]["param_names"] == ["w"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_names_come_from_the_parameters_the_model_or_their_place(named):
+    model = torch.nn.Linear(2, 1)
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    if named:
+        optimizer.attach(Engine(lambda e, b: None), model=model)
+
+    names = optimizer.state_dict()["param_groups"][0]["param_names"]
+
+    assert names == (["weight", "bias"] if named else ["param_groups.0.params.0", "param_groups.0.params.1"])
+    assert "param_names" not in optimizer.param_groups[0]
+
+
+def test_a_plain_torch_optimizer_and_ours_load_each_others_state():
+    weight, optimizer = make()
+    train(optimizer, weight, [1.0, 2.0])
+    plain = torch.optim.AdamW([parameter()], lr=9.0)
+
+    plain.load_state_dict(through_a_file(optimizer.state_dict()))
+    other_weight, other = make()
+    other.load_state_dict(plain.state_dict())
+
+    assert torch.equal(other.state[other_weight]["exp_avg"], optimizer.state[weight]["exp_avg"])
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert other.param_groups[0]["initial_lr"] == 0.1
+    assert other.clocks["step"] == 0
+
+
+def test_loading_keeps_nothing_of_its_argument():
+    weight, optimizer = make()
+    train(optimizer, weight, [1.0])
+    state = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(state)
+    other_weight, other = make()
+    other.load_state_dict(state)
+    train(other, other_weight, [3.0, 4.0])
+
+    assert torch.equal(state["state"][0]["exp_avg"], kept["state"][0]["exp_avg"])
+    assert state["param_groups"] == kept["param_groups"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s: s.pop("state"), StateDictError, "not an optimizer's state dict: state missing; it has param_groups"),
+        (
+            lambda s: s["param_groups"][0]["params"].append(1),
+            StateDictError,
+            r"have \[2\] parameters, the optimizer's \[1\]",
+        ),
+        (lambda s: s["ice_engine"].update(version=99), StateDictError, "of version 99, this ice_engine reads 1"),
+        (lambda s: s.update(ice_engine={"consolidated_on": 3}), NotConsolidatedError, "the whole state is on rank 3"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, error, message):
+    weight, optimizer = make()
+    train(optimizer, weight, [1.0])
+    before = copy.deepcopy(optimizer.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["exp_avg"].fill_(9.0) if "state" in state else None
+    change(state)
+
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(state)
+
+    assert optimizer.state_dict()["ice_engine"] == before["ice_engine"]
+    assert torch.equal(optimizer.state[weight]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+@pytest.mark.parametrize("rank", [1, -1, "0", True])
+def test_only_ranks_that_exist_can_be_asked_for_the_state(rank):
+    with pytest.raises(ArgumentValueError, match="rank must be an integer from 0 to 0"):
+        sgd().state_dict(rank)
+
+
+def test_a_state_saved_inside_a_window_says_what_it_lacks():
+    weight, optimizer = make(k=4)
+    train(optimizer, weight, [1.0, 2.0])
+    state = copy.deepcopy(optimizer.state_dict())
+    _, other = make(k=4)
+
+    with pytest.warns(ice.IceEngineWarning, match="saved inside a window; its 2 micro-batches are not in it"):
+        other.load_state_dict(state)
+
+
+def test_clocks_that_were_loaded_survive_the_start_of_a_run():
+    weight, optimizer = make()
+    train(optimizer, weight, [1.0, 2.0, 3.0])
+    other_weight, other = make()
+    other.load_state_dict(optimizer.state_dict())
+    engine = trainer_of(other, lambda slope: other_weight * slope)
+    other.attach(engine)
+    engine.run([1.0])
+
+    assert engine.state.optimizer_step == 4
+
+
+def test_it_prints_what_it_does():
+    text = repr(sgd(accumulation_steps=4, clip=ice.clip_norm(1.0), processors=[ice.schedules.cosine(total=9)]))
+
+    assert text.startswith(
+        "Optimizer(name='optimizer', accumulation_steps=4, clip=clip_norm(1, norm_type=2), processors=[cosine(total=9)]) of SGD"
+    )
+
+
+def test_hook_names_of_the_optimizer_are_taken():
+    optimizer = sgd()
+    optimizer.attach(Engine(lambda e, b: None))
+
+    with pytest.raises(HookError, match="optimizer.started"):
+        optimizer.hooks.add(Events.STARTED, lambda: None, name="optimizer.started")
