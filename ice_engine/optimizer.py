@@ -368,6 +368,7 @@ class Optimizer(OptimizerFacade):
             NonFiniteGradientError: By the ``nonfinite`` policy.
             ProcessorError: If a processor returns or writes something impossible; no param group has changed.
         """
+        ranks.require_one_process("update()")
         size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
         self._require_window()
         self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))

@@ -1,6 +1,7 @@
 """What every test starts from: a seed, one thread, no display."""
 
 import random
+import socket
 
 import matplotlib
 import numpy as np
@@ -16,3 +17,11 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the global generator is what libraries draw from
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

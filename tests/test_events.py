@@ -116,7 +116,7 @@ def test_filters_count_steps_not_iterations(settings, expected, kind):
     engine, optimizer = parts(accumulation_steps=2)
     steps = []
     engine.add_event_handler(
-        optimizer.event(kind)(**settings), lambda engine: steps.append((engine.state.optimizer_step))
+        optimizer.event(kind)(**settings), lambda engine: steps.append(engine.state.optimizer_step)
     )
     engine.run([1.0] * 14)
     assert steps == expected
