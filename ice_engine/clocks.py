@@ -63,6 +63,7 @@ class Clocks:
             "epoch": self.epoch,
             "epoch_length": length,
             "max_epochs": self._now("max_epochs"),
+            "max_iters": self._now("max_iters"),
             "total_steps": self.total_steps(window_size, tail),
             "current_epoch": self.epoch,
             "epoch_steps": done,

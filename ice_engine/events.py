@@ -14,11 +14,12 @@
                 if finite:
                   processors: dict -> dict, per param group
                   # <OPTIMIZER_STEP_STARTED>      step n          this step will happen
-                  optimizer.step()
+                  optimizer.step(), update the loss scale
                   # <OPTIMIZER_STEP_COMPLETED>    step n          gradients are still there
                 else:
+                  update the loss scale
                   # <OPTIMIZER_STEP_SKIPPED>      skip n          engine.state.optimizer_record.skipped says why
-                update the loss scale, clear the gradients
+                clear the gradients
         a short last window closes here in the same way           # before your handlers
         EPOCH_COMPLETED
 

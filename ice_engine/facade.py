@@ -5,6 +5,7 @@ into attributes. A subclass whose attributes are *properties* of the wrapped opt
 them; copies would go stale, because ``load_state_dict`` replaces ``param_groups`` and ``state``.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,7 @@ class OptimizerFacade(torch.optim.Optimizer):
         """The wrapped optimizer."""
         return self._inner
 
-    @property
+    @functools.cached_property
     def needs_closure(self) -> bool:
         """Whether the wrapped optimizer's ``step`` cannot do without a closure, as LBFGS's."""
         closure = inspect.signature(self._inner.step).parameters.get("closure")

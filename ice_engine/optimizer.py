@@ -273,7 +273,7 @@ class Optimizer(OptimizerFacade):
     def _on_iteration_completed(self, _: Engine) -> None:
         if self._window.pending:
             self.update()
-        elif not self._window.is_open and any(p.grad is not None for p in self._parameters()):
+        elif not (self._window.is_open or self.needs_closure) and any(p.grad is not None for p in self._parameters()):
             message = (
                 f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); call "
                 "optimizer.backward(loss) instead of loss.backward(), and detach() what another optimizer's loss "
@@ -483,14 +483,21 @@ class Optimizer(OptimizerFacade):
         except BaseException:
             self._count("step", -1)
             raise
-        self._fire("STEP_COMPLETED")
+        self._end_window("STEP_COMPLETED")
         return True
 
     def _skip(self, norm: torch.Tensor | None, loss_scale: float | None, reason: str) -> bool:
         self._count("skipped")
         self._note(norm, loss_scale, reason)
-        self._fire("STEP_SKIPPED")
+        self._end_window("STEP_SKIPPED")
         return False
+
+    def _end_window(self, kind: str) -> None:
+        # Before the event, so that a checkpoint saved by its handlers is of a whole step; gradients are
+        # cleared after it, for handlers that look at them.
+        self._precision.update()
+        self._window.reset()
+        self._fire(kind)
 
     def _count(self, clock: str, by: int = 1) -> None:
         self._clocks.counts[clock] += by

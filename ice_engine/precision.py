@@ -35,6 +35,7 @@ class Precision:
         self.scaler = check_scaler(scaler)
         self.consecutive_skips = 0
         self.last_finite_norm: float | None = None
+        self._unscaled = False
         self._policy = policy
         self._has_norm = has_norm
         if policy == "off" and self.enabled:
@@ -88,14 +89,16 @@ class Precision:
     def unscale(self, optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], factor: float) -> None:
         """Divide the gradients by the loss scale and multiply them with *factor*, in place."""
         if self.scaler is not None:
+            self._unscaled = True
             self.scaler.unscale_(optimizer)
         if factor != 1.0:
             for gradient in gradients:
                 gradient.mul_(factor)
 
     def update(self) -> None:
-        """Adapt the loss scale, once per window that was unscaled."""
-        if self.scaler is not None:
+        """Adapt the loss scale, once per window that was unscaled; a second call does nothing."""
+        if self.scaler is not None and self._unscaled:
+            self._unscaled = False
             self.scaler.update()
 
     def judge(self, norm: torch.Tensor | None) -> str | None:

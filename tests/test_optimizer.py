@@ -407,16 +407,24 @@ def test_the_context_has_our_names_and_ice_learns():
     optimizer.attach(engine)
     engine.run([1.0, 1.0, 1.0], max_epochs=2)
 
-    assert {key: seen[key] for key in ("step", "attempt", "iteration", "epoch", "epoch_length", "max_epochs", "total_steps")} == {
-        "step": 3, "attempt": 4, "iteration": 6, "epoch": 2, "epoch_length": 3, "max_epochs": 2, "total_steps": 4,
-    }  # fmt: skip
-    assert {key: seen[key] for key in ("current_epoch", "epoch_steps", "global_steps", "epoch_size")} == {
-        "current_epoch": 2, "epoch_steps": 3, "global_steps": 6, "epoch_size": 3,
-    }  # fmt: skip
+    ours = {"step": 3, "attempt": 4, "iteration": 6, "epoch": 2, "epoch_length": 3, "max_epochs": 2, "total_steps": 4}
+    ice_learns = {"current_epoch": 2, "epoch_steps": 3, "global_steps": 6, "epoch_size": 3}
+    assert {key: seen[key] for key in ours} == ours
+    assert {key: seen[key] for key in ice_learns} == ice_learns
     assert seen["optimizer"] is seen["n"] is seen["module_node"] is optimizer
     assert seen["engine"] is engine
     assert seen["x"] is seen["param_group"]
     assert seen["x"]["lr"] == 1.0
+
+
+def test_a_schedule_of_iterations_lasts_as_long_as_max_iters():
+    rates, weight = [], parameter()
+    optimizer = sgd(weight, processors=[ice.schedules.linear(unit="iteration"), lambda g: rates.append(g["lr"]) or g])
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    engine.run([1.0] * 3, max_iters=4)
+
+    assert rates == [1.0, 0.75, 0.5, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -654,14 +662,13 @@ def test_clocks_that_were_loaded_survive_the_start_of_a_run():
 def test_it_prints_what_it_does():
     text = repr(sgd(accumulation_steps=4, clip=ice.clip_norm(1.0), processors=[ice.schedules.cosine(total=9)]))
 
-    assert text.startswith(
-        "Optimizer(name='optimizer', accumulation_steps=4, clip=clip_norm(1, norm_type=2), processors=[cosine(total=9)]) of SGD"
-    )
+    settings = "accumulation_steps=4, clip=clip_norm(1, norm_type=2), processors=[cosine(total=9)]"
+    assert text.startswith(f"Optimizer(name='optimizer', {settings}) of SGD")
 
 
 def test_hook_names_of_the_optimizer_are_taken():
     optimizer = sgd()
     optimizer.attach(Engine(lambda e, b: None))
 
-    with pytest.raises(HookError, match="optimizer.started"):
+    with pytest.raises(HookError, match=r"optimizer\.started"):
         optimizer.hooks.add(Events.STARTED, lambda: None, name="optimizer.started")

@@ -40,6 +40,8 @@ def run_length(mapping: Mapping[str, Any], unit: Unit, processor: str) -> int:
     Raises:
         MissingKeyError: If the run has no known end.
     """
+    if unit == "iteration" and mapping.get("max_iters") is not None:
+        return int(mapping["max_iters"])  # Engine.run(max_iters=) ends inside an epoch
     keys = _LENGTHS[unit]
     unknown = [key for key in keys if key not in mapping or mapping[key] is None]
     if unknown:

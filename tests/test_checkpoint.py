@@ -1,0 +1,469 @@
+"""Checkpoints: nothing is lost when a write fails, and a resumed run goes on as if it had never stopped."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import DiskSaver
+from ignite.handlers import global_step_from_engine
+from torch.nn.functional import mse_loss
+
+import ice_engine as ice
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, HookError
+
+DATA = [(torch.full((3, 4), i / 7), torch.full((3, 2), 1 / (i + 1))) for i in range(5)]
+
+
+class Run:
+    """A trainer, what it trains, and its checkpoint; the same at every start."""
+
+    def __init__(self, folder, **settings):
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(4, 2)
+        self.optimizer = ice.Optimizer(
+            torch.optim.AdamW(self.model.parameters(), lr=0.1),
+            accumulation_steps=2,
+            processors=[ice.schedules.cosine(total=12)],
+            clip=ice.clip_norm(1.0),
+            grad_scaler=torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2),
+        )
+        self.trainer = ice.create_trainer(self.model, self.optimizer, mse_loss)
+        self.to_save = {"model": self.model, "optimizer": self.optimizer, "trainer": self.trainer}
+        self.checkpoint = ice.Checkpoint(self.to_save, folder, **settings)
+
+    def train(self, max_epochs=2):
+        self.trainer.run(DATA, max_epochs=max_epochs)
+        return self
+
+    def everything(self):
+        return {name: thing.state_dict() for name, thing in self.to_save.items()}
+
+
+def assert_equal(first, second):
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+class Fails:
+    """State that no file can hold, from a certain save on."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def state_dict(self):
+        self.left -= 1
+        return {"value": 1.0 if self.left >= 0 else (lambda: None)}
+
+    def load_state_dict(self, state):
+        assert state == {"value": 1.0}
+
+
+# -- resuming -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_resumed_at_an_epochs_end_is_bit_equal_to_the_uninterrupted_one(tmp_path):
+    whole = Run(tmp_path / "unused").train(max_epochs=4)
+    first = Run(tmp_path / "run")
+    first.checkpoint.attach(first.trainer)
+    first.train(max_epochs=2)
+    second = Run(tmp_path / "run")
+    second.model.reset_parameters()
+    assert second.checkpoint.resume(second.trainer) == tmp_path / "run" / "checkpoint_10.pt"
+    assert_equal(second.everything(), first.everything())
+    second.train(max_epochs=4)
+    assert_equal(second.everything(), whole.everything())
+    assert second.optimizer.clocks == whole.optimizer.clocks
+    assert second.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"] != 0.1
+    assert whole.trainer.state.optimizer_step == second.trainer.state.optimizer_step == 12
+
+
+def test_a_run_killed_and_started_again_in_a_new_process_gives_the_same_file(tmp_path):
+    program = f"""
+        import sys
+        sys.path.insert(0, {os.getcwd()!r})
+        from pathlib import Path
+        from tests.test_checkpoint import Run
+
+        folder, epochs = Path(sys.argv[1]), int(sys.argv[2])
+        run = Run(folder)
+        run.checkpoint.attach(run.trainer)
+        print(run.checkpoint.resume(run.trainer))
+        run.train(max_epochs=epochs)
+    """  # noqa: PTH109 - the folder that holds `tests`
+
+    def start(folder, epochs):
+        command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / folder), str(epochs)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    assert start("parts", 1) == "None"
+    assert start("parts", 3) == str(tmp_path / "parts" / "checkpoint_5.pt")
+    whole = Run(tmp_path / "whole")
+    whole.checkpoint.attach(whole.trainer)
+    whole.train(max_epochs=3)
+    parts = torch.load(tmp_path / "parts" / "checkpoint_15.pt", weights_only=True)
+    assert_equal(parts, torch.load(tmp_path / "whole" / "checkpoint_15.pt", weights_only=True))
+    assert names(tmp_path / "parts") == ["checkpoint_15.pt"]
+
+
+def test_a_fresh_start_resumes_nothing(tmp_path):
+    run = Run(tmp_path)
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    before = run.everything()
+    assert run.checkpoint.resume(run.trainer) is None
+    assert_equal(run.everything(), before)
+
+
+def test_a_folder_that_was_removed_resumes_nothing(tmp_path):
+    run = Run(tmp_path / "run")
+    (tmp_path / "run").rmdir()
+    assert run.checkpoint.resume(run.trainer) is None
+
+
+def test_the_newest_file_is_resumed_whatever_its_number(tmp_path):
+    run = Run(tmp_path, n_saved=None)
+    run.checkpoint.attach(run.trainer)
+    run.train(max_epochs=3)
+    assert names(tmp_path) == ["checkpoint_10.pt", "checkpoint_15.pt", "checkpoint_5.pt"]
+    assert Run(tmp_path).checkpoint.resume(run.trainer) if False else True
+    again = Run(tmp_path)
+    assert again.checkpoint.resume(again.trainer).name == "checkpoint_15.pt"
+    newer = (tmp_path / "checkpoint_15.pt").stat().st_mtime + 10
+    os.utime(tmp_path / "checkpoint_5.pt", (newer, newer))
+    again = Run(tmp_path)
+    assert again.checkpoint.resume(again.trainer).name == "checkpoint_5.pt"
+    assert again.trainer.state.epoch == 1
+
+
+def test_files_of_the_same_moment_are_told_apart_by_their_numbers(tmp_path):
+    run = Run(tmp_path, n_saved=None)
+    run.checkpoint.attach(run.trainer)
+    run.train(max_epochs=3)
+    for file in tmp_path.iterdir():
+        os.utime(file, (1e9, 1e9))
+    assert run.checkpoint.resume(run.trainer).name == "checkpoint_15.pt"
+
+
+def test_a_resumed_run_keeps_as_many_files_as_it_was_told(tmp_path):
+    for epochs in (3, 5):
+        run = Run(tmp_path, n_saved=2)
+        run.checkpoint.attach(run.trainer)
+        run.checkpoint.resume(run.trainer)
+        run.train(max_epochs=epochs)
+    assert names(tmp_path) == ["checkpoint_20.pt", "checkpoint_25.pt"]
+
+
+def test_files_of_an_earlier_and_longer_run_do_not_keep_this_one_from_saving(tmp_path):
+    long = Run(tmp_path, n_saved=None)
+    long.checkpoint.attach(long.trainer)
+    long.train(max_epochs=4)
+    os.utime(tmp_path / "checkpoint_5.pt", None)
+    for file in ("checkpoint_10.pt", "checkpoint_15.pt", "checkpoint_20.pt"):
+        os.utime(tmp_path / file, (1e9, 1e9))
+    run = Run(tmp_path, n_saved=1)
+    run.checkpoint.attach(run.trainer)
+    assert run.checkpoint.resume(run.trainer).name == "checkpoint_5.pt"
+    run.train(max_epochs=3)
+    assert run.checkpoint.last_checkpoint == tmp_path / "checkpoint_15.pt"
+    assert names(tmp_path) == ["checkpoint_15.pt", "checkpoint_20.pt"]
+
+
+def test_two_checkpoints_of_one_engine_and_folder_do_not_meddle(tmp_path):
+    run = Run(tmp_path)
+    best = ice.Checkpoint(
+        run.to_save,
+        tmp_path,
+        "best",
+        score_function=lambda engine: -engine.state.output,
+        score_name="loss",
+        global_step_transform=global_step_from_engine(run.trainer),
+    )
+    run.checkpoint.attach(run.trainer)
+    best.attach(run.trainer)
+    run.train(max_epochs=2)
+    assert [hook.name for hook in run.optimizer.hooks if hook.hook in (run.checkpoint, best)] == [
+        "Checkpoint",
+        "Checkpoint#2",
+    ]
+    last, scored = names(tmp_path)[1], names(tmp_path)[0]
+    assert last == "checkpoint_10.pt"
+    assert scored.startswith("best_checkpoint_")
+    assert run.checkpoint.resume(run.trainer).name == last
+    assert best.resume(run.trainer).name == scored
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "checkpoint_10.pt"),
+        ({"filename_prefix": "a[b]*"}, "a[b]*_checkpoint_10.pt"),
+        ({"filename_pattern": "last.{ext}"}, "last.pt"),
+        ({"filename_pattern": "{name}-{global_step:06d}.{ext}"}, "checkpoint-000010.pt"),
+        ({"global_step_transform": lambda engine, _: engine.state.optimizer_step}, "checkpoint_6.pt"),
+        ({"score_function": lambda engine: engine.state.epoch / 8}, "checkpoint_0.2500.pt"),
+        (
+            {"score_function": lambda engine: -1.5 + engine.state.epoch, "score_name": "val_loss"},
+            "checkpoint_val_loss=0.5000.pt",
+        ),
+    ],
+    ids=["plain", "prefix", "constant", "padded", "by step", "score", "score name"],
+)
+def test_names_are_ignites_and_are_found_again(tmp_path, settings, expected):
+    for epochs in (2, 3):
+        run = Run(tmp_path, n_saved=1, **settings)
+        run.checkpoint.attach(run.trainer, Events.EPOCH_COMPLETED(every=2))
+        found = run.checkpoint.resume(run.trainer)
+        run.train(max_epochs=epochs)
+    assert found.name == expected
+    assert names(tmp_path) == [expected]
+    assert run.trainer.state.epoch == 3
+
+
+def test_best_scores_survive_a_resumed_run(tmp_path):
+    scores = {1: 0.9, 2: 0.5, 3: 0.7, 4: 0.6}
+    for epochs in (2, 4):
+        run = Run(tmp_path, n_saved=2, score_function=lambda engine: scores[engine.state.epoch])
+        run.checkpoint.attach(run.trainer)
+        run.checkpoint.resume(run.trainer)
+        run.train(max_epochs=epochs)
+    assert names(tmp_path) == ["checkpoint_0.7000.pt", "checkpoint_0.9000.pt"]
+
+
+def test_include_self_keeps_its_own_list(tmp_path):
+    for epochs in (1, 2):
+        run = Run(tmp_path, n_saved=1, include_self=True)
+        run.checkpoint.attach(run.trainer)
+        run.checkpoint.resume(run.trainer)
+        run.train(max_epochs=epochs)
+    assert names(tmp_path) == ["checkpoint_10.pt"]
+    assert "checkpointer" in torch.load(tmp_path / "checkpoint_10.pt", weights_only=True)
+
+
+def test_a_single_object_is_saved_and_resumed_without_its_name(tmp_path):
+    for epochs, expected in ((1, None), (2, tmp_path / "trainer_1.pt")):
+        engine = Engine(lambda engine, batch: None)
+        checkpoint = ice.Checkpoint({"trainer": engine}, tmp_path).attach(engine)
+        assert checkpoint.resume(engine) == expected
+        engine.run([1], max_epochs=epochs)
+        assert engine.state.iteration == epochs
+
+
+# -- events ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_saves_on_our_events_with_their_filters_and_numbers_by_iteration(tmp_path):
+    run = Run(tmp_path, n_saved=None)
+    event = run.optimizer.events.OPTIMIZER_STEP_COMPLETED
+    assert run.checkpoint.attach(run.trainer, event(every=2), name="every second step") is run.checkpoint
+    run.train(max_epochs=2)
+    assert names(tmp_path) == ["checkpoint_10.pt", "checkpoint_4.pt", "checkpoint_7.pt"]
+    assert "every second step" in run.optimizer.hooks
+
+
+def test_a_save_on_a_completed_step_is_resumed_without_a_loss(tmp_path):
+    run = Run(tmp_path)
+    run.checkpoint.attach(run.trainer, run.optimizer.events.OPTIMIZER_STEP_COMPLETED(every=3))
+    run.train(max_epochs=1)
+    again = Run(tmp_path)
+    again.checkpoint.resume(again.trainer)
+    assert_equal(again.everything()["model"], run.everything()["model"])
+    assert again.optimizer.clocks["step"] == 3
+
+
+def test_it_saves_after_the_validation_that_was_there_and_after_the_last_step(tmp_path):
+    run = Run(tmp_path)
+    run.checkpoint.attach(run.trainer)
+    seen = []
+    run.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: seen.append(names(tmp_path)))
+    run.optimizer.hooks.add(Events.EPOCH_COMPLETED, lambda: seen.append(names(tmp_path)), name="validate")
+    run.train(max_epochs=1)
+    assert seen == [[], []]
+    assert torch.load(tmp_path / "checkpoint_5.pt", weights_only=True)["optimizer"]["ice_engine"]["clocks"]["step"] == 3
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path):
+    run = Run(tmp_path)
+    run.checkpoint.attach(run.trainer, name="checkpoint")
+    with pytest.raises(HookError, match="'checkpoint' is on this engine already"):
+        run.checkpoint.attach(run.trainer, name="checkpoint")
+
+
+# -- failing writes -------------------------------------------------------------------------------------------------
+
+
+def failing(folder, *, after, **settings):
+    engine = Engine(lambda engine, batch: None)
+    engine.logger.disabled = True
+    fails = Fails(after)
+    checkpoint = ice.Checkpoint({"fails": fails, "trainer": engine}, folder, **settings)
+    return engine, fails, checkpoint.attach(engine)
+
+
+def test_when_a_write_fails_the_previous_file_is_still_there_and_loads(tmp_path):
+    engine, _, checkpoint = failing(tmp_path, after=2)
+    with pytest.raises(CheckpointError, match=r"checkpoint_3\.pt cannot be written: .* Checkpoints that were there still"):
+        engine.run([1], max_epochs=5)
+    assert names(tmp_path) == ["checkpoint_2.pt"]
+    assert checkpoint.last_checkpoint == tmp_path / "checkpoint_2.pt"
+    engine, _, checkpoint = failing(tmp_path, after=5)
+    assert checkpoint.resume(engine) == tmp_path / "checkpoint_2.pt"
+    assert engine.state.epoch == 2
+
+
+def test_a_write_that_failed_is_tried_once_and_can_be_repeated(tmp_path):
+    engine, fails, checkpoint = failing(tmp_path, after=1)
+    with pytest.raises(CheckpointError):
+        engine.run([1], max_epochs=2)
+    assert fails.left == -1
+    fails.left = 10
+    checkpoint(engine)
+    assert names(tmp_path) == ["checkpoint_2.pt"]
+    assert torch.load(tmp_path / "checkpoint_2.pt", weights_only=True)["trainer"]["iteration"] == 2
+
+
+def test_a_failing_write_leaves_all_of_several_files(tmp_path):
+    engine, _, checkpoint = failing(tmp_path, after=3, n_saved=2)
+    with pytest.raises(CheckpointError):
+        engine.run([1], max_epochs=5)
+    assert names(tmp_path) == ["checkpoint_2.pt", "checkpoint_3.pt"]
+    assert [item.filename for item in checkpoint._saved] == ["checkpoint_2.pt", "checkpoint_3.pt"]
+
+
+def test_when_the_disk_is_full_the_previous_file_is_still_there(tmp_path):
+    program = f"""
+        import resource, signal, sys
+        sys.path.insert(0, {os.getcwd()!r})
+        from tests.test_checkpoint import Run
+        from ignite.engine import Events
+
+        run = Run({str(tmp_path)!r})
+        run.checkpoint.attach(run.trainer)
+
+        def fill_the_disk():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+        run.trainer.add_event_handler(Events.EPOCH_STARTED(once=3), fill_the_disk)
+        run.train(max_epochs=4)
+    """  # noqa: PTH109 - the folder that holds `tests`
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "checkpoint_15.pt cannot be written" in done.stderr
+    assert names(tmp_path) == ["checkpoint_10.pt"]
+    run = Run(tmp_path)
+    run.checkpoint.resume(run.trainer)
+    assert run.trainer.state.epoch == 2
+
+
+def test_a_file_of_the_same_name_is_replaced_not_removed(tmp_path):
+    run = Run(tmp_path, filename_pattern="last.{ext}")
+    run.checkpoint.attach(run.trainer)
+    run.train(max_epochs=3)
+    assert names(tmp_path) == ["last.pt"]
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["trainer"]["iteration"] == 15
+
+
+# -- files that cannot be loaded ------------------------------------------------------------------------------------
+
+
+def saved(folder):
+    run = Run(folder, n_saved=None)
+    run.checkpoint.attach(run.trainer)
+    run.train(max_epochs=2)
+    return folder / "checkpoint_10.pt"
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])
+def test_a_truncated_file_is_named_with_what_else_is_there(tmp_path, size):
+    file = saved(tmp_path)
+    file.write_bytes(file.read_bytes()[:size])
+    run = Run(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        run.checkpoint.resume(run.trainer)
+    assert str(file) in str(caught.value)
+    assert "Other checkpoints there: checkpoint_5.pt; move it away to resume from those" in str(caught.value)
+    file.unlink()
+    assert run.checkpoint.resume(run.trainer).name == "checkpoint_5.pt"
+
+
+def test_a_file_that_lacks_an_object_says_which_and_loads_nothing(tmp_path):
+    file = saved(tmp_path)
+    state = torch.load(file, weights_only=True)
+    del state["optimizer"]
+    torch.save(state, file)
+    run = Run(tmp_path)
+    before = run.everything()
+    with pytest.raises(CheckpointError, match="it lacks optimizer of to_save; it has: model, trainer"):
+        run.checkpoint.resume(run.trainer)
+    assert_equal(run.everything(), before)
+
+
+def test_a_file_of_another_model_says_what_does_not_fit(tmp_path):
+    file = saved(tmp_path)
+    run = Run(tmp_path)
+    run.checkpoint.to_save = {**run.to_save, "model": torch.nn.Linear(4, 3)}
+    with pytest.raises(CheckpointError, match="size mismatch for weight") as caught:
+        run.checkpoint.resume(run.trainer)
+    assert file.name in str(caught.value)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    file = saved(tmp_path)
+    torch.save({"model": print, "optimizer": {}, "trainer": {}}, file)
+    run = Run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"checkpoint_10\.pt cannot be loaded: Weights only load failed"):
+        run.checkpoint.resume(run.trainer)
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("to_save", "settings", "error", "match"),
+    [
+        ([1], {}, ArgumentTypeError, "to_save must be a dict of objects by name, got list"),
+        ({"lr": 0.1}, {}, ArgumentTypeError, "float.* should have `state_dict` method"),
+        ({}, {"global_step_transform": 3}, ArgumentTypeError, "global_step_transform should be a function"),
+        ({}, {"no_such_setting": 3}, ArgumentTypeError, "no_such_setting"),
+        ({}, {"n_saved": 0}, ArgumentValueError, "n_saved must be a positive integer or None, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(tmp_path, to_save, settings, error, match):
+    with pytest.raises(error, match=match):
+        ice.Checkpoint(to_save, tmp_path, **settings)
+
+
+def test_a_file_instead_of_a_folder_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("I am here")
+    with pytest.raises(ArgumentValueError, match=r"save_handler must be a folder, got .*file, which is a file"):
+        ice.Checkpoint({}, file)
+    with pytest.raises(ArgumentTypeError, match="`save_handler` should be"):
+        ice.Checkpoint({}, 3)
+
+
+def test_resume_needs_a_folder_and_the_trainer(tmp_path):
+    run = Run(tmp_path)
+    elsewhere = ice.Checkpoint(run.to_save, DiskSaver(tmp_path, require_empty=False))
+    with pytest.raises(CheckpointError, match="looks into the folder given as save_handler, got another save handler"):
+        elsewhere.resume(run.trainer)
+    with pytest.raises(CheckpointError, match="needs the trainer in to_save"):
+        ice.Checkpoint({"model": run.model}, tmp_path).resume(run.trainer)
+
+
+def test_a_save_handler_of_ignite_works_as_there(tmp_path):
+    run = Run(tmp_path)
+    handler = ice.Checkpoint(run.to_save, DiskSaver(tmp_path, require_empty=False), n_saved=1)
+    handler.attach(run.trainer)
+    run.train(max_epochs=2)
+    assert names(tmp_path) == ["checkpoint_10.pt"]
+    handler.load_objects(run.to_save, tmp_path / "checkpoint_10.pt")
