@@ -120,6 +120,7 @@ def train(config: Config) -> None:
     average.attach(trainer, event=ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED)
     # On an event, a processor reads and writes engine.state.
     optimizer.hooks.add(Events.ITERATION_COMPLETED, smooth(loss="output", dst="smoothed"))
+    trainer.state_dict_user_keys.append("smoothed")  # so that it is saved and resumed
     progress = ProgressBar(disable=None)  # None: only on a terminal
     progress.attach(trainer, state_attributes=["smoothed"])
 

@@ -1,5 +1,6 @@
 """Ignite's Checkpoint that writes the new file before it removes an old one, and finds its way back."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,11 +19,23 @@ class _WriteThenRemove(DiskSaver):
     """Ignite removes the old file first; when the write then fails, none is left. Here it waits for the new one."""
 
     def __init__(self, folder: Path, save_on_rank: int) -> None:
-        super().__init__(folder, create_dir=True, require_empty=False, atomic=True, save_on_rank=save_on_rank)
+        super().__init__(folder, create_dir=True, require_empty=False, save_on_rank=save_on_rank)
         self.outdated: list[str] = []
 
     def remove(self, filename: str) -> None:
         self.outdated.append(filename)
+
+    def _save_func(self, checkpoint: Mapping[str, Any], path: Path, func: Callable[..., None]) -> None:
+        # Ignite's own leaves its temporary file behind when the disk is full, and does not wait for the disk.
+        part = path.with_name(f"{path.name}.part")
+        try:
+            with part.open("wb") as file:
+                func(checkpoint, file, **self.kwargs)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
         try:
@@ -106,6 +119,10 @@ class Checkpoint(IgniteCheckpoint):
         Raises:
             CheckpointError: If the file cannot be written; files that were there are untouched.
         """
+        if self.score_function is None:
+            # A run that starts over counts from 1 again; Ignite would save nothing until it is further than the last.
+            now = self._global_step(engine)
+            self._saved = [item for item in self._saved if item.priority <= now]
         saved = list(self._saved)
         try:
             super().__call__(engine, *args, **kwargs)
@@ -119,7 +136,8 @@ class Checkpoint(IgniteCheckpoint):
     def resume(self, engine: Engine) -> Path | None:
         """Load the newest checkpoint of the folder into the objects of ``to_save``.
 
-        Call it after the optimizer is attached and before the run. Files of other names in the folder, such as those
+        Call it after the optimizer is attached and before the run. A run that was at its end starts over, as Ignite
+        has it, unless ``run(max_epochs=...)`` asks for more epochs. Files of other names in the folder, such as those
         of a second ``Checkpoint`` with a prefix, are left alone.
 
         Args:
@@ -159,6 +177,11 @@ class Checkpoint(IgniteCheckpoint):
         else:
             self._adopt(found)
         return self._folder / newest
+
+    def _global_step(self, engine: Engine) -> float:
+        if self.global_step_transform is not None:
+            return float(self.global_step_transform(engine, engine.last_event_name))
+        return float(engine.state.iteration)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         # Before anything is loaded, so that nothing is half loaded. A single object is saved without its name.

@@ -59,7 +59,8 @@ class Hook:
         name: Unique on its engine.
         event: Where it fires: an event, with or without a filter, or several joined by ``|``.
         hook: What was given to :meth:`HookRegistry.add`.
-        order: Below 0 before Ignite's plain handlers, 0 among them as added, above 0 after them.
+        order: Below 0 before Ignite's plain handlers, 0 among them as added, above 0 after those
+            that were there.
     """
 
     name: str
@@ -138,7 +139,8 @@ def check_writable(key: str) -> None:
         UnknownKeyError: If the run counts with it, or it cannot be an attribute of the engine's state.
     """
     counters = set(State.event_to_attr.values())
-    if key in _IGNITE_OWN or key in counters or f"{key.removesuffix('_record')}_step" in counters:
+    is_record = key.endswith("_record") and f"{key.removesuffix('_record')}_step" in counters
+    if key in _IGNITE_OWN or key in counters or is_record:
         message = f"engine.state.{key} is read-only for processors: the run counts with it"
         raise UnknownKeyError(message)
     if not key.startswith("metrics.") and (not key.isidentifier() or hasattr(State, key)):

@@ -181,7 +181,8 @@ def _check_evaluators(evaluators: Any) -> Mapping[str, Engine]:
     found = {} if evaluators is None else evaluators
     if not isinstance(found, Mapping) or not all(isinstance(evaluator, Engine) for evaluator in found.values()):
         message = (
-            f"evaluators must be a dict of engines by name, got {evaluators!r}; such as evaluators={{'validation': evaluator}}"
+            f"evaluators must be a dict of engines by name, got {evaluators!r}; "
+            "such as evaluators={'validation': evaluator}"
         )
         raise ArgumentTypeError(message)
     return found

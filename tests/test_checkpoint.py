@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import DiskSaver
-from ignite.handlers import global_step_from_engine
+from ignite.handlers import DiskSaver, global_step_from_engine
 from torch.nn.functional import mse_loss
 
 import ice_engine as ice
@@ -44,7 +44,20 @@ class Run:
 
 
 def assert_equal(first, second):
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    """Bit for bit, through dicts and lists."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            assert_equal(value, second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_equal(one, other)
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    else:
+        assert first == second
 
 
 def names(folder):
@@ -84,32 +97,29 @@ def test_a_run_resumed_at_an_epochs_end_is_bit_equal_to_the_uninterrupted_one(tm
     assert whole.trainer.state.optimizer_step == second.trainer.state.optimizer_step == 12
 
 
-def test_a_run_killed_and_started_again_in_a_new_process_gives_the_same_file(tmp_path):
-    program = f"""
+def test_a_run_resumed_in_a_new_process_writes_the_same_file(tmp_path):
+    for folder, epochs in (("parts", 1), ("whole", 3)):
+        run = Run(tmp_path / folder)
+        run.checkpoint.attach(run.trainer)
+        run.train(epochs)
+    program = """
         import sys
-        sys.path.insert(0, {os.getcwd()!r})
         from pathlib import Path
+        sys.path.insert(0, sys.argv[1])
         from tests.test_checkpoint import Run
 
-        folder, epochs = Path(sys.argv[1]), int(sys.argv[2])
-        run = Run(folder)
+        run = Run(Path(sys.argv[2]))
         run.checkpoint.attach(run.trainer)
         print(run.checkpoint.resume(run.trainer))
-        run.train(max_epochs=epochs)
-    """  # noqa: PTH109 - the folder that holds `tests`
-
-    def start(folder, epochs):
-        command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / folder), str(epochs)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-
-    assert start("parts", 1) == "None"
-    assert start("parts", 3) == str(tmp_path / "parts" / "checkpoint_5.pt")
-    whole = Run(tmp_path / "whole")
-    whole.checkpoint.attach(whole.trainer)
-    whole.train(max_epochs=3)
+        run.train(max_epochs=3)
+    """
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", textwrap.dedent(program), str(root), str(tmp_path / "parts")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == str(tmp_path / "parts" / "checkpoint_5.pt")
+    assert names(tmp_path / "parts") == ["checkpoint_15.pt"]
     parts = torch.load(tmp_path / "parts" / "checkpoint_15.pt", weights_only=True)
     assert_equal(parts, torch.load(tmp_path / "whole" / "checkpoint_15.pt", weights_only=True))
-    assert names(tmp_path / "parts") == ["checkpoint_15.pt"]
 
 
 def test_a_fresh_start_resumes_nothing(tmp_path):
@@ -131,7 +141,6 @@ def test_the_newest_file_is_resumed_whatever_its_number(tmp_path):
     run.checkpoint.attach(run.trainer)
     run.train(max_epochs=3)
     assert names(tmp_path) == ["checkpoint_10.pt", "checkpoint_15.pt", "checkpoint_5.pt"]
-    assert Run(tmp_path).checkpoint.resume(run.trainer) if False else True
     again = Run(tmp_path)
     assert again.checkpoint.resume(again.trainer).name == "checkpoint_15.pt"
     newer = (tmp_path / "checkpoint_15.pt").stat().st_mtime + 10
@@ -225,6 +234,19 @@ def test_names_are_ignites_and_are_found_again(tmp_path, settings, expected):
     assert run.trainer.state.epoch == 3
 
 
+@pytest.mark.parametrize("n_saved", [1, 2])
+def test_a_run_that_starts_over_saves_from_its_beginning(tmp_path, n_saved):
+    run = Run(tmp_path, n_saved=n_saved)
+    run.checkpoint.attach(run.trainer)
+    run.train(max_epochs=3)
+    run.trainer.state.max_epochs = None
+    run.trainer.run(DATA, max_epochs=2)
+    assert run.checkpoint.last_checkpoint == tmp_path / "checkpoint_10.pt"
+    again = Run(tmp_path)
+    assert again.checkpoint.resume(again.trainer).name == "checkpoint_10.pt"
+    assert_equal(again.everything(), run.everything())
+
+
 def test_best_scores_survive_a_resumed_run(tmp_path):
     scores = {1: 0.9, 2: 0.5, 3: 0.7, 4: 0.6}
     for epochs in (2, 4):
@@ -307,7 +329,9 @@ def failing(folder, *, after, **settings):
 
 def test_when_a_write_fails_the_previous_file_is_still_there_and_loads(tmp_path):
     engine, _, checkpoint = failing(tmp_path, after=2)
-    with pytest.raises(CheckpointError, match=r"checkpoint_3\.pt cannot be written: .* Checkpoints that were there still"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint_3\.pt cannot be written: .* Checkpoints that were there still"
+    ):
         engine.run([1], max_epochs=5)
     assert names(tmp_path) == ["checkpoint_2.pt"]
     assert checkpoint.last_checkpoint == tmp_path / "checkpoint_2.pt"
@@ -335,32 +359,36 @@ def test_a_failing_write_leaves_all_of_several_files(tmp_path):
     assert [item.filename for item in checkpoint._saved] == ["checkpoint_2.pt", "checkpoint_3.pt"]
 
 
-def test_when_the_disk_is_full_the_previous_file_is_still_there(tmp_path):
-    program = f"""
-        import resource, signal, sys
-        sys.path.insert(0, {os.getcwd()!r})
-        from tests.test_checkpoint import Run
-        from ignite.engine import Events
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_when_the_disk_is_full_the_previous_file_is_still_there_and_nothing_else(tmp_path):
+    import resource
 
-        run = Run({str(tmp_path)!r})
-        run.checkpoint.attach(run.trainer)
-
-        def fill_the_disk():
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-
-        run.trainer.add_event_handler(Events.EPOCH_STARTED(once=3), fill_the_disk)
-        run.train(max_epochs=4)
-    """  # noqa: PTH109 - the folder that holds `tests`
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False, timeout=60
+    run = Run(tmp_path)
+    run.trainer.logger.disabled = True
+    run.checkpoint.attach(run.trainer)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run.trainer.add_event_handler(
+        Events.EPOCH_STARTED(once=3), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     )
-    assert done.returncode == 1
-    assert "checkpoint_15.pt cannot be written" in done.stderr
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint_15\.pt cannot be written"):
+            run.train(max_epochs=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == ["checkpoint_10.pt"]
     run = Run(tmp_path)
     run.checkpoint.resume(run.trainer)
     assert run.trainer.state.epoch == 2
+
+
+def test_what_a_killed_process_left_half_written_is_no_checkpoint(tmp_path):
+    file = saved(tmp_path)
+    (tmp_path / "checkpoint_15.pt.part").write_bytes(file.read_bytes()[:100])
+    run = Run(tmp_path)
+    run.checkpoint.attach(run.trainer)
+    assert run.checkpoint.resume(run.trainer) == file
+    run.train(max_epochs=3)
+    assert "checkpoint_15.pt.part" not in names(tmp_path)
 
 
 def test_a_file_of_the_same_name_is_replaced_not_removed(tmp_path):
@@ -467,3 +495,22 @@ def test_a_save_handler_of_ignite_works_as_there(tmp_path):
     run.train(max_epochs=2)
     assert names(tmp_path) == ["checkpoint_10.pt"]
     handler.load_objects(run.to_save, tmp_path / "checkpoint_10.pt")
+
+
+def test_a_save_handler_of_its_own_that_fails_can_be_asked_again(tmp_path):
+    engine = Engine(lambda engine, batch: None)
+    engine.logger.disabled = True
+    written = []
+
+    def upload(checkpoint, filename, metadata=None):
+        if engine.state.iteration == 2 and not written[1:]:
+            written.append("failed")
+            message = "no network"
+            raise OSError(message)
+        written.append(filename)
+
+    checkpoint = ice.Checkpoint({"trainer": engine}, upload).attach(engine)
+    with pytest.raises(OSError, match="no network"):
+        engine.run([1], max_epochs=3)
+    checkpoint(engine)
+    assert written == ["trainer_1.pt", "failed", "trainer_2.pt"]

@@ -378,7 +378,18 @@ def test_a_state_saved_on_step_completed_is_whole(tmp_path: Path) -> None:
     assert saved["ice_engine"] == after[0]["ice_engine"]  # the loss scale and its growth included
     other = ice_trainer(accumulation_steps=4, grad_scaler=scaler())[2]
     other.load_state_dict(saved)  # a warning would say that micro-batches are lost
+    assert other.state_dict()["ice_engine"] == saved["ice_engine"]
     assert other.clocks == {"step": 2, "attempt": 2, "skipped": 0, "iteration": 8}
+
+
+def test_a_loaded_optimizer_goes_on_counting_steps_on_a_new_engine() -> None:
+    trainer, _, optimizer = ice_trainer()
+    trainer.run(DATA, max_epochs=1)
+    other_trainer, _, other = ice_trainer()
+    other.load_state_dict(optimizer.state_dict())
+    other_trainer.run(DATA[:4], max_epochs=1)
+    assert other_trainer.state.iteration == 4
+    assert other_trainer.state.optimizer_step == 16
 
 
 # -- logs -------------------------------------------------------------------------------------------------

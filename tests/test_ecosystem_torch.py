@@ -727,6 +727,34 @@ def test_named_parameters_keep_their_names() -> None:
     assert optimizer.param_groups[0]["param_names"] == names
 
 
+def test_names_of_another_process_do_not_stay_and_forbid_groups_without_names() -> None:
+    model, bare_model = make_model(), make_model()
+    optimizer = ice.Optimizer(SGD(model[0].parameters()))
+    optimizer.load_state_dict(SGD(bare_model[0].named_parameters()).state_dict())
+    assert "param_names" not in optimizer.param_groups[0]
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_training_on_leaves_the_state_it_was_loaded_from_alone() -> None:
+    model = make_model()
+    source = ice.Optimizer(SGD(make_model().parameters()))
+    optimizer = ice.Optimizer(SGD(model.parameters()))
+    train(model, optimizer, range(1))
+    state = optimizer.state_dict()
+    source.load_state_dict(state)
+    before = copy.deepcopy(source.state_dict()["state"])
+    train(model, optimizer, range(1, 3))
+    torch.testing.assert_close(source.state_dict()["state"], before, rtol=0, atol=0)
+    assert not torch.equal(optimizer.state_dict()["state"][0]["momentum_buffer"], before[0]["momentum_buffer"])
+
+
+def test_an_instance_without_its_inner_optimizer_has_no_attributes() -> None:
+    empty = object.__new__(ice.Optimizer)  # what copy and pickle begin with
+    assert not hasattr(empty, "_inner")
+    assert not hasattr(empty, "anything")
+
+
 # -- sparse gradients -------------------------------------------------------------------------------------
 
 SPARSE = {

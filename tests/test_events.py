@@ -85,7 +85,7 @@ def test_the_events_of_a_window_fire_in_order_and_a_skip_instead_of_a_step():
 
 
 def test_handlers_on_ignites_events_see_the_step_already_taken():
-    engine, optimizer = parts(accumulation_steps=2)
+    engine, _ = parts(accumulation_steps=2)
     steps = []
     engine.add_event_handler(
         Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED, lambda engine: steps.append(engine.state.optimizer_step)
@@ -274,7 +274,7 @@ def test_handlers_time_profiler_measures_our_events_once():
 
 
 def test_basic_time_profiler_runs_along(capsys):
-    engine, optimizer = parts(accumulation_steps=2)
+    engine, _ = parts(accumulation_steps=2)
     profiler = BasicTimeProfiler()
     profiler.attach(engine)
     engine.run([1.0] * 5, max_epochs=2)

@@ -236,7 +236,7 @@ def test_wrong_types_are_refused(hooks, arguments, match):
 
 
 def test_only_an_engine_has_hooks():
-    with pytest.raises(ArgumentTypeError, match="engine must be an ignite.engine.Engine, got NoneType"):
+    with pytest.raises(ArgumentTypeError, match=r"engine must be an ignite\.engine\.Engine, got NoneType"):
         HookRegistry(None)
 
 
@@ -427,9 +427,19 @@ def test_what_the_run_counts_with_is_refused_when_the_processor_is_added(engine,
         StateMapping(engine)[key] = 1
 
 
+def test_names_that_only_look_like_counters_are_free(engine, hooks):
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.1)).attach(engine)
+    optimizer.detach()
+    for key in ("optimizer", "other_record"):
+        hooks.add(Events.ITERATION_COMPLETED, double(value="output", dst=key))
+    engine.run([4])
+    assert (engine.state.optimizer, engine.state.other_record) == (8, 8)
+
+
 @pytest.mark.parametrize("key", ["get_event_attrib_value", "event_to_attr", "two words", "betas.0"])
 def test_what_is_no_attribute_of_a_state_is_refused(hooks, key):
-    with pytest.raises(UnknownKeyError, match="cannot be written to engine.state; choose a name such as"):
+    with pytest.raises(UnknownKeyError, match=r"cannot be written to engine\.state; choose a name such as"):
         hooks.add(Events.COMPLETED, double(value="output", dst=key))
 
 

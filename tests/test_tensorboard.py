@@ -39,9 +39,7 @@ def parts(output=lambda batch: batch, name="optimizer", **settings):
 
 
 def test_a_run_writes_these_tags_steps_and_values(tmp_path):
-    engine, optimizer = parts(
-        accumulation_steps=2, clip=ice.clip_norm(1.0), processors=[ice.schedules.cosine(total=4)]
-    )
+    engine, optimizer = parts(accumulation_steps=2, clip=ice.clip_norm(1.0), processors=[ice.schedules.cosine(total=4)])
     rates = []
     engine.add_event_handler(
         optimizer.events.OPTIMIZER_STEP_COMPLETED, lambda: rates.append(optimizer.param_groups[0]["lr"])
@@ -260,17 +258,21 @@ def test_nothing_is_lost_when_the_train_step_raises(tmp_path):
 
 @pytest.mark.parametrize("log_dir", [None, 3, print])
 def test_what_cannot_be_written_to_is_refused(log_dir):
-    with pytest.raises(ArgumentTypeError, match="log_dir must be a path, a SummaryWriter or an Ignite TensorboardLogger"):
+    with pytest.raises(
+        ArgumentTypeError, match="log_dir must be a path, a SummaryWriter or an Ignite TensorboardLogger"
+    ):
         ice.TensorBoard(log_dir)
 
 
 def test_without_an_optimizer_there_is_no_axis(tmp_path):
-    with pytest.raises(AttachError, match=r"needs an optimizer, whose steps are the time axis: attach\(engine, optimizer"):
+    with pytest.raises(
+        AttachError, match=r"needs an optimizer, whose steps are the time axis: attach\(engine, optimizer"
+    ):
         ice.TensorBoard(tmp_path).attach(parts()[0])
 
 
 def test_an_optimizer_of_another_engine_is_refused(tmp_path):
-    engine, optimizer = parts()
+    _, optimizer = parts()
     other, _ = parts()
     board = ice.TensorBoard(tmp_path)
     for wrong in (optimizer, optimizer.inner):

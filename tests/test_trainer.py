@@ -89,7 +89,10 @@ def test_weight_counts_what_the_loss_averages_over():
     ignored = -100
     model = torch.nn.Linear(6, 3).double()
     twin = copy.deepcopy(model)
-    data = [(torch.randn(4, 6, dtype=torch.float64), torch.tensor(labels)) for labels in ([0, 1, 2, 1], [2, -100, -100, -100])]
+    data = [
+        (torch.randn(4, 6, dtype=torch.float64), torch.tensor(labels))
+        for labels in ([0, 1, 2, 1], [2, -100, -100, -100])
+    ]
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
     plain = torch.optim.SGD(twin.parameters(), lr=0.1)
     cross_entropy(twin(x), y, ignore_index=ignored).backward()
