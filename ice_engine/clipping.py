@@ -25,6 +25,10 @@ class ClipNorm:
         torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, torch.where(norm.isfinite(), norm, 0.0))
         return norm
 
+    def after(self, norm: torch.Tensor) -> torch.Tensor:
+        """Return what *norm* became by clipping, shape ()."""
+        return norm * (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+
     def __repr__(self) -> str:
         return f"clip_norm({self.max_norm:g}, norm_type={self.norm_type:g})"
 
@@ -42,7 +46,7 @@ def clip_norm(max_norm: float, *, norm_type: float = 2.0) -> ClipNorm:
         norm_type: Order of the norm, above 0; ``float("inf")`` for the largest entry.
 
     Returns:
-        A clip: parameters -> norm before clipping, shape ().
+        A clip, from parameters to their norm before clipping, shape ().
 
     Raises:
         ArgumentTypeError: If an argument is not a number.

@@ -105,7 +105,7 @@ def register(engine: Engine, name: str) -> dict[str, EventEnum]:
     """Make the events of *name* known to *engine*, once, with their counters.
 
     Returns:
-        The events by kind: ``GRADIENTS_READY``, ``STEP_STARTED``, ``STEP_COMPLETED``, ``STEP_SKIPPED``.
+        The events by their kinds ``GRADIENTS_READY``, ``STEP_STARTED``, ``STEP_COMPLETED``, ``STEP_SKIPPED``.
     """
     events = optimizer_events(name)
     by_kind = {kind: events[f"{name}_{kind}".upper()] for kind in _KINDS}
@@ -143,7 +143,7 @@ class StepRecord:
         micro_batches: Micro-batches in this window.
         weight: Total weight of the window: items where weights were given, else micro-batches.
         grad_norm: Norm of the unscaled, normalised gradient before clipping, shape (); None if nothing asked for it.
-        clipped_norm: Norm after clipping, shape (); None without clipping by norm.
+        clipped_norm: Norm after clipping, shape (); None unless ``clip_norm`` clips.
         loss_scale: Scale the window's losses were multiplied with; None without a GradScaler.
         values: Per param group name, ``lr`` and every key that a processor writes.
         skipped: Why the step was skipped; None if it was not.

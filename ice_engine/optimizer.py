@@ -11,6 +11,7 @@ from ignite.engine import Engine, Events
 
 from ice_engine import sharding as ranks
 from ice_engine.arguments import count
+from ice_engine.clipping import ClipNorm
 from ice_engine.clocks import Clocks
 from ice_engine.errors import (
     ArgumentTypeError,
@@ -154,7 +155,7 @@ class Optimizer(OptimizerFacade):
 
     @property
     def clocks(self) -> dict[str, int]:
-        """How often what has happened: ``step``, ``attempt``, ``skipped`` and ``iteration``; a copy."""
+        """A copy of its counts so far, by the names ``step``, ``attempt``, ``skipped`` and ``iteration``."""
         return dict(self._clocks.counts)
 
     def event(self, kind: str) -> Any:
@@ -266,6 +267,15 @@ class Optimizer(OptimizerFacade):
         # As Ignite does with its own counters: a fresh run starts from 0, a resumed or loaded one does not.
         if engine.state.iteration == 0 and not self._loaded:
             self._clocks.counts = dict.fromkeys(self._clocks.counts, 0)
+        elif engine.state.iteration == 0 and self._clocks.counts["step"]:
+            step = self._clocks.counts["step"]
+            warnings.warn(
+                f"optimizer {self._name!r} goes on at step {step}, as it was loaded, but its engine "
+                "starts at iteration 0. To go on where the run was, load the engine's state too and, after a complete "
+                "run, raise max_epochs",
+                IceEngineWarning,
+                stacklevel=2,
+            )
         self._loaded = False
         self.zero_grad()
         self._publish()
@@ -524,6 +534,7 @@ class Optimizer(OptimizerFacade):
             micro_batches=self._window.micro_batches,
             weight=self._window.weight,
             grad_norm=norm,
+            clipped_norm=self._clip.after(norm) if isinstance(self._clip, ClipNorm) and norm is not None else None,
             loss_scale=loss_scale,
             values={
                 group_name(group, i): {key: frozen(group[key]) for key in keys if key in group}

@@ -127,7 +127,7 @@ class TensorBoard:
             # What a run wrote after the checkpoint it is resumed from is taken back.
             step = optimizer.clocks["step"]
             self._writer = SummaryWriter(str(self._log_dir), purge_step=step + 1 if step else None)
-            # The writer's thread is a daemon: without this, an exception would lose the last two minutes.
+            # The writer's thread is a daemon: after an exception, this waits for what is still in its queue.
             weakref.finalize(self, self._writer.close)
         return self._writer
 

@@ -59,6 +59,7 @@ def test_the_norm_in_the_record_is_of_the_unscaled_mean_before_clipping():
         optimizer.update()
 
     assert optimizer.record.grad_norm == 4.0
+    assert optimizer.record.clipped_norm.item() == pytest.approx(0.5, abs=1e-6)
     assert weight.item() == pytest.approx(-0.5, abs=1e-6)
 
 
