@@ -181,14 +181,18 @@ def test_what_was_written_after_the_checkpoint_is_taken_back_by_the_resumed_run(
     engine, optimizer = parts()
     ice.TensorBoard(tmp_path).attach(engine, optimizer)
     states = {}
-    engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: states.update(optimizer.state_dict()))
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED(once=3),
+        lambda: states.update(optimizer=optimizer.state_dict(), trainer=dict(engine.state_dict())),
+    )
     engine.run([1.0, 2.0, 3.0, 4.0, 5.0])
     assert [step for step, _ in read(tmp_path)["training/loss"]] == [1, 2, 3, 4, 5]
 
     engine, optimizer = parts()
-    optimizer.load_state_dict(states)
+    optimizer.load_state_dict(states["optimizer"])
+    engine.load_state_dict(states["trainer"])
     ice.TensorBoard(tmp_path).attach(engine, optimizer)
-    engine.run([40.0, 50.0])
+    engine.run([40.0, 50.0, 60.0, 70.0, 80.0])  # the two iterations that are left
     assert read(tmp_path)["training/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0)]
 
 

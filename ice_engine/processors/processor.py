@@ -8,7 +8,7 @@ from typing import Any
 from ice_engine.errors import ArgumentTypeError, MissingKeyError
 
 FRESH: Any = MappingProxyType({})
-"""The default of a mapping that may be left out: stands for a new dict, and cannot be written to by accident."""
+"""Stands for a new dict where a mapping may be left out, and cannot be written to by accident."""
 
 
 class Processor(ABC):
