@@ -116,19 +116,23 @@ def register(engine: Engine, name: str) -> dict[str, EventEnum]:
     return by_kind
 
 
-def fire(engine: Engine, event: EventEnum) -> None:
+def fire(engine: Engine, event: EventEnum) -> bool:
     """Fire *event* if anybody listens, and leave ``engine.last_event_name`` as it was.
 
     Ignite's loop and its ``Checkpoint`` read ``last_event_name`` to know which of *their* events
     they are in; an event fired inside a handler must not change the answer.
+
+    Returns:
+        True if somebody listened.
     """
     if not engine._event_handlers.get(event):  # noqa: SLF001 - [event] would create the key, see docs/design
-        return
+        return False
     last = engine.last_event_name
     try:
         engine.fire_event(event)
     finally:
         engine.last_event_name = last
+    return True
 
 
 @dataclass(frozen=True, slots=True)

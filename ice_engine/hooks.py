@@ -1,37 +1,23 @@
 """Named, ordered, removable hooks on Ignite's events."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ignite.engine import Engine, Events, State
 from ignite.engine.events import EventsList
 
+from ice_engine.engine_state import StateMapping, check_writable
 from ice_engine.errors import (
     ArgumentTypeError,
     HookError,
     HookSignatureError,
     ProcessorReturnError,
-    UnknownKeyError,
 )
 from ice_engine.processors import Processor
 
 _REGISTRATIONS = "_ice_hooks"
-_IGNITE_OWN = frozenset(
-    {
-        "engine",
-        "iteration",
-        "epoch",
-        "epoch_length",
-        "max_epochs",
-        "max_iters",
-        "metrics",
-        "dataloader",
-        "times",
-        "seed",
-    }
-)
 _BEFORE_OTHERS = (
     Events.STARTED,
     Events.EPOCH_STARTED,
@@ -90,62 +76,6 @@ class _Registration:
     # profiler puts another function in, so its identity is the entry's.
     entries: list[dict[str, Any]] = field(default_factory=list)
     active: bool = True
-
-
-class StateMapping(MutableMapping[str, Any]):
-    """An engine's state as the mapping that a processor on an event reads and writes.
-
-    ``output``, ``epoch`` and every other attribute by name, ``"metrics.accuracy"`` for a metric;
-    ``engine`` is the engine. What Ignite or an optimizer counts and records is read-only.
-
-    Args:
-        engine: The engine whose ``state`` it shows.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __getitem__(self, key: str) -> Any:
-        if key == "engine":
-            return self._engine
-        if key.startswith("metrics."):
-            return self._engine.state.metrics[key.removeprefix("metrics.")]
-        return vars(self._engine.state)[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        check_writable(key)
-        if key.startswith("metrics."):
-            self._engine.state.metrics[key.removeprefix("metrics.")] = value
-        else:
-            setattr(self._engine.state, key, value)
-
-    def __delitem__(self, key: str) -> None:
-        message = f"engine.state.{key} cannot be deleted by a processor"
-        raise UnknownKeyError(message)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from vars(self._engine.state)
-        yield from (f"metrics.{name}" for name in self._engine.state.metrics)
-        yield "engine"
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def check_writable(key: str) -> None:
-    """Check that a processor on an event may write *key*.
-
-    Raises:
-        UnknownKeyError: If the run counts with it, or it cannot be an attribute of the engine's state.
-    """
-    counters = set(State.event_to_attr.values())
-    is_record = key.endswith("_record") and f"{key.removesuffix('_record')}_step" in counters
-    if key in _IGNITE_OWN or key in counters or is_record:
-        message = f"engine.state.{key} is read-only for processors: the run counts with it"
-        raise UnknownKeyError(message)
-    if not key.startswith("metrics.") and (not key.isidentifier() or hasattr(State, key)):
-        message = f"{key!r} cannot be written to engine.state; choose a name such as 'my_value', or 'metrics.my_value'"
-        raise UnknownKeyError(message)
 
 
 class HookRegistry:

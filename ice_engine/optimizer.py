@@ -488,7 +488,8 @@ class Optimizer(OptimizerFacade):
         self._count("step")
         try:
             self._note(norm, loss_scale, None)
-            self._fire("STEP_STARTED")
+            if self._fire("STEP_STARTED"):
+                self._note(norm, loss_scale, None)  # again: torch's and Ignite's schedulers sit there
             self.step()
         except BaseException:
             self._count("step", -1)
@@ -514,9 +515,8 @@ class Optimizer(OptimizerFacade):
         if self._engine is not None:
             setattr(self._engine.state, f"{self._name}_{clock}", self._clocks.counts[clock])
 
-    def _fire(self, kind: str) -> None:
-        if self._engine is not None:
-            fire(self._engine, self.event(kind))
+    def _fire(self, kind: str) -> bool:
+        return self._engine is not None and fire(self._engine, self.event(kind))
 
     def _publish(self) -> None:
         if self._engine is not None:

@@ -28,6 +28,7 @@ class TensorBoard:
     ``optimizer/lr/group_0``   and so on, for every param group and every key that a processor writes;
                                ``optimizer/betas/group_0.1`` for the second of a tuple
     ``optimizer/grad_norm``    before clipping, if it was computed
+    ``.../clipped_norm``       after clipping, if ``clip_norm`` clips
     ``optimizer/loss_scale``   with a GradScaler
     ``optimizer/weight``       items, or micro-batches, behind the step
     ``optimizer/skipped``      steps skipped so far
@@ -137,7 +138,11 @@ class TensorBoard:
         def write(engine: Engine) -> None:
             record: StepRecord = getattr(engine.state, f"{prefix}_record")
             scalars = {f"{key}/{group}": v for group, values in record.values.items() for key, v in values.items()}
-            scalars |= {"grad_norm": record.grad_norm, "loss_scale": record.loss_scale}
+            scalars |= {
+                "grad_norm": record.grad_norm,
+                "clipped_norm": record.clipped_norm,
+                "loss_scale": record.loss_scale,
+            }
             scalars |= {"weight": record.weight, "skipped": optimizer.clocks["skipped"]}
             for tag, value in scalars.items():
                 for suffix, number in _numbers(value):

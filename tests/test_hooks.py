@@ -8,6 +8,7 @@ from ignite.engine import Engine, EventEnum, Events
 from ignite.handlers import BasicTimeProfiler, HandlersTimeProfiler
 
 import ice_engine as ice
+from ice_engine.engine_state import StateMapping
 from ice_engine.errors import (
     ArgumentTypeError,
     HookError,
@@ -16,7 +17,7 @@ from ice_engine.errors import (
     ProcessorReturnError,
     UnknownKeyError,
 )
-from ice_engine.hooks import HookRegistry, StateMapping
+from ice_engine.hooks import HookRegistry
 
 
 @pytest.fixture

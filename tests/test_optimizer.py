@@ -669,6 +669,25 @@ def test_it_prints_what_it_does():
     assert text.startswith(f"Optimizer(name='optimizer', {settings}) of SGD")
 
 
+def test_the_record_has_the_lr_that_a_scheduler_on_step_started_left():
+    weight = parameter()
+    optimizer = sgd(weight)
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+
+    def halve():
+        optimizer.param_groups[0]["lr"] /= 2
+
+    engine.add_event_handler(optimizer.event("STEP_STARTED"), halve)
+    rates = []
+    engine.add_event_handler(
+        optimizer.event("STEP_COMPLETED"), lambda: rates.append(optimizer.record.values["group_0"]["lr"])
+    )
+    engine.run([1.0, 1.0])
+
+    assert rates == [0.5, 0.25]
+
+
 def test_hook_names_of_the_optimizer_are_taken():
     optimizer = sgd()
     optimizer.attach(Engine(lambda e, b: None))

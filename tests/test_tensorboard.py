@@ -54,6 +54,7 @@ def test_a_run_writes_these_tags_steps_and_values(tmp_path):
         "training/loss": [(1, 3.0), (2, 4.0), (3, 7.0)],
         "optimizer/lr/group_0": list(zip((1, 2, 3), rates, strict=True)),
         "optimizer/grad_norm": [(1, 2.0), (2, 3.0), (3, 7.0)],
+        "optimizer/clipped_norm": [(1, pytest.approx(1.0)), (2, pytest.approx(1.0)), (3, pytest.approx(1.0))],
         "optimizer/weight": [(1, 2.0), (2, 2.0), (3, 1.0)],
         "optimizer/skipped": [(1, 0.0), (2, 0.0), (3, 0.0)],
     }
