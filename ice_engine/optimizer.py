@@ -124,6 +124,12 @@ class Optimizer(OptimizerFacade):
                 "optimizer.step(closure) in train_step"
             )
             raise ClosureError(message)
+        if self._precision.enabled and any(p.dtype == torch.float16 for p in self._parameters()):
+            message = (
+                "a GradScaler cannot unscale the gradients of float16 parameters: they have no range to spare; "
+                "keep the parameters in float32 and run the model under torch.autocast, or use bfloat16 without a scaler"
+            )
+            raise ArgumentValueError(message)
         self._clocks = Clocks()
         self._loaded: bool = False
         self._parameter_names: dict[int, str] = {}
@@ -621,7 +627,7 @@ class Optimizer(OptimizerFacade):
         """
         sizes = [len(group["params"]) for group in self.param_groups]
         # Copied, because torch would keep the caller's tensors as live state.
-        plain, extra = unpack(copy.deepcopy(dict(state_dict)), sizes)
+        plain, extra = unpack(copy.deepcopy(state_dict), sizes)
         # What processors start from; without them it is a scheduler's own, and goes as in a plain optimizer.
         kept = "initial_" if self._processors else ()
         before = [{k: v for k, v in g.items() if k.startswith(kept)} for g in self.param_groups]

@@ -1,5 +1,6 @@
 """The optimizer's state dict: torch's own layout, names of parameters, and one key of ours."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ice_engine.errors import NotConsolidatedError, StateDictError
@@ -13,7 +14,7 @@ def pack(state: dict[str, Any], names: list[list[str]], extra: dict[str, Any]) -
     return {**state, "param_groups": groups, "ice_engine": {"version": VERSION, **extra}}
 
 
-def unpack(state: dict[str, Any], sizes: list[int]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def unpack(state: Any, sizes: list[int]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Split *state* into torch's part and ours, None where a plain optimizer saved it.
 
     Args:
@@ -24,21 +25,24 @@ def unpack(state: dict[str, Any], sizes: list[int]) -> tuple[dict[str, Any], dic
         NotConsolidatedError: If it is the stub of a rank that does not hold the whole state.
         StateDictError: If it is no optimizer's, of another version, or of other param groups.
     """
+    if not isinstance(state, Mapping):
+        message = f"state_dict must be a dict, got {type(state).__name__}"
+        raise StateDictError(message)
     plain = {key: value for key, value in state.items() if key != "ice_engine"}
     extra = state.get("ice_engine")
-    if extra is not None and "consolidated_on" in extra:
-        message = f"this is a stub: the whole state is on rank {extra['consolidated_on']}; load what was saved there"
-        raise NotConsolidatedError(message)
+    if extra is not None:
+        _check_extra(extra)
     missing = [key for key in ("state", "param_groups") if key not in plain]
     if missing:
         message = f"not an optimizer's state dict: {' and '.join(missing)} missing; it has {', '.join(map(str, plain))}"
         raise StateDictError(message)
-    if extra is not None and extra.get("version") != VERSION:
+    try:
+        saved = [len(group["params"]) for group in plain["param_groups"]]
+    except (TypeError, KeyError) as err:
         message = (
-            f"state dict of version {extra.get('version')!r}, this ice_engine reads {VERSION}; install a newer one"
+            f"not an optimizer's state dict: its param_groups are {type(plain['param_groups']).__name__}, not groups"
         )
-        raise StateDictError(message)
-    saved = [len(group["params"]) for group in plain["param_groups"]]
+        raise StateDictError(message) from err
     if saved != sizes:
         message = (
             f"the state dict's param groups have {saved} parameters, the optimizer's {sizes}; "
@@ -46,3 +50,27 @@ def unpack(state: dict[str, Any], sizes: list[int]) -> tuple[dict[str, Any], dic
         )
         raise StateDictError(message)
     return plain, extra
+
+
+def _check_extra(extra: Any) -> None:
+    if not isinstance(extra, Mapping):
+        message = f"the state dict's 'ice_engine' must be a dict, got {type(extra).__name__}"
+        raise StateDictError(message)
+    if "consolidated_on" in extra:
+        message = f"this is a stub: the whole state is on rank {extra['consolidated_on']}; load what was saved there"
+        raise NotConsolidatedError(message)
+    if extra.get("version") != VERSION:
+        message = (
+            f"state dict of version {extra.get('version')!r}, this ice_engine reads {VERSION}; install a newer one"
+        )
+        raise StateDictError(message)
+    try:
+        whole = set(extra["clocks"]) == {"step", "attempt", "skipped", "iteration"}
+        whole = whole and all(isinstance(count, int) for count in extra["clocks"].values())
+        whole = whole and isinstance(extra["window"]["micro_batches"], int)
+        whole = whole and isinstance(extra["consecutive_skips"], int) and "grad_scaler" in extra
+    except (TypeError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        message = f"the state dict's 'ice_engine' is damaged: {dict(extra)!r}; load another checkpoint"
+        raise StateDictError(message)

@@ -12,6 +12,7 @@ loss enters as it is.
 """
 
 import math
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -112,7 +113,7 @@ class Window:
                 raise ArgumentValueError(message)
             return 1.0
         if isinstance(weight, bool) or not (
-            isinstance(weight, int | float) or (isinstance(weight, torch.Tensor) and weight.numel() == 1)
+            isinstance(weight, Real) or (isinstance(weight, torch.Tensor) and weight.numel() == 1)
         ):
             message = (
                 f"weight must be a number, got {type(weight).__name__}; "

@@ -613,6 +613,12 @@ def test_loading_keeps_nothing_of_its_argument():
             r"have \[2\] parameters, the optimizer's \[1\]",
         ),
         (lambda s: s["ice_engine"].update(version=99), StateDictError, "of version 99, this ice_engine reads 1"),
+        (lambda s: s.update(ice_engine=3), StateDictError, "'ice_engine' must be a dict, got int"),
+        (lambda s: s["ice_engine"].pop("clocks"), StateDictError, "'ice_engine' is damaged"),
+        (lambda s: s["ice_engine"].update(window=None), StateDictError, "'ice_engine' is damaged"),
+        (lambda s: s["ice_engine"]["clocks"].update(step="1"), StateDictError, "load another checkpoint"),
+        (lambda s: s.update(param_groups=3), StateDictError, "its param_groups are int, not groups"),
+        (lambda s: s["param_groups"][0].pop("params"), StateDictError, "its param_groups are list, not groups"),
         (lambda s: s.update(ice_engine={"consolidated_on": 3}), NotConsolidatedError, "the whole state is on rank 3"),
     ],
 )
@@ -629,6 +635,19 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, error,
 
     assert optimizer.state_dict()["ice_engine"] == before["ice_engine"]
     assert torch.equal(optimizer.state[weight]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+@pytest.mark.parametrize("state", [None, [1], "checkpoint.pt"])
+def test_only_a_dict_can_be_loaded(state):
+    with pytest.raises(StateDictError, match="state_dict must be a dict, got"):
+        sgd().load_state_dict(state)
+
+
+def test_float16_parameters_with_a_scaler_are_refused_when_it_is_made():
+    half = torch.nn.Parameter(torch.zeros((), dtype=torch.float16))
+
+    with pytest.raises(ArgumentValueError, match="cannot unscale the gradients of float16 parameters"):
+        sgd(half, grad_scaler=torch.amp.GradScaler("cpu"))
 
 
 @pytest.mark.parametrize("rank", [1, -1, "0", True])

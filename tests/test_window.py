@@ -162,6 +162,16 @@ def test_weights_make_the_mean_over_items():
     assert gradient == 2.0
 
 
+@pytest.mark.parametrize("kind", ["int64", "float32"])
+def test_weights_may_be_numpy_numbers(kind):
+    numpy = pytest.importorskip("numpy")
+    three = getattr(numpy, kind)(3)
+
+    _, gradient = loop([(lambda w: w * 1.0, {"weight": three}), (lambda w: w * 5.0, {"weight": 1})])
+
+    assert gradient == 2.0
+
+
 def test_a_micro_batch_of_weight_0_contributes_nothing_even_if_nan():
     stepped, gradient = loop([(lambda w: w * math.nan, {"weight": 0}), (lambda w: w * 5.0, {"weight": 2})])
 
