@@ -126,8 +126,8 @@ class Optimizer(OptimizerFacade):
             raise ClosureError(message)
         if self._precision.enabled and any(p.dtype == torch.float16 for p in self._parameters()):
             message = (
-                "a GradScaler cannot unscale the gradients of float16 parameters: they have no range to spare; "
-                "keep the parameters in float32 and run the model under torch.autocast, or use bfloat16 without a scaler"
+                "a GradScaler cannot unscale the gradients of float16 parameters, which have no range to spare; "
+                "keep them in float32 and run the model under torch.autocast, or use bfloat16 without a scaler"
             )
             raise ArgumentValueError(message)
         self._clocks = Clocks()
