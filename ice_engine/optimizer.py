@@ -3,7 +3,7 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from ice_engine.window import Reduction, Tail, Window
 
 logger = logging.getLogger(__name__)
 
+_FORGOTTEN = 32  # losses in one micro-batch, without any update() before, from which on attach() was forgotten
 _FIRST = -100  # order of our handlers: validation and checkpoints on the same event see the step already taken
 
 
@@ -132,6 +133,7 @@ class Optimizer(OptimizerFacade):
             raise ArgumentValueError(message)
         self._clocks = Clocks()
         self._loaded: bool = False
+        self._stepping: bool = False
         self._parameter_names: dict[int, str] = {}
         self._engine: Engine | None = None
         self._last_record: StepRecord | None = None
@@ -350,8 +352,55 @@ class Optimizer(OptimizerFacade):
             )
             raise BackwardError(message)
         part = self._window.enter(loss, weight)
+        if self._engine is None and not self._clocks.counts["iteration"] and len(self._window.losses) == _FORGOTTEN:
+            warnings.warn(
+                f"backward() was called {_FORGOTTEN} times and update() never: optimizer {self._name!r} does not "
+                "step; call optimizer.attach(engine) before the run, or optimizer.update() after each micro-batch",
+                IceEngineWarning,
+                stacklevel=2,
+            )
         if part is not None:
             torch.autograd.backward(self._precision.scale(part), inputs=self._reach())
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Step the wrapped optimizer, always; inside an attached run's open window with a warning.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss, for optimizers such as LBFGS.
+            **kwargs: Whatever else the wrapped optimizer's ``step`` takes.
+
+        Returns:
+            What the wrapped optimizer returns.
+        """
+        if self._engine is not None and self._window.is_open and not self._stepping:
+            warnings.warn(
+                f"step() by hand inside an open window of optimizer {self._name!r}, which the engine steps as well: "
+                "the same gradients are applied twice. Take step() out of train_step, or do not attach",
+                IceEngineWarning,
+                stacklevel=2,
+            )
+        return super().step(closure, **kwargs)
+
+    # Hooks run once, around the inner step: torch must not wrap this method as well.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters; the window does it after every step.
+
+        Args:
+            set_to_none: Set them to None rather than to zeros.
+
+        Raises:
+            BackwardError: Inside an open window, whose gradients would be lost.
+        """
+        if self._window.is_open:
+            done = self._window.micro_batches + self._window.pending
+            message = (
+                f"zero_grad() inside an open window of optimizer {self._name!r} would lose the gradients of {done} "
+                "micro-batches; take it out of train_step, gradients are cleared after every step"
+            )
+            raise BackwardError(message)
+        super().zero_grad(set_to_none)
 
     def update(
         self,
@@ -496,10 +545,13 @@ class Optimizer(OptimizerFacade):
             self._note(norm, loss_scale, None)
             if self._fire("STEP_STARTED"):
                 self._note(norm, loss_scale, None)  # again: torch's and Ignite's schedulers sit there
+            self._stepping = True
             self.step()
         except BaseException:
             self._count("step", -1)
             raise
+        finally:
+            self._stepping = False
         self._end_window("STEP_COMPLETED")
         return True
 

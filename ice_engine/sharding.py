@@ -67,6 +67,9 @@ def build(
     if params is None:
         message = f"the factory {optimizer!r} needs params: Optimizer(factory, model.parameters())"
         raise ArgumentValueError(message)
+    if isinstance(params, torch.nn.Module | torch.Tensor):
+        message = f"params must be parameters, pairs or groups, got {type(params).__name__}; pass model.parameters()"
+        raise ArgumentTypeError(message)
     if sharding is not None:
         require_one_process(f"sharding={sharding!r}")
     made = optimizer(params)

@@ -95,7 +95,8 @@ class TensorBoard:
             raise AttachError(message)
         for optimizer in optimizers:
             if not isinstance(optimizer, Optimizer) or optimizer.engine is not engine:
-                message = f"{optimizer!r} is not attached to this engine; call optimizer.attach(engine) before"
+                what = f"optimizer {optimizer.name!r}" if isinstance(optimizer, Optimizer) else repr(optimizer)
+                message = f"{what} is not attached to this engine; call optimizer.attach(engine) before"
                 raise AttachError(message)
         evaluators = _check_evaluators(evaluators)
         first = optimizers[0]

@@ -85,6 +85,16 @@ def test_a_factory_takes_parameters_pairs_or_groups(params):
         ),
         (lambda: sgd(processors=lambda d: d), ArgumentTypeError, r"processors must be a list"),
         (lambda: sgd(processors=[None]), ArgumentTypeError, r"processors\[0\] must be callable, got None"),
+        (
+            lambda: sgd(processors=[ice.schedules.cosine]),
+            ArgumentTypeError,
+            r"if it makes a processor, call it: cosine\(...\)",
+        ),
+        (
+            lambda: ice.Optimizer(torch.optim.SGD, torch.nn.Linear(1, 1)),
+            ArgumentTypeError,
+            r"pass model.parameters\(\)",
+        ),
         (lambda: sgd(name="my opt"), ArgumentValueError, "name must be an identifier, got 'my opt'"),
         (lambda: sgd(name=3), ArgumentTypeError, "name must be a string, got 3"),
         (lambda: sgd(sharding="zero3"), ArgumentValueError, "sharding must be one of None, 'zero1'; got 'zero3'"),
@@ -338,6 +348,46 @@ def test_lbfgs_does_not_go_with_backward_and_update():
         optimizer.backward(weight * 1.0)
     with pytest.raises(ClosureError):
         optimizer.update()
+
+
+def test_step_by_hand_in_an_attached_run_is_said():
+    weight = parameter()
+    optimizer = sgd(weight)
+
+    def train_step(engine, slope):
+        optimizer.backward(weight * slope)
+        optimizer.step()
+
+    engine = Engine(train_step)
+    optimizer.attach(engine)
+    with pytest.warns(ice.IceEngineWarning, match="the same gradients are applied twice"):
+        engine.run([1.0])
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_zero_grad_inside_a_window_is_refused(attached):
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=2)
+
+    def train_step(engine, slope):
+        optimizer.zero_grad()
+        optimizer.backward(weight * slope)
+        if not attached:
+            optimizer.update()
+
+    engine = Engine(train_step)
+    if attached:
+        optimizer.attach(engine)
+    with pytest.raises(BackwardError, match=r"zero_grad\(\) inside an open window .* the gradients of 1 micro-batches"):
+        engine.run([1.0, 1.0])
+
+
+def test_a_forgotten_attach_is_said():
+    weight = parameter()
+    optimizer = sgd(weight)
+
+    with pytest.warns(ice.IceEngineWarning, match=r"update\(\) never.*call optimizer.attach\(engine\)"):
+        trainer_of(optimizer, lambda slope: weight * slope).run([1.0] * 40)
 
 
 # -- processors ---------------------------------------------------------------------------------------------

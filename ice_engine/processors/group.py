@@ -1,6 +1,7 @@
 """What a processor sees of one param group, and how what it writes reaches the group."""
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -132,8 +133,11 @@ class GroupMapping(MutableMapping[str, Any]):
             MissingKeyError: If it is not.
         """
         if key not in self:
-            name = name_of(processor)
-            message = f"processor {name!r} writes {key!r}, which {self._label()} lacks; it has: {self._writable()}"
+            name, close = name_of(processor), difflib.get_close_matches(key, self._group, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            message = (
+                f"processor {name!r} writes {key!r}, which {self._label()} lacks; it has: {self._writable()}{hint}"
+            )
             raise MissingKeyError(message)
 
     def commit(self) -> None:
@@ -230,7 +234,23 @@ def check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor
         if not callable(processor):
             message = f"processors[{index}] must be callable, got {processor!r} ({type(processor).__name__})"
             raise ArgumentTypeError(message)
+        if not _takes_a_mapping(processor):
+            message = (
+                f"processors[{index}] is {name_of(processor)}{inspect.signature(processor)}, which is not called with a "
+                f"mapping; if it makes a processor, call it: {name_of(processor)}(...)"
+            )
+            raise ArgumentTypeError(message)
     return found
+
+
+def _takes_a_mapping(processor: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(processor).bind({})
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return True
+    return True
 
 
 def frozen(value: Any) -> Any:
