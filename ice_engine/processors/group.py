@@ -236,8 +236,8 @@ def check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor
             raise ArgumentTypeError(message)
         if not _takes_a_mapping(processor):
             message = (
-                f"processors[{index}] is {name_of(processor)}{inspect.signature(processor)}, which is not called with a "
-                f"mapping; if it makes a processor, call it: {name_of(processor)}(...)"
+                f"processors[{index}] is {name_of(processor)}{inspect.signature(processor)}, which is not called with "
+                f"a mapping; if it makes a processor, call it: {name_of(processor)}(...)"
             )
             raise ArgumentTypeError(message)
     return found
