@@ -3,6 +3,7 @@
 import copy
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from ice_engine.errors import (
     ClosureError,
     IceEngineWarning,
     NoGradientsError,
+    StateDictError,
 )
 from ice_engine.events import StepRecord, check_name, fire, optimizer_events, register
 from ice_engine.facade import OptimizerFacade
@@ -34,7 +36,7 @@ from ice_engine.processors.group import (
     set_initial_values,
     written_keys,
 )
-from ice_engine.state import pack, unpack
+from ice_engine.state import pack, same_name, unpack
 from ice_engine.typing import Clip, DictProcessor, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
 
@@ -118,6 +120,11 @@ class Optimizer(OptimizerFacade):
             )
             raise ArgumentTypeError(message)
         super().__init__(ranks.build(optimizer, params, sharding))
+        owner = vars(self._inner).get("_ice_owner", lambda: None)()
+        if owner is not None:
+            message = f"this {type(self._inner).__name__} is wrapped already, by optimizer {owner.name!r}; use that one"
+            raise ArgumentTypeError(message)
+        vars(self._inner)["_ice_owner"] = weakref.ref(self)
         if self.needs_closure and (accumulation_steps > 1 or grad_scaler is not None or clip is not None):
             message = (
                 f"{type(self._inner).__name__} evaluates the loss in a closure, several times a step, so it cannot "
@@ -134,6 +141,9 @@ class Optimizer(OptimizerFacade):
         self._clocks = Clocks()
         self._loaded: bool = False
         self._stepping: bool = False
+        self._closing: bool = False
+        self._size: int = accumulation_steps
+        self._epoch_began: int = 0
         self._parameter_names: dict[int, str] = {}
         self._engine: Engine | None = None
         self._last_record: StepRecord | None = None
@@ -222,6 +232,7 @@ class Optimizer(OptimizerFacade):
             (Events.STARTED, self._on_started),
             (Events.ITERATION_COMPLETED, self._on_iteration_completed),
             (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ended),
+            (Events.EPOCH_COMPLETED, self._on_epoch_completed),
             (Events.TERMINATE | Events.COMPLETED, self._on_run_ended),
         ):
             registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=_FIRST)
@@ -235,6 +246,7 @@ class Optimizer(OptimizerFacade):
             AttachError: If it is not attached.
         """
         registry = self.hooks
+        self._refuse_while_closing("detach()")
         for hook in registry:
             if getattr(hook.hook, "__self__", None) is self:
                 hook.remove()
@@ -284,7 +296,15 @@ class Optimizer(OptimizerFacade):
                 IceEngineWarning,
                 stacklevel=2,
             )
+        elif engine.state.iteration > 0 and not self._loaded and not self._clocks.counts["iteration"]:
+            warnings.warn(
+                f"the engine goes on at iteration {engine.state.iteration}, optimizer {self._name!r} starts at step 0, "
+                "and so do its schedules; load its state too: optimizer.load_state_dict(...)",
+                IceEngineWarning,
+                stacklevel=2,
+            )
         self._loaded = False
+        self._epoch_began = engine.state.iteration
         self.zero_grad()
         self._publish()
 
@@ -298,6 +318,15 @@ class Optimizer(OptimizerFacade):
                 "should not reach"
             )
             raise BackwardError(message)
+
+    def _on_epoch_completed(self, engine: Engine) -> None:
+        if self._clocks.counts["iteration"] <= self._epoch_began and not self.needs_closure:
+            warnings.warn(
+                f"optimizer {self._name!r} got no loss in epoch {engine.state.epoch}: its backward() was not called",
+                IceEngineWarning,
+                stacklevel=2,
+            )
+        self._epoch_began = engine.state.iteration
 
     def _on_epoch_ended(self, *_: Any, **__: Any) -> None:
         if self._window.tail == "step":
@@ -314,7 +343,7 @@ class Optimizer(OptimizerFacade):
 
     # -- one micro-batch ----------------------------------------------------------------------------------
 
-    def backward(self, loss: torch.Tensor, weight: float | None = None) -> None:
+    def backward(self, loss: torch.Tensor, weight: float | None = None, *, retain_graph: bool = False) -> None:
         r"""Differentiate *loss* into the open window.
 
         The step's gradient becomes the mean over all items of the window,
@@ -325,6 +354,8 @@ class Optimizer(OptimizerFacade):
             weight: Number of items behind the loss, at least 0; one with weight 0 contributes nothing, even
                 if it is NaN. Left out in all calls: every micro-batch weighs the same, and several
                 losses in one micro-batch add up.
+            retain_graph: Keep the graph for another ``backward()``, such as that of a second optimizer with
+                the same loss.
 
         Raises:
             ArgumentTypeError: If *loss* is not a tensor or *weight* not a number.
@@ -351,6 +382,13 @@ class Optimizer(OptimizerFacade):
                 "so nobody would step; call it in train_step, or optimizer.detach() for a loop of your own"
             )
             raise BackwardError(message)
+        if self._window.weight and all(p.grad is None for p in self._parameters()):
+            self._discard("model.zero_grad()")
+            message = (
+                f"the gradients of optimizer {self._name!r} were cleared inside its window, by model.zero_grad()? "
+                "Take that out of train_step, gradients are cleared after every step"
+            )
+            raise BackwardError(message)
         part = self._window.enter(loss, weight)
         if self._engine is None and not self._clocks.counts["iteration"] and len(self._window.losses) == _FORGOTTEN:
             warnings.warn(
@@ -359,11 +397,25 @@ class Optimizer(OptimizerFacade):
                 IceEngineWarning,
                 stacklevel=2,
             )
-        if part is not None:
-            torch.autograd.backward(self._precision.scale(part), inputs=self._reach())
+        if part is None:
+            return
+        others = [(p, p.grad) for other in self._others() for p in other._parameters()]  # noqa: SLF001 - own class
+        try:
+            # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters that
+            # it must not train: what it leaves there would enter the other's step.
+            for parameter, _ in others:
+                parameter.grad = None
+            torch.autograd.backward(self._precision.scale(part), retain_graph=retain_graph)
+        except BaseException:
+            # Part of the gradients may be there and part not; the caller may catch this and go on.
+            self._discard("a backward() that failed")
+            raise
+        finally:
+            for parameter, gradient in others:
+                parameter.grad = gradient
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """Step the wrapped optimizer, always; inside an attached run's open window with a warning.
+        """Step the wrapped optimizer, always; by hand in an attached run with a warning.
 
         Args:
             closure: Re-evaluates the model and returns the loss, for optimizers such as LBFGS.
@@ -372,10 +424,11 @@ class Optimizer(OptimizerFacade):
         Returns:
             What the wrapped optimizer returns.
         """
-        if self._engine is not None and self._window.is_open and not self._stepping:
+        by_hand = self._engine is not None and not (self._stepping or self.needs_closure)
+        if by_hand and self._engine._dataloader_iter is not None:  # type: ignore[union-attr] # noqa: SLF001 - as in backward()
             warnings.warn(
-                f"step() by hand inside an open window of optimizer {self._name!r}, which the engine steps as well: "
-                "the same gradients are applied twice. Take step() out of train_step, or do not attach",
+                f"step() by hand in a run whose engine steps optimizer {self._name!r}: gradients are applied past its "
+                "window, clipping and clocks. Take step() out of train_step, or do not attach",
                 IceEngineWarning,
                 stacklevel=2,
             )
@@ -442,10 +495,10 @@ class Optimizer(OptimizerFacade):
         )
         self._window.end_micro_batch()
         if self._window.micro_batches >= size:
-            return self._close()
+            return self._close(size)
         if self._clocks.epoch_ends:
             if self._window.tail == "step":
-                return self._close()
+                return self._close(size)
             self._on_epoch_ended()
         return False
 
@@ -459,14 +512,19 @@ class Optimizer(OptimizerFacade):
         """
         if self._window.pending:
             self._window.end_micro_batch()
-        return self._close() if self._window.micro_batches else False
+        return self._close(self._window.size) if self._window.micro_batches else False
 
-    def _reach(self) -> list[torch.Tensor] | None:
-        # Beside another optimizer, such as a discriminator's beside a generator's, a loss may reach
-        # parameters that it must not train; a gradient left there would enter the other's step.
-        if self._engine is None or len(vars(self._engine)["_ice_optimizers"]) == 1:
-            return None
-        return [p for p in self._parameters() if p.requires_grad]
+    def _others(self) -> list["Optimizer"]:
+        attached = vars(self._engine)["_ice_optimizers"] if self._engine is not None else ()
+        return [other for other in attached if other is not self]
+
+    def _refuse_while_closing(self, what: str) -> None:
+        if self._closing:
+            message = (
+                f"{what} of optimizer {self._name!r} in a handler of GRADIENTS_READY or STEP_STARTED, while its "
+                f"window is being stepped; do it on {self._name.upper()}_STEP_COMPLETED"
+            )
+            raise AttachError(message)
 
     def _require_window(self) -> None:
         if self.needs_closure:
@@ -478,10 +536,12 @@ class Optimizer(OptimizerFacade):
 
     # -- one window ---------------------------------------------------------------------------------------
 
-    def _close(self) -> bool:
+    def _close(self, size: int) -> bool:
+        self._closing, self._size = True, size
         try:
             return self._attempt()
         finally:
+            self._closing = False
             self._clear()
 
     def _attempt(self) -> bool:
@@ -538,7 +598,7 @@ class Optimizer(OptimizerFacade):
             run_processors(
                 self._processors,
                 self.param_groups,
-                {**self._clocks.context(self._window.size, self._window.tail), **owners},
+                {**self._clocks.context(self._size, self._window.tail), **owners},
             )
         self._count("step")
         try:
@@ -566,6 +626,7 @@ class Optimizer(OptimizerFacade):
         # cleared after it, for handlers that look at them.
         self._precision.update()
         self._window.reset()
+        self._closing = False
         self._fire(kind)
 
     def _count(self, clock: str, by: int = 1) -> None:
@@ -609,13 +670,13 @@ class Optimizer(OptimizerFacade):
 
     def _discard(self, cause: str) -> None:
         if self._window.is_open:
+            dropped = self._window.micro_batches + self._window.pending
+            self._clear()
             warnings.warn(
-                f"optimizer {self._name!r} dropped the {self._window.micro_batches} micro-batches of a window that "
-                f"{cause} left open",
+                f"optimizer {self._name!r} dropped the {dropped} micro-batches of a window that {cause} left open",
                 IceEngineWarning,
                 stacklevel=3,
             )
-            self._clear()
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -661,6 +722,7 @@ class Optimizer(OptimizerFacade):
             raise ArgumentValueError(message)
         extra = {
             "name": self._name,
+            "class": type(self._inner).__name__,
             "clocks": dict(self._clocks.counts),
             "window": {"micro_batches": self._window.micro_batches, "weight": self._window.weight},
             **self._precision.state_dict(),
@@ -677,11 +739,13 @@ class Optimizer(OptimizerFacade):
             NotConsolidatedError: If it is the stub of a rank that does not hold the whole state.
             StateDictError: If it is of a newer version, or its param groups do not fit; nothing has changed then.
         """
+        self._refuse_while_closing("load_state_dict()")
         sizes = [len(group["params"]) for group in self.param_groups]
         # Copied, because torch would keep the caller's tensors as live state.
         plain, extra = unpack(copy.deepcopy(state_dict), sizes)
         # What processors start from; without them it is a scheduler's own, and goes as in a plain optimizer.
         kept = "initial_" if self._processors else ()
+        self._check_fits(plain, extra)
         before = [{k: v for k, v in g.items() if k.startswith(kept)} for g in self.param_groups]
         names = [group.get("param_names") for group in self.param_groups]
         self._inner.load_state_dict(plain)
@@ -707,15 +771,40 @@ class Optimizer(OptimizerFacade):
                 )
         self._clear()
 
+    def _check_fits(self, plain: dict[str, Any], extra: dict[str, Any] | None) -> None:
+        for i, (group, own, names) in enumerate(
+            zip(plain["param_groups"], self.param_groups, self._names(), strict=True)
+        ):
+            lacking = [key for key in own if key in self.defaults and key not in group]
+            saved_class = (extra or {}).get("class")
+            if lacking and saved_class not in (None, type(self._inner).__name__):
+                message = (
+                    f"the state dict is of {saved_class}, this wraps {type(self._inner).__name__}; "
+                    f"param group {i} lacks {', '.join(lacking)}"
+                )
+                raise StateDictError(message)
+            pairs = zip(group.get("param_names") or names, names, strict=True)
+            other = [(saved, here) for saved, here in pairs if not same_name(saved, here)]
+            if other:
+                message = (
+                    f"param group {i} of the state dict has {other[0][0]!r} where the optimizer has {other[0][1]!r}; "
+                    "its state would go to the wrong parameter. Build the optimizer with the order it was saved with"
+                )
+                raise StateDictError(message)
+
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(vars(self))
         kept.pop("step", None)  # patched in by torch's schedulers
         kept.pop("_opt_called", None)
-        return {**kept, "_engine": None, "_parameter_names": {}, "_last_record": None}
+        return {**kept, "_engine": None, "_parameter_names": {}, "_last_record": None, "_closing": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._discard("copying")  # torch copies and pickles parameters without their gradients
+
+    def __copy__(self) -> "Optimizer":
+        message = "a shallow copy would share parameters and window with its original; use copy.deepcopy(optimizer)"
+        raise ArgumentTypeError(message)
 
     def __repr__(self) -> str:
         parts = [f"name={self._name!r}", f"accumulation_steps={self._window.size}"]

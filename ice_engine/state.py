@@ -6,6 +6,7 @@ from typing import Any
 from ice_engine.errors import NotConsolidatedError, StateDictError
 
 VERSION = 1
+PLACE = "param_groups."  # how parameters without a name are called
 
 
 def pack(state: dict[str, Any], names: list[list[str]], extra: dict[str, Any]) -> dict[str, Any]:
@@ -74,3 +75,15 @@ def _check_extra(extra: Any) -> None:
     if not whole:
         message = f"the state dict's 'ice_engine' is damaged: {dict(extra)!r}; load another checkpoint"
         raise StateDictError(message)
+
+
+def same_name(saved: str, here: str) -> bool:
+    """Whether two parameter names mean the same one, where both are names and not places in a group."""
+    if saved.startswith(PLACE) or here.startswith(PLACE):
+        return True
+    return _bare(saved) == _bare(here)
+
+
+def _bare(name: str) -> str:
+    # DistributedDataParallel and torch.compile put their own prefix before the module's names.
+    return name.replace("_orig_mod.", "").removeprefix("module.")

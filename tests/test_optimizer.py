@@ -360,8 +360,142 @@ def test_step_by_hand_in_an_attached_run_is_said():
 
     engine = Engine(train_step)
     optimizer.attach(engine)
-    with pytest.warns(ice.IceEngineWarning, match="the same gradients are applied twice"):
+    with pytest.warns(
+        ice.IceEngineWarning, match=r"applied past its window, clipping and clocks. Take step\(\) out of train_step"
+    ):
         engine.run([1.0])
+
+
+def test_plain_torch_calls_in_an_attached_run_are_said():
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=4)
+
+    def train_step(engine, slope):
+        (weight * slope).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    engine = Engine(train_step)
+    optimizer.attach(engine)
+    with pytest.warns(ice.IceEngineWarning) as said:
+        engine.run([1.0])
+
+    texts = [str(warning.message) for warning in said]
+    assert any("step() by hand" in text for text in texts)
+    assert any("got no loss in epoch 1" in text for text in texts)
+
+
+def test_gradients_that_the_model_cleared_inside_a_window_are_missed():
+    model = torch.nn.Linear(1, 1)
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), accumulation_steps=2)
+
+    def train_step(engine, batch):
+        model.zero_grad()
+        optimizer.backward(model(torch.ones(1, 1)).sum())
+
+    engine = Engine(train_step)
+    optimizer.attach(engine)
+    with (
+        pytest.warns(ice.IceEngineWarning, match="dropped"),
+        pytest.raises(BackwardError, match="cleared inside its window"),
+    ):
+        engine.run([0, 0])
+
+
+class _OutOfMemory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise MemoryError
+
+
+def test_a_backward_that_failed_leaves_no_half_window():
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=2)
+    optimizer.backward(weight * 5.0)
+    optimizer.update()
+    with (
+        pytest.warns(ice.IceEngineWarning, match=r"dropped the 2 micro-batches"),
+        pytest.raises(MemoryError),
+    ):
+        optimizer.backward(_OutOfMemory.apply(weight * 9.0))
+    for slope in (1.0, 3.0):
+        optimizer.backward(weight * slope)
+        optimizer.update()
+
+    assert weight.item() == -2.0
+
+
+def test_one_loss_trains_two_optimizers():
+    a, b = parameter(2.0), parameter(3.0)
+    first, second = sgd(a, name="first"), sgd(b, name="second")
+
+    def train_step(engine, batch):
+        loss = a * b * batch.requires_grad_()
+        first.backward(loss, retain_graph=True)
+        second.backward(loss)
+
+    engine, batch = Engine(train_step), torch.ones(())
+    first.attach(engine)
+    second.attach(engine)
+    engine.run([batch])
+
+    assert (a.item(), b.item()) == (2.0 - 3.0, 3.0 - 2.0)
+    assert batch.grad.item() == 12.0, "what no optimizer owns is reached as in torch"
+
+
+def test_an_optimizer_that_gets_no_loss_for_an_epoch_is_named():
+    a, b = parameter(2.0), parameter(3.0)
+    first, second = sgd(a, name="first"), sgd(b, name="second")
+    engine = Engine(lambda e, batch: first.backward(a * b))
+    first.attach(engine)
+    second.attach(engine)
+
+    with pytest.warns(ice.IceEngineWarning, match="optimizer 'second' got no loss in epoch 1"):
+        engine.run([0])
+
+
+@pytest.mark.parametrize("what", ["detach", "load"])
+@pytest.mark.parametrize("kind", ["GRADIENTS_READY", "STEP_STARTED"])
+def test_a_window_is_not_taken_apart_while_it_closes(kind, what):
+    weight = parameter()
+    optimizer = sgd(weight)
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    act = optimizer.detach if what == "detach" else lambda: optimizer.load_state_dict(optimizer.state_dict())
+    engine.add_event_handler(optimizer.event(kind), lambda: act())
+
+    with pytest.raises(AttachError, match="while its window is being stepped; do it on OPTIMIZER_STEP_COMPLETED"):
+        engine.run([1.0])
+
+
+def test_an_engine_that_goes_on_under_a_new_optimizer_is_said():
+    weight = parameter()
+    optimizer = sgd(weight)
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    engine.load_state_dict({"iteration": 2, "epoch_length": 2, "max_epochs": 2})
+
+    with pytest.warns(ice.IceEngineWarning, match="goes on at iteration 2, optimizer 'optimizer' starts at step 0"):
+        engine.run([1.0] * 2, max_epochs=2)
+
+
+def test_a_torch_optimizer_is_wrapped_once():
+    inner = torch.optim.SGD([parameter()], lr=1.0)
+    kept = ice.Optimizer(inner, name="kept")
+
+    with pytest.raises(ArgumentTypeError, match="wrapped already, by optimizer 'kept'"):
+        ice.Optimizer(inner)
+
+    assert kept.inner is inner
+
+
+def test_a_shallow_copy_is_refused():
+    with pytest.raises(ArgumentTypeError, match=r"use copy.deepcopy\(optimizer\)"):
+        copy.copy(sgd())
 
 
 @pytest.mark.parametrize("attached", [True, False])
@@ -442,6 +576,48 @@ def test_tensor_lr_is_written_in_place():
     assert lr.item() == 0.25
 
 
+def test_a_tensor_lr_is_each_groups_own_and_changes_only_when_all_processors_returned():
+    first, second = parameter(), parameter()
+
+    def halve(group):
+        group["lr"] *= 0.5 * (group["group_index"] + 1)
+        return group
+
+    calls = []
+
+    def fail_once(group):
+        calls.append(group["lr"])
+        if len(calls) == 2:
+            raise ZeroDivisionError
+        return group
+
+    inner = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=torch.tensor(0.5))
+    optimizer = ice.Optimizer(inner, processors=[halve, fail_once])
+    optimizer.backward(first + second)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.update()
+    assert [group["lr"].item() for group in optimizer.param_groups] == [0.5, 0.5]
+
+    optimizer.backward(first + second)
+    optimizer.update()
+    assert [group["lr"].item() for group in optimizer.param_groups] == [0.25, 0.5]
+
+
+def test_total_steps_follows_the_window_size_that_update_was_given():
+    totals, weight = set(), parameter()
+    optimizer = sgd(weight, processors=[lambda g: totals.add(g["total_steps"]) or g])
+
+    def train_step(engine, slope):
+        optimizer.backward(weight * slope)
+        optimizer.update(grad_acc_steps=4)
+
+    engine = Engine(train_step)
+    optimizer.attach(engine)
+    engine.run([1.0] * 16)
+
+    assert totals == {4}
+
+
 def test_numpy_numbers_become_plain_so_that_the_checkpoint_loads():
     numpy = pytest.importorskip("numpy")
     optimizer = stepped(lambda group: {"lr": numpy.float64(0.25)})
@@ -513,6 +689,10 @@ def test_total_steps_is_the_number_of_steps_the_run_takes(k, tail, run, total):
             r"'lr' of param group 0 .* would become nan \(float\); it must be a finite number",
         ),
         (lambda g: {"lr": None}, r"would become None \(NoneType\)"),
+        (lambda g: {"lr": -1.0}, "'lr' of param group 0 .* would become -1.0; it must be at least 0"),
+        (lambda g: {"lr": torch.ones(2)}, "must be a finite number"),
+        (lambda g: {"betas": 0.9}, "'betas' of param group 0 .* would become 0.9; it must have 2 elements"),
+        (lambda g: {"betas": (0.9,)}, "it must have 2 elements"),
         (lambda g: {"lr": 1j}, r"would become 1j \(complex\)"),
         (lambda g: {"betas": (0.9, math.inf)}, r"'betas.1' of param group 0 .* would become inf"),
         (lambda g: g.pop("lr") and g, "'lr' cannot be deleted"),
@@ -698,6 +878,22 @@ def test_float16_parameters_with_a_scaler_are_refused_when_it_is_made():
 
     with pytest.raises(ArgumentValueError, match="cannot unscale the gradients of float16 parameters"):
         sgd(half, grad_scaler=torch.amp.GradScaler("cpu"))
+
+
+def test_state_does_not_go_to_a_parameter_of_another_name():
+    def named(*names):
+        return ice.Optimizer(torch.optim.SGD([(name, parameter()) for name in names], lr=0.1))
+
+    with pytest.raises(StateDictError, match="has 'w' where the optimizer has 'b'"):
+        named("b", "w").load_state_dict(named("w", "b").state_dict())
+    named("module.w", "_orig_mod.b").load_state_dict(named("w", "b").state_dict())
+
+
+def test_state_of_another_class_is_refused():
+    adam = ice.Optimizer(torch.optim.Adam([parameter()]))
+
+    with pytest.raises(StateDictError, match="the state dict is of Adam, this wraps SGD; param group 0 lacks momentum"):
+        sgd().load_state_dict(adam.state_dict())
 
 
 @pytest.mark.parametrize("rank", [1, -1, "0", True])

@@ -47,7 +47,9 @@ class GroupMapping(MutableMapping[str, Any]):
         if key in self._staged:
             return self._staged[key]
         if key in self._group:
-            return self._group[key]
+            value = self._group[key]
+            # A copy: `group["lr"] *= 0.5` would change a tensor at once, whatever happens after.
+            return value.detach().clone() if isinstance(value, torch.Tensor) else value
         if key in ("x", "param_group"):
             return self
         if key in self._context:
@@ -160,16 +162,22 @@ class GroupMapping(MutableMapping[str, Any]):
             self._staged[key] = self._plain(key, value, self._group[key])
 
     def _plain(self, key: str, value: Any, current: Any) -> Any:
-        if isinstance(current, tuple | list) and isinstance(value, Sequence) and len(value) == len(current):
+        if isinstance(current, tuple | list):
+            if not isinstance(value, tuple | list) or len(value) != len(current):
+                message = f"{key!r} of {self._label()} would become {value!r}; it must have {len(current)} elements"
+                raise ProcessorValueError(message)
             pairs = zip(value, current, strict=True)
             return type(current)(self._plain(f"{key}.{i}", v, c) for i, (v, c) in enumerate(pairs))
         if isinstance(current, bool) or not isinstance(current, int | float | torch.Tensor):
             return value
         # A numpy scalar in a param group would make the checkpoint unreadable for weights_only=True.
-        number = value.item() if hasattr(value, "item") else value
+        number = value.item() if hasattr(value, "item") and _is_one(value) else value
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             found = f"{number!r} ({type(number).__name__})"
             message = f"{key!r} of {self._label()} would become {found}; it must be a finite number"
+            raise ProcessorValueError(message)
+        if key == "lr" and number < 0:
+            message = f"'lr' of {self._label()} would become {number!r}; it must be at least 0, or the loss is climbed"
             raise ProcessorValueError(message)
         return number
 
@@ -206,6 +214,10 @@ def set_initial_values(processors: Sequence[Callable[..., Any]], groups: Sequenc
     """
     for index, group in enumerate(groups):
         mapping = GroupMapping(group, {"group_index": index, "group_name": group_name(group, index)})
+        for key, value in group.items():
+            # torch gives all groups the very tensor it was given; written in place, it would be one lr for all.
+            if isinstance(value, torch.Tensor) and any(other.get(key) is value for other in groups[:index]):
+                group[key] = value.detach().clone()
         if "lr" in group:
             group.setdefault("initial_lr", float(group["lr"]))
         for processor, key in written_keys(processors):
@@ -256,3 +268,7 @@ def _takes_a_mapping(processor: Callable[..., Any]) -> bool:
 def frozen(value: Any) -> Any:
     """Return *value* as it is now: a copy of a tensor, which the next step would change in place."""
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _is_one(value: Any) -> bool:
+    return bool(value.numel() == 1 if isinstance(value, torch.Tensor) else value.size == 1)
