@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,8 +69,9 @@ def test_digits_writes_what_tensorboard_reads(three_epochs):
     assert [event.step for event in events.Scalars("validation/accuracy")] == [12, 24, 36]
 
 
-def test_digits_resumes_after_the_last_epoch(three_epochs):
-    folder, _ = three_epochs
+def test_digits_resumes_after_the_last_epoch(three_epochs, tmp_path):
+    folder = tmp_path / "copy"  # the other tests look at the run of three epochs
+    shutil.copytree(three_epochs[0], folder)
     output = digits(folder, "--resume", "--epochs", "4")
     assert "digits_checkpoint_3.pt: epoch 3, step 36" in output
     assert epochs(output) == [(4, 48)]
