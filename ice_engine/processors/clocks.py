@@ -19,8 +19,11 @@ _LENGTHS = {
 }
 
 
-def elapsed(mapping: Mapping[str, Any], unit: Unit, processor: str) -> int:
+def elapsed(mapping: Mapping[str, Any], unit: Unit, processor: str) -> float:
     """Return how many of *unit* lie behind: 0 during the first one.
+
+    A whole number, unless the run was resumed with ``on_change="stretch"``: then the mapping's ``stretch`` says, for
+    each unit, from when on, from which time, and how fast the clock runs.
 
     Raises:
         MissingKeyError: If the mapping has no such clock, or has None for it.
@@ -31,7 +34,17 @@ def elapsed(mapping: Mapping[str, Any], unit: Unit, processor: str) -> int:
         message = f"processor {processor!r} follows {unit!r}, which is None: nothing here counts it. Use another unit="
         raise MissingKeyError(message)
     # Ignite counts iterations and epochs from 1, and shows 0 before the run; steps count what was applied.
-    return count if unit == "step" else max(count - 1, 0)
+    t = count if unit == "step" else max(count - 1, 0)
+    stretch = mapping.get("stretch")
+    if stretch and unit in stretch:
+        since, begin, speed = stretch[unit]
+        return t if t < since else float(begin + (t - since) * speed)
+    return t
+
+
+def at_clock(unit: Unit, t: int) -> dict[str, Any]:
+    """Return the entries of a mapping at which *t* of *unit* lie behind."""
+    return {unit: t if unit == "step" else t + 1, "stretch": None}
 
 
 def run_length(mapping: Mapping[str, Any], unit: Unit, processor: str) -> int:

@@ -8,7 +8,8 @@ from ice_engine import arguments
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.processors.clocks import Unit
 from ice_engine.processors.ramps import ramp
-from ice_engine.processors.schedule import Schedule, build, progress
+from ice_engine.processors.curve import build, progress
+from ice_engine.processors.schedule import Schedule
 
 
 def _linear(base: float, t: int, *, start: float, end: float, total: int) -> float:

@@ -15,15 +15,8 @@ from ice_engine.errors import (
     ProcessorValueError,
     UnknownKeyError,
 )
-from ice_engine.processors.processor import Processor
+from ice_engine.processors.processor import Processor, name_of
 from ice_engine.typing import DictProcessor
-
-
-def name_of(processor: Callable[..., Any]) -> str:
-    """Return the name that errors call *processor* by."""
-    if isinstance(processor, Processor):
-        return processor.name
-    return getattr(processor, "__name__", type(processor).__name__)
 
 
 class GroupMapping(MutableMapping[str, Any]):

@@ -1,7 +1,7 @@
 """What a processor is, and what every processor says when it is called wrongly."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any
 
@@ -44,6 +44,13 @@ class Processor(ABC):
     @abstractmethod
     def __call__(self, mapping: MutableMapping[str, Any], /) -> MutableMapping[str, Any]:
         """Process *mapping* and return it, or another one."""
+
+
+def name_of(processor: Callable[..., Any]) -> str:
+    """Return the name that errors call *processor* by."""
+    if isinstance(processor, Processor):
+        return processor.name
+    return getattr(processor, "__name__", type(processor).__name__)
 
 
 def require_mapping(mapping: Any, processor: str) -> Any:

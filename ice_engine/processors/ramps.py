@@ -2,7 +2,8 @@
 
 from ice_engine import arguments
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.schedule import Schedule, build
+from ice_engine.processors.curve import build
+from ice_engine.processors.schedule import Schedule
 
 
 def _constant(base: float, _: int, *, factor: float) -> float:

@@ -2,19 +2,21 @@
 
 A schedule holds no state. It reads what the entry was at the start (``initial_lr``) and a clock from the mapping, and
 writes the entry; so a run can be resumed, extended or replayed from its clocks alone. A new one is a curve and a
-factory, see :func:`build`.
+factory, see :func:`ice_engine.processors.curve.build`; what combines them is in
+:mod:`ice_engine.processors.composition`.
 """
 
-import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ice_engine import arguments
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, ProcessorValueError
-from ice_engine.processors.clocks import UNITS, Unit, elapsed, run_length
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.processors.processor import Processor, require_key, require_mapping
+
+if TYPE_CHECKING:
+    from ice_engine.processors.curve import Curve
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,25 @@ class Schedule(Processor):
 
     @property
     @abstractmethod
+    def parts(self) -> tuple["Schedule", ...]:
+        """The schedules it is made of, from left to right; empty for a curve of the catalogue."""
+
+    @property
     def units(self) -> frozenset[str]:
         """The clocks it follows; one, unless schedules of different units were multiplied."""
+        return frozenset().union(*(part.units for part in self.parts))
+
+    @property
+    def only_groups(self) -> frozenset[str] | None:
+        """Names of the param groups it is limited to; None for all."""
+        limits = [part.only_groups for part in self.parts]
+        found = [limit for limit in limits if limit is not None]
+        return frozenset().union(*found) if found and len(found) == len(limits) else None
+
+    def curves(self, start: int = 0) -> Iterator[tuple["Curve", int]]:
+        """Yield every curve in it, each with the time at which its own clock starts, in its unit."""
+        for part in self.parts:
+            yield from part.curves(start)
 
     @abstractmethod
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
@@ -50,6 +69,19 @@ class Schedule(Processor):
             start: When the schedule's own clock starts, in its unit.
         """
 
+    def applies(self, mapping: Mapping[str, Any], *, start: int = 0) -> bool:
+        """Whether it has something to say in this group, now; if not, the entry stays as it is."""
+        return any(part.applies(mapping, start=start) for part in self.parts)
+
+    @property
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Plain data that ``ice.schedules.from_spec`` makes the same schedule of: strings, numbers, lists, dicts.
+
+        Raises:
+            ArgumentTypeError: If it holds a function, which is no data.
+        """
+
     def __call__(self, mapping: MutableMapping[str, Any], /) -> MutableMapping[str, Any]:
         """Write the scheduled value to the mapping's ``dst`` and return the mapping.
 
@@ -57,9 +89,10 @@ class Schedule(Processor):
             MissingKeyError: If the mapping lacks the initial value, the clock, or the length of the run.
         """
         mapping = require_mapping(mapping, self.name)
-        initial = f"initial_{self.dst}"
-        base = require_key(mapping, initial, self.name, f"Attach the optimizer first, or set {initial} yourself.")
-        mapping[self.dst] = self.value(base, mapping)
+        if self.applies(mapping):
+            initial = f"initial_{self.dst}"
+            base = require_key(mapping, initial, self.name, f"Attach the optimizer first, or set {initial} yourself.")
+            mapping[self.dst] = self.value(base, mapping)
         return mapping
 
     def __mul__(self, other: "Schedule") -> "Schedule":
@@ -67,17 +100,18 @@ class Schedule(Processor):
         if not isinstance(other, Schedule):
             return NotImplemented
         _check_same_dst(self, other)
-        return _Product(self.dst, (*_factors(self), *_factors(other)))
+        return _composition().Product.of(self, other)
 
-    def then(self, schedule: "Schedule", /, *, at: int) -> "Schedule":
-        """Follow this schedule until *at*, then *schedule*, from the same initial value.
+    def then(self, schedule: "Schedule", /, *, at: int, rebase: bool = False) -> "Schedule":
+        """Follow this schedule until *at*, then *schedule*.
 
         Args:
             schedule: Its clock starts at *at*; with ``total=None`` it lasts the rest of the run.
             at: When to change over, in the unit of both; at least 1.
+            rebase: Let *schedule* start from what this one gives at *at*, instead of from the initial value.
 
         Raises:
-            ArgumentTypeError: If *schedule* is not a schedule or *at* not an int.
+            ArgumentTypeError: If *schedule* is not a schedule, *at* not an int or *rebase* not a bool.
             ArgumentValueError: If they differ in ``dst`` or ``unit``, or *at* is below 1.
 
         Examples:
@@ -97,7 +131,10 @@ class Schedule(Processor):
                 "give both the same unit="
             )
             raise ArgumentValueError(message)
-        return _Sequence(self.dst, self, schedule, arguments.count("then(at=...)", at, 1))
+        if not isinstance(rebase, bool):
+            message = f"then(rebase=...) must be True or False, got {rebase!r} ({type(rebase).__name__})"
+            raise ArgumentTypeError(message)
+        return _composition().Sequence(self.dst, self, schedule, arguments.count("then(at=...)", at, 1), rebase)
 
     def clamp(self, *, min: float | None = None, max: float | None = None) -> "Schedule":  # noqa: A002 - as torch.clamp
         """Keep the value between *min* and *max*.
@@ -123,162 +160,87 @@ class Schedule(Processor):
         if least is not None and most is not None and least > most:
             message = f"clamp(min=..., max=...) must have min <= max, got {least!r} and {most!r}"
             raise ArgumentValueError(message)
-        return _Clamped(self.dst, self, least, most)
+        return _composition().Clamp(self.dst, self, least, most)
 
+    def scale(self, by: float | str, /) -> "Schedule":
+        """Multiply the value by a number, or by an entry of the param group.
 
-@dataclass(frozen=True, repr=False)
-class _Curve(Schedule):
-    unit: Unit
-    factory: Callable[..., Schedule]
-    curve: Callable[..., float]
-    settings: tuple[tuple[str, Any], ...]
+        Args:
+            by: A finite number; or the key of an entry that holds one, such as ``"lr_scale"``.
 
-    @property
-    def name(self) -> str:
-        return self.factory.__name__
+        Raises:
+            ArgumentTypeError: If it is neither a number nor a string.
+            ArgumentValueError: If it is not finite, or empty.
 
-    @property
-    def units(self) -> frozenset[str]:
-        return frozenset((self.unit,))
+        Examples:
+            >>> import ice_engine as ice
+            >>> ice.schedules.constant().scale("lr_scale")({"step": 0, "initial_lr": 1.0, "lr_scale": 0.25})["lr"]
+            0.25
+        """
+        if isinstance(by, str):
+            if not by:
+                message = "scale() wants a number or the key of an entry of the param group, got ''"
+                raise ArgumentValueError(message)
+            return _composition().Scale(self.dst, self, by)
+        return _composition().Scale(self.dst, self, arguments.number("scale(...)", by))
 
-    def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
-        t = elapsed(mapping, self.unit, self.name) - start
-        settings = dict(self.settings)
-        if "total" in settings and settings["total"] is None:
-            settings["total"] = run_length(mapping, self.unit, self.name) - start
-        try:
-            return self.curve(base, t, **settings)
-        except OverflowError as error:
-            message = f"processor {self.name!r} is beyond every float at {self.unit} {t}: {self!r} grows without end"
-            raise ProcessorValueError(message) from error
+    def only(self, *names: str) -> "Schedule":
+        """Limit it to the param groups of these names; in the others the entry stays as it is.
 
-    def __repr__(self) -> str:
-        defaults = inspect.signature(self.factory).parameters
-        given = (*self.settings, ("unit", self.unit), ("dst", self.dst))
-        written = ", ".join(f"{key}={value!r}" for key, value in given if value != defaults[key].default)
-        return f"{self.name}({written})"
+        As a factor of a product it is 1 there.
 
+        Args:
+            names: Names of groups (their ``name`` entry, or ``group_<index>``); at least one. A name that no group
+                has is an error when the optimizer is attached.
 
-@dataclass(frozen=True, repr=False)
-class _Product(Schedule):
-    factors: tuple[Schedule, ...]
+        Raises:
+            ArgumentTypeError: If none is given, or one is not a string.
 
-    @property
-    def name(self) -> str:
-        return " * ".join(factor.name for factor in self.factors)
-
-    @property
-    def units(self) -> frozenset[str]:
-        return frozenset().union(*(factor.units for factor in self.factors))
-
-    def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
-        for factor in reversed(self.factors):
-            base = factor.value(base, mapping, start=start)
-        return base
-
-    def __repr__(self) -> str:
-        return " * ".join(map(repr, self.factors))
-
-
-@dataclass(frozen=True, repr=False)
-class _Sequence(Schedule):
-    first: Schedule
-    second: Schedule
-    at: int
-
-    @property
-    def name(self) -> str:
-        return f"{_atom(self.first, self.first.name)}.then({self.second.name})"
-
-    @property
-    def units(self) -> frozenset[str]:
-        return self.first.units
-
-    def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
-        (unit,) = self.units
-        change = start + self.at
-        if elapsed(mapping, unit, self.name) < change:  # type: ignore[arg-type]
-            return self.first.value(base, mapping, start=start)
-        return self.second.value(base, mapping, start=change)
-
-    def __repr__(self) -> str:
-        return f"{_atom(self.first, repr(self.first))}.then({self.second!r}, at={self.at})"
-
-
-@dataclass(frozen=True, repr=False)
-class _Clamped(Schedule):
-    schedule: Schedule
-    least: float | None
-    most: float | None
-
-    @property
-    def name(self) -> str:
-        return f"{_atom(self.schedule, self.schedule.name)}.clamp()"
-
-    @property
-    def units(self) -> frozenset[str]:
-        return self.schedule.units
-
-    def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
-        value = self.schedule.value(base, mapping, start=start)
-        if self.least is not None:
-            value = max(value, self.least)
-        return value if self.most is None else min(value, self.most)
-
-    def __repr__(self) -> str:
-        limits = [f"{key}={limit}" for key, limit in (("min", self.least), ("max", self.most)) if limit is not None]
-        return f"{_atom(self.schedule, repr(self.schedule))}.clamp({', '.join(limits)})"
-
-
-def build(
-    factory: Callable[..., Schedule], curve: Callable[..., float], *, unit: Unit, dst: str, **settings: Any
-) -> Schedule:
-    """Return the schedule that *factory* stands for; the one way to make a new kind.
-
-    Args:
-        factory: The public function, with a parameter for each of the settings, ``unit`` and ``dst``.
-        curve: ``curve(base, t, **settings)`` gives the value, *t* being how many of *unit* lie behind. Both are
-            functions of a module, so that the schedule pickles.
-        unit: The clock to follow.
-        dst: The entry to write.
-        settings: Checked and hashable. A ``total`` of None becomes the length of the run.
-
-    Raises:
-        ArgumentTypeError: If *unit* or *dst* is not a string, or ``total`` not an int.
-        ArgumentValueError: If *unit* is unknown, *dst* empty, or ``total`` below 1.
-    """
-    name = factory.__name__
-    for argument, text in (("unit", unit), ("dst", dst)):
-        if not isinstance(text, str):
-            message = f"{name}({argument}=...) must be a string, got {text!r} ({type(text).__name__})"
+        Examples:
+            >>> import ice_engine as ice
+            >>> head = ice.schedules.constant(0.5).only("head")
+            >>> [head({"step": 0, "initial_lr": 1.0, "lr": 1.0, "group_name": g})["lr"] for g in ("head", "body")]
+            [0.5, 1.0]
+        """
+        if not names or not all(isinstance(name, str) for name in names):
+            message = f"only() wants names of param groups, such as only('head'), got {names!r}"
             raise ArgumentTypeError(message)
-    if unit not in UNITS:
-        message = f"{name}(unit=...) must be one of {', '.join(map(repr, UNITS))}, got {unit!r}"
-        raise ArgumentValueError(message)
-    if not dst:
-        message = f"{name}(dst=...) must be the key of an entry, such as 'lr' or 'betas.0', got ''"
-        raise ArgumentValueError(message)
-    if settings.get("total") is not None:
-        settings["total"] = arguments.count(f"{name}(total=...)", settings["total"], 1)
-    return _Curve(dst, unit, factory, curve, tuple(settings.items()))
+        return _composition().Only(self.dst, self, names)
 
+    def when(self, predicate: Callable[[Mapping[str, Any]], bool], /) -> "Schedule":
+        """Limit it to the steps and groups for which *predicate* is true; else the entry stays as it is.
 
-def progress(t: int, total: int) -> float:
-    """Return which part of *total* lies behind at *t*: from 0 to 1, and 1 past the end."""
-    # A run shorter than its own warmup leaves nothing for what follows: total <= 0 is at its end.
-    return 1.0 if t >= total else t / total
+        As a factor of a product it is 1 then.
 
+        Args:
+            predicate: Called with the mapping, which it only reads. A function of a module, if the schedule is to be
+                pickled.
 
-def _factors(schedule: Schedule) -> tuple[Schedule, ...]:
-    # Applying schedules is associative, so a product of products is one product.
-    return schedule.factors if isinstance(schedule, _Product) else (schedule,)
+        Raises:
+            ArgumentTypeError: If it cannot be called.
 
-
-def _atom(schedule: Schedule, text: str) -> str:
-    return f"({text})" if isinstance(schedule, _Product) else text
+        Examples:
+            >>> import ice_engine as ice
+            >>> def late(group):
+            ...     return group["epoch"] > 2
+            >>> drop = ice.schedules.constant(0.1).when(late)
+            >>> drop, [drop({"step": 0, "epoch": e, "initial_lr": 1.0, "lr": 1.0})["lr"] for e in (2, 3)]
+            (constant(factor=0.1).when(late), [1.0, 0.1])
+        """
+        if not callable(predicate):
+            message = f"when() wants a function of the mapping, got {predicate!r} ({type(predicate).__name__})"
+            raise ArgumentTypeError(message)
+        return _composition().When(self.dst, self, predicate)
 
 
 def _check_same_dst(first: Schedule, second: Schedule) -> None:
     if first.dst != second.dst:
         message = f"{first!r} writes {first.dst!r} and {second!r} writes {second.dst!r}; give both the same dst="
         raise ArgumentValueError(message)
+
+
+def _composition() -> Any:
+    # Imported when used: compositions are schedules themselves.
+    from ice_engine.processors import composition
+
+    return composition
