@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ice_engine import arguments
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.ramps import ramp
 from ice_engine.processors.curve import build, progress
+from ice_engine.processors.ramps import ramp
 from ice_engine.processors.schedule import Schedule
 
 
