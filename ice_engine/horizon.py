@@ -273,12 +273,14 @@ def _clocks_at(clocks: Clocks, ahead: int, size: int, length: int | None) -> dic
 
 def _reasons(old: _Side, new: _Side, groups: Sequence[dict[str, Any]]) -> list[str]:
     found = []
+    # What one side does not know is no change: a state may be saved before its run.
     totals = [side.terms.plan["total_steps"] for side in (old, new)]
     runs = [side.terms.run for side in (old, new)]
-    if runs[0] != runs[1] and totals[0] != totals[1]:
+    if runs[0] != runs[1] and totals[0] != totals[1] and None not in totals:
         found.append(f"total {totals[0]} -> {totals[1]}")
     else:
-        found += [f"{key} {runs[0].get(key)} -> {runs[1][key]}" for key in runs[1] if runs[0].get(key) != runs[1][key]]
+        pairs = [(key, runs[0].get(key), value) for key, value in runs[1].items()]
+        found += [f"{key} {a} -> {b}" for key, a, b in pairs if a != b and a is not None and b is not None]
     texts = [", ".join(map(_text, side.terms.processors)) for side in (old, new)]
     if old.terms.processors != new.terms.processors:
         found.append(f"processors [{texts[0]}] -> [{texts[1]}]")

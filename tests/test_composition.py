@@ -99,9 +99,7 @@ def test_a_limited_schedule_asks_nothing_of_other_groups() -> None:
 
 
 def test_a_name_that_no_group_has_is_refused_when_attached() -> None:
-    optimizer = ice.Optimizer(
-        torch.optim.SGD(groups_of("head", "body"), lr=1.0), processors=[constant().only("haed")]
-    )
+    optimizer = ice.Optimizer(torch.optim.SGD(groups_of("head", "body"), lr=1.0), processors=[constant().only("haed")])
 
     with pytest.raises(MissingKeyError, match=r"'haed', which there is not; there are: 'head', 'body'; did you mean"):
         optimizer.attach(Engine(lambda engine, batch: None))
@@ -219,8 +217,6 @@ def test_a_spec_that_is_none_is_explained(spec: Any, error: type[Exception], mes
         (lambda: polynomial().then(linear(), 2), TypeError, "positional"),
     ],
 )
-def test_impossible_combinations_are_refused_when_combined(
-    combine: Any, error: type[Exception], message: str
-) -> None:
+def test_impossible_combinations_are_refused_when_combined(combine: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         combine()
