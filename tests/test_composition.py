@@ -1,4 +1,4 @@
-"""How schedules combine: what is left out of tests/test_schedules.py's table, which has products, sequences and limits."""
+"""How schedules combine, beyond the products, sequences and limits of the table in tests/test_schedules.py."""
 
 import json
 from typing import Any
@@ -9,7 +9,16 @@ from ignite.engine import Engine
 
 import ice_engine as ice
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError
-from ice_engine.processors.schedules import constant, cosine, exponential, from_spec, linear, polynomial, step, warmup
+from ice_engine.processors.schedules import (
+    constant,
+    cosine,
+    exponential,
+    from_spec,
+    linear,
+    polynomial,
+    step,  # noqa: F401 - in EXPRESSIONS
+    warmup,
+)
 
 
 def at(t: int, **entries: Any) -> dict[str, Any]:

@@ -243,8 +243,8 @@ def _require_agreement(
             if len(set(found)) > 1:
                 listed = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(found))
                 message = (
-                    f"processor {name!r} differs between ranks: {key!r} of {label} would become {listed}. Compute it "
-                    "from the clocks, or from values that were reduced over all ranks; no param group has changed"
+                    f"processor {name!r} differs between ranks in {key!r} of {label}: {listed}. Compute it from the "
+                    "clocks, or from values that were reduced over all ranks; no param group has changed"
                 )
                 raise ProcessorDivergenceError(message)
     message = (
