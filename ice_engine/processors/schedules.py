@@ -13,8 +13,43 @@ Examples:
     {'step': 50, 'initial_lr': 0.2, 'lr': 0.1}
 """
 
-from ice_engine.processors.decays import cosine, exponential, linear, polynomial, step
+from ice_engine.processors.cycles import cyclic, cyclic_anneal
+from ice_engine.processors.decays import cosine, linear, polynomial
+from ice_engine.processors.endless import exponential, inverse, inverse_sqrt, step
+from ice_engine.processors.functions import function, multiplicative
+from ice_engine.processors.one_cycle import one_cycle, one_cycle_momentum
+from ice_engine.processors.plateau import plateau
 from ice_engine.processors.ramps import constant, warmup
+from ice_engine.processors.restarts import cosine_restarts, hard_restarts
+from ice_engine.processors.scaling import batch_scaling, layer_decay
 from ice_engine.processors.schedule import Schedule
+from ice_engine.processors.stable import flat_cosine, trapezoid, wsd
+from ice_engine.processors.swa import swa
 
-__all__ = ["Schedule", "constant", "cosine", "exponential", "linear", "polynomial", "step", "warmup"]
+__all__ = [
+    "Schedule",
+    "batch_scaling",
+    "constant",
+    "cosine",
+    "cosine_restarts",
+    "cyclic",
+    "cyclic_anneal",
+    "exponential",
+    "flat_cosine",
+    "function",
+    "hard_restarts",
+    "inverse",
+    "inverse_sqrt",
+    "layer_decay",
+    "linear",
+    "multiplicative",
+    "one_cycle",
+    "one_cycle_momentum",
+    "plateau",
+    "polynomial",
+    "step",
+    "swa",
+    "trapezoid",
+    "warmup",
+    "wsd",
+]
