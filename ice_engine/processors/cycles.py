@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ice_engine import arguments
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, ProcessorValueError
 from ice_engine.processors.clocks import Unit
 from ice_engine.processors.curve import build
 from ice_engine.processors.schedule import Schedule
@@ -95,6 +95,9 @@ def _cyclic_anneal(
     gamma: float,
     total: int,
 ) -> float:
+    if 0 < total < times:  # 0 or less: it began after the end of the run
+        message = f"processor 'cyclic_anneal' is to fit times={times} cycles into {total}; each needs one at least"
+        raise ProcessorValueError(message)
     period = max(total // times, 1)
     rise = min(int(up * period), period - 1)
     cycle, since = divmod(t, period)

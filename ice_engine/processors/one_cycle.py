@@ -71,7 +71,7 @@ def one_cycle(
 
     Args:
         total: Length, in *unit*; at least 1; None for the whole run. The last value is that of ``total - 1``.
-        pct_start: Part of *total* that rises; from 0 to 1, with *three_phase* to 0.5.
+        pct_start: Part of *total* that rises; from 0 to 1. With *three_phase*, above 0.5 leaves no third phase.
         anneal: The ways up and down: "cos" or "linear".
         div_factor: How many times lower it starts; above 0.
         final_div_factor: How many times lower than it started it ends; above 0.
@@ -149,7 +149,7 @@ def one_cycle_momentum(
         low: Least value, while the rate is at its peak; finite.
         high: Value at the beginning and the end, and ever after; finite, at least *low*.
         total: Length, in *unit*; at least 1; None for the whole run. Give both schedules the same.
-        pct_start: Part of *total* that falls; from 0 to 1, with *three_phase* to 0.5.
+        pct_start: Part of *total* that falls; from 0 to 1. With *three_phase*, above 0.5 leaves no third phase.
         anneal: The ways down and up: "cos" or "linear".
         three_phase: Come up in the time of the fall, and stay.
         unit: The clock: steps applied, iterations (micro-batches) or epochs.
@@ -197,9 +197,4 @@ def one_cycle_momentum(
 def _check(name: str, pct_start: float, anneal: str, three_phase: bool) -> None:
     arguments.within(f"{name}(pct_start=...)", pct_start, 0, 1)
     arguments.choice(f"{name}(anneal=...)", anneal, ANNEALS)
-    if arguments.flag(f"{name}(three_phase=...)", three_phase) and 2 * pct_start > 1:
-        message = (
-            f"{name}(pct_start=...) must be at most 0.5 with three_phase=True, whose second phase takes as long as the "
-            f"first; got {pct_start!r}"
-        )
-        raise ArgumentValueError(message)
+    arguments.flag(f"{name}(three_phase=...)", three_phase)
