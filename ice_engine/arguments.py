@@ -55,6 +55,44 @@ def positive(argument: str, value: Any) -> float:
     return float(value)
 
 
+def within(argument: str, value: Any, least: float, most: float) -> float:
+    """Return *value* as a float from *least* to *most*; *argument* is what errors call it.
+
+    Raises:
+        ArgumentTypeError: If it is not a real number.
+        ArgumentValueError: If it is outside, infinite or NaN.
+    """
+    if not least <= number(argument, value) <= most:
+        message = f"{argument} must be from {least:g} to {most:g}, got {value!r}"
+        raise ArgumentValueError(message)
+    return float(value)
+
+
+def at_least(argument: str, value: Any, least: float) -> float:
+    """Return *value* as a finite float of at least *least*; *argument* is what errors call it.
+
+    Raises:
+        ArgumentTypeError: If it is not a real number.
+        ArgumentValueError: If it is below, infinite or NaN.
+    """
+    if number(argument, value) < least:
+        message = f"{argument} must be at least {least:g}, got {value!r}"
+        raise ArgumentValueError(message)
+    return float(value)
+
+
+def flag(argument: str, value: Any) -> bool:
+    """Return *value*, which must be True or False; *argument* is what errors call it.
+
+    Raises:
+        ArgumentTypeError: If it is something else.
+    """
+    if not isinstance(value, bool):
+        message = f"{argument} must be True or False, got {value!r} ({type(value).__name__})"
+        raise ArgumentTypeError(message)
+    return value
+
+
 def choice(argument: str, value: Any, choices: tuple[str | None, ...]) -> None:
     """Check that *value* is one of *choices*; *argument* is what errors call it.
 

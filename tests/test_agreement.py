@@ -47,7 +47,7 @@ CASES: dict[str, tuple[list[Callable[..., Any]], str | None]] = {
     "same": ([cosine(total=10), linear(total=10, dst="momentum")], None),
     "differs": (
         [linear(total=10), by_rank(dst="lr")],
-        "processor 'by_rank' differs between ranks in 'lr' of param group 0 ('a'): 0.5 on rank 0, 1.0 on rank 1",
+        "'by_rank' differs between ranks in 'lr' of param group 0 ('a'): 0.5 on rank 0, 1.0 on rank 1",
     ),
     "one rank only": (
         [linear(total=10), extra_key_on_rank_1],

@@ -11,87 +11,49 @@ Examples:
     warmup(steps=4) * cosine(total=100)
     >>> plan({"step": 50, "initial_lr": 0.2})
     {'step': 50, 'initial_lr': 0.2, 'lr': 0.1}
-    >>> plan.spec["product"][0]
-    {'schedule': 'warmup', 'steps': 4, 'start': None, 'unit': 'step', 'dst': 'lr'}
+
+As plain data, for configuration files and checkpoints, they are ``plan.spec``, and :func:`from_spec` makes them again.
 """
 
-import functools
-import operator
-from collections.abc import Mapping
-from typing import Any
-
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError
-from ice_engine.processors.decays import cosine, exponential, linear, polynomial, step
+from ice_engine.processors.cycles import cyclic, cyclic_anneal
+from ice_engine.processors.decays import cosine, linear, polynomial
+from ice_engine.processors.endless import exponential, inverse, inverse_sqrt, step
+from ice_engine.processors.functions import function, multiplicative
+from ice_engine.processors.one_cycle import one_cycle, one_cycle_momentum
+from ice_engine.processors.plateau import plateau
 from ice_engine.processors.ramps import constant, warmup
+from ice_engine.processors.restarts import cosine_restarts, hard_restarts
+from ice_engine.processors.scaling import batch_scaling, layer_decay
 from ice_engine.processors.schedule import Schedule
+from ice_engine.processors.spec import from_spec
+from ice_engine.processors.stable import flat_cosine, trapezoid, wsd
+from ice_engine.processors.swa import swa
 
-__all__ = ["Schedule", "constant", "cosine", "exponential", "from_spec", "linear", "polynomial", "step", "warmup"]
-
-
-def from_spec(spec: Mapping[str, Any]) -> Schedule:
-    """Make a schedule from plain data: the inverse of ``schedule.spec``, for configuration files and checkpoints.
-
-    Args:
-        spec: ``{"schedule": "cosine", "total": 10}`` for ``cosine(total=10)``; ``{"product": [...]}``;
-            ``{"then": [first, second], "at": 5}``; ``{"clamp": ..., "min": 0.1}``, ``{"scale": ..., "by": 2}`` and
-            ``{"only": ..., "names": [...]}`` around another.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        ArgumentTypeError: If *spec* is no such dict, or an argument has the wrong type or an unknown name.
-        ArgumentValueError: If it names no schedule of the catalogue, or an argument has an impossible value.
-
-    Examples:
-        >>> import ice_engine as ice
-        >>> ice.schedules.from_spec({"schedule": "cosine", "total": 10, "floor": 0.001})
-        cosine(total=10, floor=0.001)
-        >>> plan = ice.schedules.warmup(steps=4) * ice.schedules.cosine()
-        >>> ice.schedules.from_spec(plan.spec) == plan
-        True
-
-    .. versionadded:: 0.1.0
-    """
-    if not isinstance(spec, Mapping):
-        message = f"a schedule's spec is a dict such as {{'schedule': 'cosine'}}, got {spec!r} ({type(spec).__name__})"
-        raise ArgumentTypeError(message)
-    settings = dict(spec)
-    kind = next((key for key in (*_COMBINED, "schedule") if key in settings), None)
-    if kind is None:
-        message = f"a schedule's spec has 'schedule' or one of {', '.join(map(repr, _COMBINED))}, got {dict(spec)!r}"
-        raise ArgumentValueError(message)
-    value = settings.pop(kind)
-    if kind != "schedule":
-        return _combine(kind, value, settings)
-    if value not in __all__ or value in _NO_FACTORIES:
-        message = (
-            f"there is no schedule {value!r}; there are: {', '.join(n for n in __all__ if n not in _NO_FACTORIES)}"
-        )
-        raise ArgumentValueError(message)
-    try:
-        made: Schedule = globals()[value](**settings)
-    except TypeError as error:
-        message = f"schedule {value!r} cannot be made of {settings!r}: {error}"
-        raise ArgumentTypeError(message) from error
-    return made
-
-
-_NO_FACTORIES = ("Schedule", "from_spec")
-_COMBINED = ("product", "then", "clamp", "scale", "only")
-
-
-def _combine(kind: str, parts: Any, settings: dict[str, Any]) -> Schedule:
-    try:
-        if kind == "product":
-            return functools.reduce(operator.mul, map(from_spec, parts))
-        if kind == "then":
-            first, second = map(from_spec, parts)
-            return first.then(second, **settings)
-        schedule = from_spec(parts)
-        if kind == "scale":
-            return schedule.scale(settings["by"])
-        return schedule.only(*settings["names"]) if kind == "only" else schedule.clamp(**settings)
-    except (TypeError, ValueError, KeyError) as error:
-        message = f"{kind!r} of a schedule's spec cannot be made of {parts!r} and {settings!r}: {error}"
-        raise ArgumentTypeError(message) from error
+__all__ = [
+    "Schedule",
+    "batch_scaling",
+    "constant",
+    "cosine",
+    "cosine_restarts",
+    "cyclic",
+    "cyclic_anneal",
+    "exponential",
+    "flat_cosine",
+    "from_spec",
+    "function",
+    "hard_restarts",
+    "inverse",
+    "inverse_sqrt",
+    "layer_decay",
+    "linear",
+    "multiplicative",
+    "one_cycle",
+    "one_cycle_momentum",
+    "plateau",
+    "polynomial",
+    "step",
+    "swa",
+    "trapezoid",
+    "warmup",
+    "wsd",
+]
