@@ -24,12 +24,12 @@ from ice_engine.errors import (
     ClosureError,
     IceEngineWarning,
     NoGradientsError,
-    StateDictError,
 )
 from ice_engine.events import StepRecord, check_name, fire, optimizer_events, register
 from ice_engine.facade import OptimizerFacade
 from ice_engine.hooks import HookRegistry
 from ice_engine.horizon import Course, OnChange, Terms
+from ice_engine.matching import LoadReport, fit, shapes
 from ice_engine.precision import Policy, Precision, describe_nonfinite, total_norm
 from ice_engine.processors.group import (
     check_names,
@@ -40,7 +40,7 @@ from ice_engine.processors.group import (
     set_initial_values,
     written_keys,
 )
-from ice_engine.state import pack, same_name, unpack
+from ice_engine.state import pack, unpack
 from ice_engine.typing import Clip, DictProcessor, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
 
@@ -789,25 +789,37 @@ class Optimizer(OptimizerFacade):
             "window": {"micro_batches": self._window.micro_batches, "weight": self._window.weight},
             **self._precision.state_dict(),
         }
+        extra["shapes"] = shapes(self.named_parameters())
         return pack(dict(self._inner.state_dict()), self._names(), extra)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadReport:  # type: ignore[override]
         """Load a state dict of ours or of the wrapped optimizer's class; nothing of the argument is kept.
+
+        State goes to the parameter of the same name, however parameters are grouped and ordered now, if all of
+        them have names of their own here and there (from ``model.named_parameters()``, :func:`ice.param_groups
+        <ice_engine.param_groups.param_groups>` or ``attach(engine, model=model)``); else by position, as in torch.
+        Group entries such as ``lr`` are the saved ones where the groups are; of other groups, one takes those of
+        the saved group that has its ``name``, or else of the one that all its parameters come from and no other
+        group's do, and keeps its own if there is none.
 
         Args:
             state_dict: From :meth:`state_dict`, or from a plain torch optimizer (clocks then stay as they are).
+            strict: Refuse parameters that are new here, no longer here, or of another shape; else new ones start
+                without state, and state of the others is left out.
+
+        Returns:
+            Which parameters matched, which are new and which were dropped, and which groups kept their own entries.
 
         Raises:
             NotConsolidatedError: If it is the stub of a rank that does not hold the whole state.
-            StateDictError: If it is of a newer version, or its param groups do not fit; nothing has changed then.
+            StateDictError: If it is of a newer version or does not fit; nothing has changed then.
         """
         self._refuse_while_closing("load_state_dict()")
-        sizes = [len(group["params"]) for group in self.param_groups]
         # Copied, because torch would keep the caller's tensors as live state.
-        plain, extra = unpack(copy.deepcopy(state_dict), sizes)
+        plain, extra = unpack(copy.deepcopy(state_dict))
+        plain, report = fit(self._inner, self._names(), plain, extra, strict=strict)
         # What processors start from; without them it is a scheduler's own, and goes as in a plain optimizer.
         kept = "initial_" if self._processors else ()
-        self._check_fits(plain, extra)
         before = [{k: v for k, v in g.items() if k.startswith(kept)} for g in self.param_groups]
         names = [group.get("param_names") for group in self.param_groups]
         self._inner.load_state_dict(plain)
@@ -834,27 +846,7 @@ class Optimizer(OptimizerFacade):
                     stacklevel=2,
                 )
         self._clear()
-
-    def _check_fits(self, plain: dict[str, Any], extra: dict[str, Any] | None) -> None:
-        for i, (group, own, names) in enumerate(
-            zip(plain["param_groups"], self.param_groups, self._names(), strict=True)
-        ):
-            lacking = [key for key in own if key in self.defaults and key not in group]
-            saved_class = (extra or {}).get("class")
-            if lacking and saved_class not in (None, type(self._inner).__name__):
-                message = (
-                    f"the state dict is of {saved_class}, this wraps {type(self._inner).__name__}; "
-                    f"param group {i} lacks {', '.join(lacking)}"
-                )
-                raise StateDictError(message)
-            pairs = zip(group.get("param_names") or names, names, strict=True)
-            other = [(saved, here) for saved, here in pairs if not same_name(saved, here)]
-            if other:
-                message = (
-                    f"param group {i} of the state dict has {other[0][0]!r} where the optimizer has {other[0][1]!r}; "
-                    "its state would go to the wrong parameter. Build the optimizer with the order it was saved with"
-                )
-                raise StateDictError(message)
+        return report
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(vars(self))

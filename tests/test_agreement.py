@@ -51,7 +51,7 @@ CASES: dict[str, tuple[list[Callable[..., Any]], str | None]] = {
     ),
     "one rank only": (
         [linear(total=10), extra_key_on_rank_1],
-        "'extra_key_on_rank_1' differs between ranks in 'momentum' of param group 0 ('a'): left as it is on rank 0, 0.5",
+        "'extra_key_on_rank_1' differs between ranks in 'momentum' of param group 0 ('a'): left as it is on rank 0",
     ),
     "random": ([noise], "processor 'noise' differs between ranks in 'lr' of param group 0 ('a'): 0."),
     "only the first time": ([counts], "one of them keeps a state of its own or draws random numbers; they are: counts"),
