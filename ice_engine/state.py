@@ -62,9 +62,18 @@ def _check_extra(extra: Any) -> None:
         whole = whole and isinstance(extra["window"]["micro_batches"], int)
         whole = whole and isinstance(extra["consecutive_skips"], int) and "grad_scaler" in extra
         whole = whole and all(isinstance(shape, list | tuple) for shape in extra.get("shapes", {}).values())
+        whole = whole and all(isinstance(values, list | tuple) for values in extra.get("measurements", {}).values())
+        whole = whole and ("horizon" not in extra or _is_horizon(extra["horizon"]))
     except (TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
         brief = {key: value for key, value in extra.items() if key != "shapes"}  # those of a model fill pages
         message = f"the state dict's 'ice_engine' is damaged: {brief!r}; load another checkpoint"
         raise StateDictError(message)
+
+
+def _is_horizon(horizon: Any) -> bool:
+    run, plan = set(horizon["run"]), set(horizon["plan"])
+    lengths = {"epoch_length", "max_epochs", "max_iters"}
+    shown = lengths | {"epoch_size", "total_steps"}
+    return lengths | {"accumulation_steps", "tail"} <= run and shown <= plan and isinstance(horizon["processors"], list)

@@ -13,7 +13,7 @@ import torch
 from ignite.engine import Engine, Events
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentValueError, ScheduleChangedError
+from ice_engine.errors import ArgumentValueError, ScheduleChangedError, StateDictError
 from ice_engine.processors.schedules import constant, cosine, exponential, linear, step, warmup
 
 LENGTH = 10
@@ -375,3 +375,21 @@ def test_stretch_needs_to_know_the_length() -> None:
 
     with pytest.raises(ScheduleChangedError, match="'stretch' needs to know how long the run is"):
         Run(constant(), state=state, on_change="stretch")(8)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda h: h.clear(), lambda h: h["run"].pop("tail"), lambda h: h.update(plan=None, run=3)]
+)
+def test_a_damaged_horizon_is_refused_when_loaded(damage: Any) -> None:
+    state = interrupted(linear())
+    damage(state["optimizer"]["ice_engine"]["horizon"])
+
+    with pytest.raises(StateDictError, match="'ice_engine' is damaged"):
+        Run(linear(), state=state)
+
+
+def test_a_state_of_before_horizons_were_saved_goes_on_as_the_script_says() -> None:
+    state = interrupted(linear())
+    del state["optimizer"]["ice_engine"]["horizon"]
+
+    assert Run(linear(), state=state)(4).lr == exactly([1 - t / 40 for t in range(20, 40)])
