@@ -126,7 +126,7 @@ EVERY: list[Row] = [
     Row("one_cycle(total=1)", 0, HOLDS),
     Row("one_cycle(pct_start=0.25, anneal='linear', div_factor=10.0, final_div_factor=2.0, three_phase=True)", 39),
     Row("one_cycle_momentum()", 39, "", 0.85, 0.95),
-    Row("one_cycle_momentum(low=0.5, high=0.9, total=20, three_phase=True, dst='betas.0')", 19, "", 0.5, 0.9),
+    Row("one_cycle_momentum(low=0.5, high=0.9, total=20, three_phase=True, dst='betas.0')", 10, "", 0.5, 0.9),
     Row("swa(target=0.05)", 10, "falls", 0.05),
     Row("swa(target=2.0, steps=30, anneal='linear', unit='epoch')", 30, "rises", 1, 2),
     Row("swa(target=0.05, steps=0)", 0, HOLDS, 0.05, 0.05),
