@@ -25,9 +25,13 @@ class ClipNorm:
         torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, torch.where(norm.isfinite(), norm, 0.0))
         return norm
 
+    def coefficient(self, norm: torch.Tensor) -> torch.Tensor:
+        """Return what the gradient is multiplied with, shape (): 1 where it is small enough."""
+        return (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+
     def after(self, norm: torch.Tensor) -> torch.Tensor:
         """Return what *norm* became by clipping, shape ()."""
-        return norm * (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm * self.coefficient(norm)
 
     def __repr__(self) -> str:
         return f"clip_norm({self.max_norm:g}, norm_type={self.norm_type:g})"

@@ -116,6 +116,12 @@ def register(engine: Engine, name: str) -> dict[str, EventEnum]:
     return by_kind
 
 
+def has_listeners(engine: Engine, event: EventEnum) -> bool:
+    """Whether a handler is attached to *event*, with a filter or without."""
+    # Not [event], which would create the key, see docs/design.
+    return bool(engine._event_handlers.get(event))  # noqa: SLF001
+
+
 def fire(engine: Engine, event: EventEnum) -> bool:
     """Fire *event* if anybody listens, and leave ``engine.last_event_name`` as it was.
 
@@ -125,7 +131,7 @@ def fire(engine: Engine, event: EventEnum) -> bool:
     Returns:
         True if somebody listened.
     """
-    if not engine._event_handlers.get(event):  # noqa: SLF001 - [event] would create the key, see docs/design
+    if not has_listeners(engine, event):
         return False
     last = engine.last_event_name
     try:

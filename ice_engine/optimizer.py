@@ -25,12 +25,13 @@ from ice_engine.errors import (
     IceEngineWarning,
     NoGradientsError,
 )
-from ice_engine.events import StepRecord, check_name, fire, optimizer_events, register
+from ice_engine.events import StepRecord, check_name, fire, has_listeners, optimizer_events, register
 from ice_engine.facade import OptimizerFacade
+from ice_engine.gradients import Gradient
 from ice_engine.hooks import HookRegistry
 from ice_engine.horizon import Course, OnChange, Terms
 from ice_engine.matching import LoadReport, fit, shapes
-from ice_engine.precision import Policy, Precision, describe_nonfinite, total_norm
+from ice_engine.precision import Policy, Precision, describe_nonfinite
 from ice_engine.processors.group import (
     check_names,
     check_processors,
@@ -153,6 +154,8 @@ class Optimizer(OptimizerFacade):
         self._loaded: bool = False
         self._stepping: bool = False
         self._closing: bool = False
+        self._overflowed: bool | None = None
+        self._measured: set[str] = set()
         self._size: int = accumulation_steps
         self._epoch_began: int = 0
         self._parameter_names: dict[int, str] = {}
@@ -284,12 +287,6 @@ class Optimizer(OptimizerFacade):
                 message = (
                     f"optimizers {other.name!r} and {self._name!r} share {len(shared)} parameters ({shared[0]!r}...); "
                     "each would step on the other's gradients; give every parameter to one optimizer"
-                )
-                raise AttachError(message)
-            if self.grad_scaler is not None and other.grad_scaler is self.grad_scaler:
-                message = (
-                    f"optimizers {other.name!r} and {self._name!r} share a GradScaler, whose scale would change inside "
-                    "one's window; give each its own: grad_scaler=torch.amp.GradScaler(device)"
                 )
                 raise AttachError(message)
 
@@ -584,53 +581,70 @@ class Optimizer(OptimizerFacade):
             self._clear()
 
     def _attempt(self) -> bool:
-        window, precision = self._window, self._precision
-        loss_scale = precision.loss_scale
+        window = self._window
+        self._count("attempt")
         if window.weight == 0.0:
-            self._count("attempt")
-            return self._skip(None, loss_scale, "the window's weight is 0")
-        parameters = self._parameters()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
+            return self._skip("the window's weight is 0")
+        parameters = [p for p in self._parameters() if p.grad is not None]
+        if not parameters:
             message = (
                 f"no parameter of optimizer {self._name!r} has a gradient after {window.micro_batches} micro-batches; "
                 "is the loss computed from the parameters it was given, and are they trainable?"
             )
             raise NoGradientsError(message)
-        precision.unscale(self, gradients, window.scale)
-        try:
-            return self._decide(parameters, loss_scale)
-        finally:
-            # Whatever a handler raised: the scaler must not stay in the middle of a window.
-            precision.update()
-
-    def _decide(self, parameters: list[torch.Tensor], loss_scale: float | None) -> bool:
-        self._count("attempt")
+        multiplier = self._precision.multiplier(window.scale, parameters[0].device)
+        gradient = Gradient([p.grad for p in parameters if p.grad is not None], multiplier)
+        if not self._listens("GRADIENTS_READY"):
+            return self._decide(gradient, parameters)
+        if self._precision.enabled:
+            # Before the handlers, whatever they raise or repair: the loss was too large all the same.
+            self._overflowed = bool(gradient.multiply_and_check())
+        gradient.multiply()
         self._fire("GRADIENTS_READY")
-        norm = self._norm(parameters)
-        reason = self._precision.judge(norm)
+        parameters = [p for p in self._parameters() if p.grad is not None]
+        return self._decide(Gradient([p.grad for p in parameters if p.grad is not None], 1.0), parameters)
+
+    def _decide(self, gradient: Gradient, parameters: list[torch.Tensor]) -> bool:
+        precision = self._precision
+        norm, found_inf = self._measure(gradient, parameters)
+        reason = precision.judge(norm, found_inf)
+        if reason is not None:
+            # Perhaps only the norm of the scaled sum was beyond its type, and that of the mean is not.
+            gradient.multiply()
+            norm = gradient.norm(self._norm_type)
+            reason = precision.judge(norm)
+        precision.count(reason)
+        self._overflowed = bool(self._overflowed) or reason is not None
         if reason is None:
-            return self._step(norm, loss_scale)
+            clip = self._clip
+            gradient.multiply(clip.coefficient(norm) if isinstance(clip, ClipNorm) and norm is not None else 1.0)
+            return self._step(norm)
         reason = f"{reason}, {describe_nonfinite(self.named_parameters(), self._window.losses)}"
-        self._skip(norm, loss_scale, reason)
+        self._skip(reason, norm)
         attempt = self._clocks.counts["attempt"]
-        self._precision.stop_if_exhausted(
-            f"{reason} (optimizer {self._name!r}, attempt {attempt}, rank {ranks.rank()})"
-        )
+        precision.stop_if_exhausted(f"{reason} (optimizer {self._name!r}, attempt {attempt}, rank {ranks.rank()})")
         return False
 
-    def _norm(self, parameters: list[torch.Tensor]) -> torch.Tensor | None:
+    @property
+    def _norm_type(self) -> float:
+        return self._clip.norm_type if isinstance(self._clip, ClipNorm) else 2.0
+
+    def _measure(
+        self, gradient: Gradient, parameters: list[torch.Tensor]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the norm before clipping and, without a norm, whether an entry is infinite or NaN."""
+        if isinstance(self._clip, ClipNorm) or (self._clip is None and "grad_norm" in self._measured):
+            return gradient.norm(self._norm_type), None
         if self._clip is not None:
+            gradient.multiply()
             norm = self._clip(parameters)
             if not isinstance(norm, torch.Tensor | float | int):
                 message = f"clip returned {type(norm).__name__}; wanted the norm before clipping, as from ice.clip_norm"
                 raise ArgumentTypeError(message)
-            return torch.as_tensor(norm)
-        if self._precision.policy == "off":
-            return None
-        return total_norm([p.grad for p in parameters if p.grad is not None])
+            return torch.as_tensor(norm), None
+        return None, None if self._precision.policy == "off" else gradient.multiply_and_check()
 
-    def _step(self, norm: torch.Tensor | None, loss_scale: float | None) -> bool:
+    def _step(self, norm: torch.Tensor | None) -> bool:
         if self._processors:
             set_initial_values(self._processors, self.param_groups)
             if self._course.configured is not None:  # a loop without an engine
@@ -639,9 +653,9 @@ class Optimizer(OptimizerFacade):
             run_processors(self._processors, self.param_groups, context, ranks.gatherer())
         self._count("step")
         try:
-            self._note(norm, loss_scale, None)
+            self._note(norm, None)
             if self._fire("STEP_STARTED"):
-                self._note(norm, loss_scale, None)  # again: torch's and Ignite's schedulers sit there
+                self._note(norm, None)  # again: torch's and Ignite's schedulers sit there
             self._stepping = True
             self.step()
         except BaseException:
@@ -675,16 +689,17 @@ class Optimizer(OptimizerFacade):
             owners=self._owners(),
         )
 
-    def _skip(self, norm: torch.Tensor | None, loss_scale: float | None, reason: str) -> bool:
+    def _skip(self, reason: str, norm: torch.Tensor | None = None) -> bool:
         self._count("skipped")
-        self._note(norm, loss_scale, reason)
+        self._note(norm, reason)
         self._end_window("STEP_SKIPPED")
         return False
 
     def _end_window(self, kind: str) -> None:
         # Before the event, so that a checkpoint saved by its handlers is of a whole step; gradients are
         # cleared after it, for handlers that look at them.
-        self._precision.update()
+        self._precision.close(overflowed=self._overflowed)
+        self._overflowed = None
         self._window.reset()
         self._closing = False
         self._fire(kind)
@@ -697,13 +712,16 @@ class Optimizer(OptimizerFacade):
     def _fire(self, kind: str) -> bool:
         return self._engine is not None and fire(self._engine, self.event(kind))
 
+    def _listens(self, kind: str) -> bool:
+        return self._engine is not None and has_listeners(self._engine, self.event(kind))
+
     def _publish(self) -> None:
         if self._engine is not None:
             for clock in ("step", "attempt", "skipped"):
                 self._count(clock, 0)
             setattr(self._engine.state, f"{self._name}_record", self._last_record)
 
-    def _note(self, norm: torch.Tensor | None, loss_scale: float | None, reason: str | None) -> None:
+    def _note(self, norm: torch.Tensor | None, reason: str | None) -> None:
         keys = dict.fromkeys(["lr", *(key.partition(".")[0] for _, key in written_keys(self._processors))])
         self._last_record = StepRecord(
             step=self._clocks.counts["step"],
@@ -714,7 +732,7 @@ class Optimizer(OptimizerFacade):
             weight=self._window.weight,
             grad_norm=norm,
             clipped_norm=self._clip.after(norm) if isinstance(self._clip, ClipNorm) and norm is not None else None,
-            loss_scale=loss_scale,
+            loss_scale=self._precision.loss_scale,
             values={
                 group_name(group, i): {key: frozen(group[key]) for key in keys if key in group}
                 for i, group in enumerate(self.param_groups)
@@ -725,6 +743,9 @@ class Optimizer(OptimizerFacade):
             setattr(self._engine.state, f"{self._name}_record", self._last_record)
 
     def _clear(self) -> None:
+        # Whatever was raised: the loss scale must not stay in the middle of a window.
+        self._precision.close(overflowed=self._overflowed)
+        self._overflowed = None
         self._window.reset()
         self.zero_grad()
 

@@ -5,8 +5,9 @@ of the gradient as it stands after every handler has seen it: a NaN that a handl
 as well, and a gradient that a handler repaired is used.
 """
 
+import weakref
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -14,6 +15,44 @@ from ice_engine.arguments import choice, count
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
 
 Policy = Literal["skip", "raise", "off"]
+
+
+class SharedScale:
+    """A GradScaler as seen by the optimizers that use it: adapts once a round, when none of their windows is open.
+
+    A window whose gradients are of two scales would be wrong, and torch's ``update()`` is called once for all.
+
+    Attributes:
+        windows: Those that a loss of this scale has entered and that are not closed.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self._scaler = weakref.ref(scaler)
+        self._overflowed: bool | None = None
+        self.windows: weakref.WeakSet[Precision] = weakref.WeakSet()
+
+    def close(self, window: "Precision", overflowed: bool | None) -> None:
+        """Note that *window* is closed and whether it overflowed; adapt the scale if it was the last one."""
+        self.windows.discard(window)
+        if overflowed is not None:
+            self._overflowed = bool(self._overflowed) or overflowed
+        scaler = self._scaler()
+        if self.windows or self._overflowed is None or scaler is None:
+            return
+        # torch looks for infinities itself, in unscale_(), and has no public way to be told; ours looked in the same
+        # pass that makes the window's mean.
+        found_inf = torch.full((), float(self._overflowed), device=scaler._device)  # noqa: SLF001
+        scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {found_inf.device: found_inf}  # noqa: SLF001
+        scaler.update()
+        self._overflowed = None
+
+
+_SHARED: weakref.WeakKeyDictionary[torch.amp.GradScaler, SharedScale] = weakref.WeakKeyDictionary()
+
+
+def shared(scaler: torch.amp.GradScaler) -> SharedScale:
+    """Return what the optimizers that use *scaler* have in common, one object for one scaler."""
+    return _SHARED.setdefault(scaler, SharedScale(scaler))
 
 
 class Precision:
@@ -35,7 +74,6 @@ class Precision:
         self.scaler = check_scaler(scaler)
         self.consecutive_skips = 0
         self.last_finite_norm: float | None = None
-        self._unscaled = False
         self._policy = policy
         self._has_norm = has_norm
         if policy == "off" and self.enabled:
@@ -83,35 +121,50 @@ class Precision:
         self.scaler = scaler
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """Multiply *loss* with the loss scale."""
-        return loss if self.scaler is None else self.scaler.scale(loss)
+        """Multiply *loss* with the loss scale, which stays until every window that it entered is closed."""
+        if self.scaler is None:
+            return loss
+        shared(self.scaler).windows.add(self)
+        return self.scaler.scale(loss)
 
-    def unscale(self, optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], factor: float) -> None:
-        """Divide the gradients by the loss scale and multiply them with *factor*, in place."""
-        if self.scaler is not None:
-            self._unscaled = True
-            self.scaler.unscale_(optimizer)
-        if factor != 1.0:
-            for gradient in gradients:
-                gradient.mul_(factor)
+    def multiplier(self, factor: float, device: torch.device) -> float | torch.Tensor:
+        """Return what makes the window's mean of what was accumulated: *factor* over the loss scale."""
+        if not self.enabled:
+            return factor
+        # scale() is the public way to the scale that does not make the host wait for it.
+        scale = cast("torch.amp.GradScaler", self.scaler).scale(torch.ones((), device=device))
+        return scale.double().reciprocal() * factor
 
-    def update(self) -> None:
-        """Adapt the loss scale, once per window that was unscaled; a second call does nothing."""
-        if self.scaler is not None and self._unscaled:
-            self._unscaled = False
-            self.scaler.update()
+    def close(self, *, overflowed: bool | None = None) -> None:
+        """Tell the loss scale that the window is closed; it adapts when no window that it entered is open.
 
-    def judge(self, norm: torch.Tensor | None) -> str | None:
-        """Return why a gradient of this norm must not be applied, or None; count skips in a row."""
-        if norm is None or self.policy == "off":
+        Args:
+            overflowed: Whether a gradient was infinite or NaN; None if nobody looked.
+        """
+        if self.enabled:
+            shared(cast("torch.amp.GradScaler", self.scaler)).close(self, overflowed)
+
+    def judge(self, norm: torch.Tensor | None, found_inf: torch.Tensor | None = None) -> str | None:
+        """Return why a gradient must not be applied, or None.
+
+        Args:
+            norm: The gradient's norm, shape (); None if nobody computed it.
+            found_inf: Without a norm: above 0 if an entry is infinite or NaN, shape ().
+        """
+        measured = norm if norm is not None else found_inf
+        if measured is None or self.policy == "off":
             return None
-        value = float(norm)
+        value = float(measured)  # what the host waits for, once a window
+        if norm is None:
+            return "a gradient is infinite or NaN" if value else None
         if value - value == 0.0:  # neither infinite nor NaN
-            self.consecutive_skips = 0
             self.last_finite_norm = value
             return None
-        self.consecutive_skips += 1
         return f"gradient norm is {value}"
+
+    def count(self, reason: str | None) -> None:
+        """Count skips in a row; a *reason* of None ends the row."""
+        self.consecutive_skips = 0 if reason is None else self.consecutive_skips + 1
 
     def stop_if_exhausted(self, report: str) -> None:
         """Raise if the policy, or the number of skips in a row, says stop.
@@ -157,12 +210,6 @@ def check_scaler(scaler: torch.amp.GradScaler | None) -> torch.amp.GradScaler | 
         "such as torch.amp.GradScaler('cuda')"
     )
     raise ArgumentTypeError(message)
-
-
-def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Return the 2-norm over all *gradients*, shape ()."""
-    values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    return torch.nn.utils.get_total_norm(values)
 
 
 def describe_nonfinite(

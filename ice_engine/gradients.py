@@ -1,0 +1,86 @@
+"""The gradient of one window, made final in as few passes over memory as can be.
+
+What is accumulated is a weighted sum of scaled gradients. What a step needs is their mean, unscaled and clipped. That
+is one factor for all of them, so it is kept aside until somebody has to see the result, and applied once: the norm is
+read from the gradients as they are and multiplied itself.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+Multiplier = float | torch.Tensor
+
+
+class Gradient:
+    """The gradients of a window and the factor that is still to be applied to them.
+
+    Args:
+        gradients: One tensor a parameter; changed in place.
+        multiplier: What makes the mean of them, unscaled; a number or a tensor of shape ().
+    """
+
+    def __init__(self, gradients: Iterable[torch.Tensor], multiplier: Multiplier) -> None:
+        self.tensors: list[torch.Tensor] = [_dense(gradient) for gradient in gradients]
+        self._pending: Multiplier = multiplier
+
+    def norm(self, norm_type: float = 2.0) -> torch.Tensor:
+        """Return the norm of the final gradient, shape (); reads every gradient once."""
+        norm = torch.nn.utils.get_total_norm(self.tensors, norm_type)
+        if hasattr(norm, "full_tensor"):  # of a DTensor: over all its shards
+            norm = norm.full_tensor()
+        return norm * self._factor(norm.device)
+
+    def multiply(self, factor: Multiplier = 1.0) -> None:
+        """Apply *factor*, and what was kept aside, in one pass; in none if that is 1."""
+        for device, tensors in _by_kind(self.tensors):
+            by = _on(device, factor) * self._factor(device)
+            if isinstance(by, torch.Tensor) or by != 1.0:
+                torch._foreach_mul_(tensors, by)
+        self._pending = 1.0
+
+    def multiply_and_check(self) -> torch.Tensor:
+        """Apply what was kept aside and look for infinite and NaN in the same pass.
+
+        Returns:
+            Shape (); above 0 if there is any.
+        """
+        found = []
+        for device, tensors in _by_kind(self.tensors):
+            by = self._factor(device)
+            if tensors[0].dtype in _CHECKED:
+                found_inf = torch.zeros((), device=device)
+                factor = torch.as_tensor(by, dtype=torch.float32, device=device)
+                torch._amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, factor)
+            else:
+                # That kernel takes its factor in single precision, which is not enough for gradients in double.
+                torch._foreach_mul_(tensors, by)
+                found_inf = (~torch.nn.utils.get_total_norm(tensors).isfinite()).float()
+            found.append(found_inf)
+        self._pending = 1.0
+        if not found:
+            return torch.zeros(())
+        return torch.stack([each.to(found[0].device) for each in found]).amax()
+
+    def _factor(self, device: torch.device) -> Multiplier:
+        return _on(device, self._pending)
+
+
+_CHECKED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    # The values of a coalesced gradient are the gradient; of another one, parts of it that are still to be added.
+    return gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001 - torch's clipping does the same
+
+
+def _on(device: torch.device, factor: Multiplier) -> Multiplier:
+    return factor.to(device) if isinstance(factor, torch.Tensor) else factor
+
+
+def _by_kind(tensors: list[torch.Tensor]) -> list[tuple[torch.device, list[torch.Tensor]]]:
+    kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        kinds[tensor.device, tensor.dtype].append(tensor)
+    return [(device, same) for (device, _), same in kinds.items()]
