@@ -312,7 +312,7 @@ def test_function_is_given_the_clock_and_multiplies_the_initial_value() -> None:
 
 
 @pytest.mark.parametrize("make", [function, multiplicative])
-@pytest.mark.parametrize("answer", [math.nan, math.inf, -math.inf, None, "1", 1j, [1.0]])
+@pytest.mark.parametrize("answer", [math.nan, math.inf, None, "1", 1j, [1.0], torch.ones(2), np.ones(2)])
 def test_function_that_returns_no_finite_number_is_named_with_its_time(make: Any, answer: Any) -> None:
     schedule = make(Counted(lambda t: answer if t == 3 else 1.0))
 
