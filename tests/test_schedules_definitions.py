@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import cos, mpf, pi, sqrt, workdps
 
+import ice_engine as ice
 from ice_engine.errors import ArgumentTypeError, MissingKeyError, ProcessorValueError
 from ice_engine.processors import schedules
 from ice_engine.processors.schedules import Schedule, function, layer_decay, multiplicative, warmup
@@ -367,3 +368,26 @@ def test_what_a_product_remembers_is_no_part_of_its_value() -> None:
     assert once != multiplicative(math.sqrt)
     assert len(pickle.dumps(once)) == len(pickle.dumps(often))
     assert value(pickle.loads(pickle.dumps(often)), 3) == 0.125  # noqa: S301
+
+
+# -- in an optimizer ------------------------------------------------------------------------------------------
+
+
+def test_optimizer_follows_a_rate_by_depth_and_momentum_the_other_way() -> None:
+    top, bottom = (torch.ones(1, requires_grad=True) for _ in range(2))
+    groups = [{"params": [top], "depth": 0}, {"params": [bottom], "depth": 2}]
+    rate = layer_decay(0.5) * schedules.one_cycle(total=5, pct_start=0.6, anneal="linear", div_factor=4)
+    momentum = schedules.one_cycle_momentum(low=0.5, high=0.9, total=5, pct_start=0.6, anneal="linear", dst="betas.0")
+    optimizer = ice.Optimizer(torch.optim.AdamW(groups, lr=1.0), processors=[rate, momentum])
+
+    seen = []
+    for _ in range(3):
+        optimizer.backward((top + bottom).sum())
+        optimizer.update()
+        seen += [(group["lr"], *group["betas"]) for group in optimizer.param_groups]
+
+    assert seen == [
+        *[(0.25, 0.9, 0.999), (0.0625, 0.9, 0.999)],
+        *[(0.625, pytest.approx(0.7), 0.999), (0.15625, pytest.approx(0.7), 0.999)],
+        *[(1.0, 0.5, 0.999), (0.25, 0.5, 0.999)],
+    ]
