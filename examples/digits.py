@@ -112,6 +112,7 @@ def train(config: Config) -> None:
         clip=ice.clip_norm(config.clip),
         grad_scaler=torch.amp.GradScaler("cpu"),
         processors=[ice.schedules.warmup(steps=config.warmup) * ice.schedules.cosine()],
+        on_change="replan",  # more --epochs for a resumed run: the cosine spans them all
     )
     trainer = ice.create_trainer(model, optimizer, loss_fn, autocast=AUTOCAST[config.precision])
 

@@ -7,7 +7,9 @@ from ice_engine.clipping import clip_norm
 from ice_engine.errors import IceEngineError, IceEngineWarning, NonFiniteGradientError
 from ice_engine.events import OptimizerEvents, StepRecord, optimizer_events
 from ice_engine.hooks import HookRegistry
+from ice_engine.matching import LoadReport
 from ice_engine.optimizer import Optimizer
+from ice_engine.param_groups import param_groups
 from ice_engine.processors import Collect, Compose, Processor, dictprocess, schedules
 from ice_engine.tensorboard import TensorBoard
 from ice_engine.trainer import create_trainer
@@ -23,6 +25,7 @@ __all__ = [
     "HookRegistry",
     "IceEngineError",
     "IceEngineWarning",
+    "LoadReport",
     "NonFiniteGradientError",
     "Optimizer",
     "OptimizerEvents",
@@ -33,5 +36,6 @@ __all__ = [
     "create_trainer",
     "dictprocess",
     "optimizer_events",
+    "param_groups",
     "schedules",
 ]

@@ -6,17 +6,43 @@ from ice_engine.arguments import count
 from ice_engine.errors import ArgumentValueError
 
 
+def count_steps(
+    epoch_length: int | None,
+    max_epochs: int | None,
+    max_iters: int | None,
+    window_size: int,
+    tail: str,
+    *,
+    since: int = 0,
+) -> int | None:
+    """Return how many windows close after iteration *since* of a run; None while its length is unknown."""
+    if epoch_length is None or (max_epochs is None and max_iters is None):
+        return None
+    end = max_iters if max_iters is not None else cast("int", max_epochs) * epoch_length
+    left = max(end - since, 0)
+    if tail == "carry":
+        return -(-left // window_size)
+    # The epoch under way, whole epochs, and what max_iters cuts off: each ends with a short window, or drops it.
+    head = min(-since % epoch_length, left)
+    whole, rest = divmod(left - head, epoch_length)
+    per = [n // window_size if tail == "drop" else -(-n // window_size) for n in (head, epoch_length, rest)]
+    return per[0] + whole * per[1] + per[2]
+
+
 class Clocks:
     """Counts iterations (micro-batches), attempts (windows closed), steps (updates applied) and skips.
 
     Attributes:
         counts: ``step``, ``attempt``, ``skipped`` and ``iteration``, each so far.
         run: The state of the engine that runs it, for epoch and length; None in a loop of the user's own.
+        plan: Entries of :meth:`context` that stand for the present ones, such as the lengths of a run as it was
+            before it was resumed.
     """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {"step": 0, "attempt": 0, "skipped": 0, "iteration": 0}
         self.run: Any = None
+        self.plan: dict[str, Any] = {}
         self._given: dict[str, int | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -50,7 +76,15 @@ class Clocks:
         """Whether the caller of ``update()`` said that this micro-batch is its epoch's last."""
         return self._given.get("epoch_size") is not None and self._given["epoch_steps"] == self._given["epoch_size"]
 
-    def context(self, window_size: int, tail: str) -> dict[str, int | None]:
+    def lengths(self) -> dict[str, int | None]:
+        """Return how long the run is: ``epoch_length``, ``max_epochs`` and ``max_iters``, None where unknown."""
+        return {
+            "epoch_length": self._now("epoch_length", "epoch_size"),
+            "max_epochs": self._now("max_epochs"),
+            "max_iters": self._now("max_iters"),
+        }
+
+    def context(self, window_size: int, tail: str) -> dict[str, Any]:
         """Return what processors may know of the run, under our names and ice-learn's."""
         iteration, length = self.counts["iteration"], self._now("epoch_length", "epoch_size")
         done = self._given.get("epoch_steps")
@@ -61,28 +95,19 @@ class Clocks:
             "attempt": self.counts["attempt"],
             "iteration": iteration,
             "epoch": self.epoch,
-            "epoch_length": length,
-            "max_epochs": self._now("max_epochs"),
-            "max_iters": self._now("max_iters"),
+            **self.lengths(),
             "total_steps": self.total_steps(window_size, tail),
             "current_epoch": self.epoch,
             "epoch_steps": done,
             "global_steps": iteration,
             "epoch_size": length,
+            **self.plan,
         }
 
     def total_steps(self, window_size: int, tail: str) -> int | None:
         """Return the steps of the whole run; None while its length is unknown."""
         length, limit = self._now("epoch_length", "epoch_size"), self._now("max_iters")
-        epochs = self._now("max_epochs")
-        if length is None or (epochs is None and limit is None):
-            return None
-        full, rest = divmod(limit, length) if limit is not None else (cast("int", epochs), 0)
-        if tail == "carry":
-            return -(-(full * length + rest) // window_size)
-        if tail == "drop":
-            return full * (length // window_size) + rest // window_size
-        return full * -(-length // window_size) + -(-rest // window_size)
+        return count_steps(length, self._now("max_epochs"), limit, window_size, tail)
 
     def _now(self, attribute: str, argument: str = "") -> int | None:
         given = self._given.get(argument)

@@ -14,7 +14,9 @@
     │   ├── MissingKeyError     KeyError      a processor needs a key that is not there
     │   ├── UnknownKeyError     KeyError      a processor wrote a key that nobody reads
     │   ├── ProcessorReturnError TypeError    a processor returned something that is not a mapping
-    │   └── ProcessorValueError ValueError    a processor wrote an impossible value
+    │   ├── ProcessorValueError ValueError    a processor wrote an impossible value
+    │   └── ProcessorDivergenceError RuntimeError  a processor writes other values on other ranks
+    ├── ScheduleChangedError    ValueError    a resumed run would follow another schedule
     ├── HookError               ValueError    a hook's name or event is wrong
     │   └── HookSignatureError  TypeError     a hook cannot be called the way its event calls it
     ├── StateDictError          ValueError    a state dict does not fit
@@ -85,6 +87,14 @@ class ProcessorReturnError(ProcessorError, TypeError):
 
 class ProcessorValueError(ProcessorError, ValueError):
     """A processor wrote a value that the optimizer cannot use."""
+
+
+class ProcessorDivergenceError(ProcessorError, RuntimeError):
+    """A processor writes different values on different ranks."""
+
+
+class ScheduleChangedError(IceEngineError, ValueError):
+    """A resumed run would follow another schedule than the one it was saved with, and nothing says which holds."""
 
 
 class HookError(IceEngineError, ValueError):

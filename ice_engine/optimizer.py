@@ -5,6 +5,8 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,13 +24,15 @@ from ice_engine.errors import (
     ClosureError,
     IceEngineWarning,
     NoGradientsError,
-    StateDictError,
 )
 from ice_engine.events import StepRecord, check_name, fire, optimizer_events, register
 from ice_engine.facade import OptimizerFacade
 from ice_engine.hooks import HookRegistry
+from ice_engine.horizon import Course, OnChange, Terms
+from ice_engine.matching import LoadReport, fit, shapes
 from ice_engine.precision import Policy, Precision, describe_nonfinite, total_norm
 from ice_engine.processors.group import (
+    check_names,
     check_processors,
     frozen,
     group_name,
@@ -36,7 +40,7 @@ from ice_engine.processors.group import (
     set_initial_values,
     written_keys,
 )
-from ice_engine.state import pack, same_name, unpack
+from ice_engine.state import pack, unpack
 from ice_engine.typing import Clip, DictProcessor, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
 
@@ -68,6 +72,10 @@ class Optimizer(OptimizerFacade):
             None for ``"skip"`` where a norm or a scaler is at hand, else ``"off"``.
         max_consecutive_skips: Skips in a row after which training stops with an error; at least 1.
         sharding: ``"zero1"`` shards optimizer state over ranks (needs a factory); in one process nothing changes.
+        on_change: What holds when a run is resumed and its schedules would give other values, because the horizon,
+            the window, a schedule or an initial value changed: ``"error"`` stops, ``"replan"`` takes the new values,
+            ``"keep"`` stays with the saved ones, ``"stretch"`` stretches what is left of the saved schedules over
+            what is left of the run. All but the first say in one line what the next value becomes.
 
     Raises:
         ArgumentTypeError: If an argument has the wrong type, or *optimizer* is wrapped already.
@@ -105,6 +113,7 @@ class Optimizer(OptimizerFacade):
         nonfinite: Policy | None = None,
         max_consecutive_skips: int = 100,
         sharding: ranks.Sharding | None = None,
+        on_change: OnChange = "error",
     ) -> None:
         self._name = check_name(name)
         self._processors = check_processors(processors)
@@ -139,6 +148,8 @@ class Optimizer(OptimizerFacade):
             )
             raise ArgumentValueError(message)
         self._clocks = Clocks()
+        self._course = Course(on_change)
+        self._measurements: dict[str, tuple[float, ...]] = {}
         self._loaded: bool = False
         self._stepping: bool = False
         self._closing: bool = False
@@ -221,6 +232,7 @@ class Optimizer(OptimizerFacade):
         ranks.require_one_process("attach()")
         self._check_attachable(engine)
         if self._processors:
+            check_names(self._processors, self.param_groups)
             set_initial_values(self._processors, self.param_groups)
         if model is not None:
             self._parameter_names = {id(p): n for n, p in model.named_parameters()}
@@ -287,6 +299,9 @@ class Optimizer(OptimizerFacade):
         # As Ignite does with its own counters: a fresh run starts from 0, a resumed or loaded one does not.
         if engine.state.iteration == 0 and not self._loaded:
             self._clocks.counts = dict.fromkeys(self._clocks.counts, 0)
+            self._clocks.plan = {}
+            self._course.start_afresh()
+            self._measurements.clear()
         elif engine.state.iteration == 0 and self._clocks.counts["step"]:
             step = self._clocks.counts["step"]
             warnings.warn(
@@ -304,6 +319,7 @@ class Optimizer(OptimizerFacade):
                 stacklevel=2,
             )
         self._loaded = False
+        self._settle()
         self._epoch_began = engine.state.iteration
         self.zero_grad()
         self._publish()
@@ -514,6 +530,29 @@ class Optimizer(OptimizerFacade):
             self._window.end_micro_batch()
         return self._close(self._window.size) if self._window.micro_batches else False
 
+    def report(self, **metrics: float) -> None:
+        """Tell schedules that follow a metric, such as ``schedules.plateau(metric="loss")``, what was measured.
+
+        Args:
+            metrics: One new value of each; a number or a tensor with one element, the same on every rank.
+
+        Raises:
+            ArgumentTypeError: If a value is not a number.
+
+        Examples:
+            >>> optimizer = Optimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(()))], lr=0.1))
+            >>> optimizer.report(loss=0.25)  # such as evaluator.state.metrics["loss"], in a handler of EPOCH_COMPLETED
+
+        Checkpoint:
+            All values of the run are in :meth:`state_dict`, as lists of numbers.
+        """
+        for metric, value in metrics.items():
+            plain = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+            if isinstance(plain, bool) or not isinstance(plain, Real):
+                message = f"report({metric}=...) must be a number, got {value!r} ({type(value).__name__})"
+                raise ArgumentTypeError(message)
+            self._measurements[metric] = (*self._measurements.get(metric, ()), float(plain))
+
     def _others(self) -> list["Optimizer"]:
         attached = vars(self._engine)["_ice_optimizers"] if self._engine is not None else ()
         return [other for other in attached if other is not self]
@@ -594,12 +633,10 @@ class Optimizer(OptimizerFacade):
     def _step(self, norm: torch.Tensor | None, loss_scale: float | None) -> bool:
         if self._processors:
             set_initial_values(self._processors, self.param_groups)
-            owners = {"optimizer": self, "engine": self._engine, "n": self, "module_node": self}
-            run_processors(
-                self._processors,
-                self.param_groups,
-                {**self._clocks.context(self._size, self._window.tail), **owners},
-            )
+            if self._course.configured is not None:  # a loop without an engine
+                self._settle()
+            context = {**self._clocks.context(self._size, self._window.tail), **self._owners()}
+            run_processors(self._processors, self.param_groups, context, ranks.gatherer())
         self._count("step")
         try:
             self._note(norm, loss_scale, None)
@@ -614,6 +651,29 @@ class Optimizer(OptimizerFacade):
             self._stepping = False
         self._end_window("STEP_COMPLETED")
         return True
+
+    def _owners(self) -> dict[str, Any]:
+        measurements = MappingProxyType(self._measurements)
+        return {
+            "optimizer": self,
+            "engine": self._engine,
+            "n": self,
+            "module_node": self,
+            "measurements": measurements,
+        }
+
+    def _terms(self) -> Terms:
+        return Terms.of(self._clocks, self._size, self._window.tail, self._processors)
+
+    def _settle(self) -> None:
+        self._processors = self._course.settle(
+            self._name,
+            self._terms(),
+            processors=self._processors,
+            groups=self.param_groups,
+            clocks=self._clocks,
+            owners=self._owners(),
+        )
 
     def _skip(self, norm: torch.Tensor | None, loss_scale: float | None, reason: str) -> bool:
         self._count("skipped")
@@ -724,28 +784,42 @@ class Optimizer(OptimizerFacade):
             "name": self._name,
             "class": type(self._inner).__name__,
             "clocks": dict(self._clocks.counts),
+            "horizon": self._course.state_dict(self._terms()),
+            "measurements": {metric: list(values) for metric, values in self._measurements.items()},
             "window": {"micro_batches": self._window.micro_batches, "weight": self._window.weight},
             **self._precision.state_dict(),
         }
+        extra["shapes"] = shapes(self.named_parameters())
         return pack(dict(self._inner.state_dict()), self._names(), extra)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadReport:  # type: ignore[override]
         """Load a state dict of ours or of the wrapped optimizer's class; nothing of the argument is kept.
+
+        State goes to the parameter of the same name, however parameters are grouped and ordered now, if all of
+        them have names of their own here and there (from ``model.named_parameters()``, :func:`ice.param_groups
+        <ice_engine.param_groups.param_groups>` or ``attach(engine, model=model)``); else by position, as in torch.
+        Group entries such as ``lr`` are the saved ones where the groups are; of other groups, one takes those of
+        the saved group that has its ``name``, or else of the one that all its parameters come from and no other
+        group's do, and keeps its own if there is none.
 
         Args:
             state_dict: From :meth:`state_dict`, or from a plain torch optimizer (clocks then stay as they are).
+            strict: Refuse parameters that are new here, no longer here, or of another shape; else new ones start
+                without state, and state of the others is left out.
+
+        Returns:
+            Which parameters matched, which are new and which were dropped, and which groups kept their own entries.
 
         Raises:
             NotConsolidatedError: If it is the stub of a rank that does not hold the whole state.
-            StateDictError: If it is of a newer version, or its param groups do not fit; nothing has changed then.
+            StateDictError: If it is of a newer version or does not fit; nothing has changed then.
         """
         self._refuse_while_closing("load_state_dict()")
-        sizes = [len(group["params"]) for group in self.param_groups]
         # Copied, because torch would keep the caller's tensors as live state.
-        plain, extra = unpack(copy.deepcopy(state_dict), sizes)
+        plain, extra = unpack(copy.deepcopy(state_dict))
+        plain, report = fit(self._inner, self._names(), plain, extra, strict=strict)
         # What processors start from; without them it is a scheduler's own, and goes as in a plain optimizer.
         kept = "initial_" if self._processors else ()
-        self._check_fits(plain, extra)
         before = [{k: v for k, v in g.items() if k.startswith(kept)} for g in self.param_groups]
         names = [group.get("param_names") for group in self.param_groups]
         self._inner.load_state_dict(plain)
@@ -758,6 +832,8 @@ class Optimizer(OptimizerFacade):
                 group["param_names"] = own
         if extra is not None:
             self._clocks.counts.update({clock: int(value) for clock, value in extra["clocks"].items()})
+            self._course.load_state_dict(extra.get("horizon"), before)
+            self._measurements = {metric: tuple(values) for metric, values in extra.get("measurements", {}).items()}
             self._precision.load_state_dict(extra)
             self._loaded = True
             self._publish()
@@ -770,27 +846,7 @@ class Optimizer(OptimizerFacade):
                     stacklevel=2,
                 )
         self._clear()
-
-    def _check_fits(self, plain: dict[str, Any], extra: dict[str, Any] | None) -> None:
-        for i, (group, own, names) in enumerate(
-            zip(plain["param_groups"], self.param_groups, self._names(), strict=True)
-        ):
-            lacking = [key for key in own if key in self.defaults and key not in group]
-            saved_class = (extra or {}).get("class")
-            if lacking and saved_class not in (None, type(self._inner).__name__):
-                message = (
-                    f"the state dict is of {saved_class}, this wraps {type(self._inner).__name__}; "
-                    f"param group {i} lacks {', '.join(lacking)}"
-                )
-                raise StateDictError(message)
-            pairs = zip(group.get("param_names") or names, names, strict=True)
-            other = [(saved, here) for saved, here in pairs if not same_name(saved, here)]
-            if other:
-                message = (
-                    f"param group {i} of the state dict has {other[0][0]!r} where the optimizer has {other[0][1]!r}; "
-                    "its state would go to the wrong parameter. Build the optimizer with the order it was saved with"
-                )
-                raise StateDictError(message)
+        return report
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(vars(self))

@@ -20,6 +20,8 @@ BUILTIN = {
     "UnknownKeyError": KeyError,
     "ProcessorReturnError": TypeError,
     "ProcessorValueError": ValueError,
+    "ProcessorDivergenceError": RuntimeError,
+    "ScheduleChangedError": ValueError,
     "HookError": ValueError,
     "HookSignatureError": TypeError,
     "StateDictError": ValueError,

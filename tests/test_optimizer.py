@@ -884,9 +884,13 @@ def test_state_does_not_go_to_a_parameter_of_another_name():
     def named(*names):
         return ice.Optimizer(torch.optim.SGD([(name, parameter()) for name in names], lr=0.1))
 
-    with pytest.raises(StateDictError, match="has 'w' where the optimizer has 'b'"):
-        named("b", "w").load_state_dict(named("w", "b").state_dict())
+    with pytest.raises(StateDictError, match="only the optimizer has 'c'; only the state dict has 'b'"):
+        named("w", "c").load_state_dict(named("w", "b").state_dict())
+    # Where names cannot decide, as two are the same, the order must be the one it was saved with.
+    with pytest.raises(StateDictError, match=r"group 0 of the state dict has 'w' where the optimizer has 'b'.*order"):
+        named("b", "w", "w").load_state_dict(named("w", "b", "w").state_dict())
     named("module.w", "_orig_mod.b").load_state_dict(named("w", "b").state_dict())
+    named("b", "w").load_state_dict(named("w", "b").state_dict())
 
 
 def test_state_of_another_class_is_refused():

@@ -1,7 +1,9 @@
 """What a processor sees of one param group, and how what it writes reaches the group."""
 
 import difflib
+import hashlib
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -11,11 +13,13 @@ import torch
 from ice_engine.errors import (
     ArgumentTypeError,
     MissingKeyError,
+    ProcessorDivergenceError,
     ProcessorReturnError,
     ProcessorValueError,
     UnknownKeyError,
 )
 from ice_engine.processors.processor import Processor, name_of
+from ice_engine.processors.schedule import Schedule
 from ice_engine.typing import DictProcessor
 
 
@@ -67,7 +71,7 @@ class GroupMapping(MutableMapping[str, Any]):
             raise UnknownKeyError(message)
         close = difflib.get_close_matches(str(key), self._group, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"add it to the group first: param_group[{key!r}] = ..."
-        message = f"{key!r} is not an entry of {self._label()}; it has: {self._writable()}; {hint}"
+        message = f"{key!r} is not an entry of {self.label}; it has: {self._writable()}; {hint}"
         raise UnknownKeyError(message)
 
     def __delitem__(self, key: str) -> None:
@@ -87,7 +91,7 @@ class GroupMapping(MutableMapping[str, Any]):
         return isinstance(key, str) and self._element(key)[0] is not None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._label()}: {self._writable()})"
+        return f"{type(self).__name__}({self.label}: {self._writable()})"
 
     def _element(self, key: str) -> tuple[str | None, int]:
         entry, dot, index = key.rpartition(".")
@@ -96,7 +100,14 @@ class GroupMapping(MutableMapping[str, Any]):
             return entry, int(index)
         return None, 0
 
-    def _label(self) -> str:
+    @property
+    def staged(self) -> Mapping[str, Any]:
+        """What was written and not yet committed."""
+        return self._staged
+
+    @property
+    def label(self) -> str:
+        """What errors call the group."""
         return f"param group {self._context.get('group_index', '?')} ({self._context.get('group_name', '?')!r})"
 
     def _writable(self) -> str:
@@ -113,7 +124,7 @@ class GroupMapping(MutableMapping[str, Any]):
             return
         if not isinstance(returned, Mapping):
             message = (
-                f"processor {name_of(processor)!r} returned {type(returned).__name__} for {self._label()}; "
+                f"processor {name_of(processor)!r} returned {type(returned).__name__} for {self.label}; "
                 "a processor returns a mapping: add `return group`, or give a decorated one its dst="
             )
             raise ProcessorReturnError(message)
@@ -130,9 +141,7 @@ class GroupMapping(MutableMapping[str, Any]):
         if key not in self:
             name, close = name_of(processor), difflib.get_close_matches(key, self._group, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            message = (
-                f"processor {name!r} writes {key!r}, which {self._label()} lacks; it has: {self._writable()}{hint}"
-            )
+            message = f"processor {name!r} writes {key!r}, which {self.label} lacks; it has: {self._writable()}{hint}"
             raise MissingKeyError(message)
 
     def commit(self) -> None:
@@ -157,7 +166,7 @@ class GroupMapping(MutableMapping[str, Any]):
     def _plain(self, key: str, value: Any, current: Any) -> Any:
         if isinstance(current, tuple | list):
             if not isinstance(value, tuple | list) or len(value) != len(current):
-                message = f"{key!r} of {self._label()} would become {value!r}; it must have {len(current)} elements"
+                message = f"{key!r} of {self.label} would become {value!r}; it must have {len(current)} elements"
                 raise ProcessorValueError(message)
             pairs = zip(value, current, strict=True)
             return type(current)(self._plain(f"{key}.{i}", v, c) for i, (v, c) in enumerate(pairs))
@@ -167,21 +176,32 @@ class GroupMapping(MutableMapping[str, Any]):
         number = value.item() if hasattr(value, "item") and _is_one(value) else value
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             found = f"{number!r} ({type(number).__name__})"
-            message = f"{key!r} of {self._label()} would become {found}; it must be a finite number"
+            message = f"{key!r} of {self.label} would become {found}; it must be a finite number"
             raise ProcessorValueError(message)
         if key == "lr" and number < 0:
-            message = f"'lr' of {self._label()} would become {number!r}; it must be at least 0, or the loss is climbed"
+            message = f"'lr' of {self.label} would become {number!r}; it must be at least 0, or the loss is climbed"
             raise ProcessorValueError(message)
         return number
 
 
 def run_processors(
-    processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]], context: Mapping[str, Any]
+    processors: Sequence[Callable[..., Any]],
+    groups: Sequence[dict[str, Any]],
+    context: Mapping[str, Any],
+    gather: Callable[[str], list[str]] | None = None,
 ) -> None:
     """Run every processor on every group, then commit; if any fails, no group has changed.
 
+    Args:
+        processors: In the order they run.
+        groups: The param groups.
+        context: Clocks and owners.
+        gather: Gives every rank's text to every rank; None with one process. What is written must be the same on
+            all of them, or the ranks' parameters would part.
+
     Raises:
         ProcessorError: If a processor returns or writes something impossible; names processor and group.
+        ProcessorDivergenceError: If one writes other values on other ranks; names processor, group, key and ranks.
     """
     staged = []
     for index, group in enumerate(groups):
@@ -190,8 +210,48 @@ def run_processors(
             mapping.absorb(processor, processor(mapping))
         mapping.check()
         staged.append(mapping)
+    if gather is not None:
+        _require_agreement(processors, groups, context, staged, gather)
     for mapping in staged:
         mapping.commit()
+
+
+def _require_agreement(
+    processors: Sequence[Callable[..., Any]],
+    groups: Sequence[dict[str, Any]],
+    context: Mapping[str, Any],
+    staged: Sequence[GroupMapping],
+    gather: Callable[[str], list[str]],
+) -> None:
+    digest = hashlib.sha256(repr([mapping.staged for mapping in staged]).encode()).hexdigest()
+    if len(set(gather(digest))) == 1:
+        return
+    # They differ, and every rank knows it: run them again, one at a time, to find the first that does.
+    steps = []
+    for index, group in enumerate(groups):
+        mapping = GroupMapping(group, {**context, "group_index": index, "group_name": group_name(group, index)})
+        for processor in processors:
+            mapping.absorb(processor, processor(mapping))
+            mapping.check()
+            written = {key: repr(value) for key, value in mapping.staged.items()}
+            steps.append([name_of(processor), mapping.label, written])
+    ranks = [json.loads(text) for text in gather(json.dumps(steps))]
+    for place, (name, label, _) in enumerate(steps):
+        values = [rank[place][2] if place < len(rank) else {} for rank in ranks]
+        for key in sorted({key for written in values for key in written}):
+            found = [written.get(key, "left as it is") for written in values]
+            if len(set(found)) > 1:
+                listed = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(found))
+                message = (
+                    f"processor {name!r} differs between ranks in {key!r} of {label}: {listed}. Compute it from the "
+                    "clocks, or from values that were reduced over all ranks; no param group has changed"
+                )
+                raise ProcessorDivergenceError(message)
+    message = (
+        "processors write different values on different ranks, and the same ones when run again: one of them keeps "
+        f"a state of its own or draws random numbers; they are: {', '.join(map(name_of, processors))}"
+    )
+    raise ProcessorDivergenceError(message)
 
 
 def group_name(group: Mapping[str, Any], index: int) -> str:
@@ -214,10 +274,31 @@ def set_initial_values(processors: Sequence[Callable[..., Any]], groups: Sequenc
         if "lr" in group:
             group.setdefault("initial_lr", float(group["lr"]))
         for processor, key in written_keys(processors):
+            limit = processor.only_groups if isinstance(processor, Schedule) else None
+            if limit is not None and group_name(group, index) not in limit:
+                continue
             mapping.require(key, processor)
             value = mapping[key]
             if isinstance(value, int | float | torch.Tensor):
                 group.setdefault(f"initial_{key}", float(value))
+
+
+def check_names(processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Check that every name given to ``.only()`` is a group's.
+
+    Raises:
+        MissingKeyError: If one is not.
+    """
+    names = [group_name(group, index) for index, group in enumerate(groups)]
+    for processor in processors:
+        for missing in sorted(((isinstance(processor, Schedule) and processor.only_groups) or frozenset()) - {*names}):
+            close = difflib.get_close_matches(missing, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "ice.param_groups() gives groups their names"
+            message = (
+                f"{processor!r} is limited to a param group {missing!r}, which there is not; there are: "
+                f"{', '.join(map(repr, names))}; {hint}"
+            )
+            raise MissingKeyError(message)
 
 
 def written_keys(processors: Sequence[Callable[..., Any]]) -> list[tuple[Callable[..., Any], str]]:

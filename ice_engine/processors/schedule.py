@@ -97,10 +97,12 @@ class Schedule(Processor):
 
     def __mul__(self, other: "Schedule") -> "Schedule":
         """Apply this schedule to what *other* gives; for pure factors, their product."""
+        from ice_engine.processors.composition import Product  # made of schedules itself; so below, too
+
         if not isinstance(other, Schedule):
             return NotImplemented
         _check_same_dst(self, other)
-        return _composition().Product.of(self, other)
+        return Product.of(self, other)
 
     def then(self, schedule: "Schedule", /, *, at: int, rebase: bool = False) -> "Schedule":
         """Follow this schedule until *at*, then *schedule*.
@@ -120,6 +122,8 @@ class Schedule(Processor):
             >>> [flat({"step": t, "initial_lr": 1.0})["lr"] for t in range(7)]
             [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
         """
+        from ice_engine.processors.composition import Sequence
+
         if not isinstance(schedule, Schedule):
             message = f"then() wants a schedule, got {schedule!r} ({type(schedule).__name__})"
             raise ArgumentTypeError(message)
@@ -134,7 +138,7 @@ class Schedule(Processor):
         if not isinstance(rebase, bool):
             message = f"then(rebase=...) must be True or False, got {rebase!r} ({type(rebase).__name__})"
             raise ArgumentTypeError(message)
-        return _composition().Sequence(self.dst, self, schedule, arguments.count("then(at=...)", at, 1), rebase)
+        return Sequence(self.dst, self, schedule, arguments.count("then(at=...)", at, 1), rebase)
 
     def clamp(self, *, min: float | None = None, max: float | None = None) -> "Schedule":  # noqa: A002 - as torch.clamp
         """Keep the value between *min* and *max*.
@@ -152,6 +156,8 @@ class Schedule(Processor):
             >>> ice.schedules.exponential(gamma=0.1).clamp(min=0.05)({"step": 9, "initial_lr": 1.0})["lr"]
             0.05
         """
+        from ice_engine.processors.composition import Clamp
+
         if min is None and max is None:
             message = "clamp() wants min=, max= or both, got neither"
             raise ArgumentTypeError(message)
@@ -160,7 +166,7 @@ class Schedule(Processor):
         if least is not None and most is not None and least > most:
             message = f"clamp(min=..., max=...) must have min <= max, got {least!r} and {most!r}"
             raise ArgumentValueError(message)
-        return _composition().Clamp(self.dst, self, least, most)
+        return Clamp(self.dst, self, least, most)
 
     def scale(self, by: float | str, /) -> "Schedule":
         """Multiply the value by a number, or by an entry of the param group.
@@ -177,12 +183,14 @@ class Schedule(Processor):
             >>> ice.schedules.constant().scale("lr_scale")({"step": 0, "initial_lr": 1.0, "lr_scale": 0.25})["lr"]
             0.25
         """
+        from ice_engine.processors.composition import Scale
+
         if isinstance(by, str):
             if not by:
                 message = "scale() wants a number or the key of an entry of the param group, got ''"
                 raise ArgumentValueError(message)
-            return _composition().Scale(self.dst, self, by)
-        return _composition().Scale(self.dst, self, arguments.number("scale(...)", by))
+            return Scale(self.dst, self, by)
+        return Scale(self.dst, self, arguments.number("scale(...)", by))
 
     def only(self, *names: str) -> "Schedule":
         """Limit it to the param groups of these names; in the others the entry stays as it is.
@@ -202,10 +210,12 @@ class Schedule(Processor):
             >>> [head({"step": 0, "initial_lr": 1.0, "lr": 1.0, "group_name": g})["lr"] for g in ("head", "body")]
             [0.5, 1.0]
         """
+        from ice_engine.processors.composition import Only
+
         if not names or not all(isinstance(name, str) for name in names):
             message = f"only() wants names of param groups, such as only('head'), got {names!r}"
             raise ArgumentTypeError(message)
-        return _composition().Only(self.dst, self, names)
+        return Only(self.dst, self, names)
 
     def when(self, predicate: Callable[[Mapping[str, Any]], bool], /) -> "Schedule":
         """Limit it to the steps and groups for which *predicate* is true; else the entry stays as it is.
@@ -227,20 +237,15 @@ class Schedule(Processor):
             >>> drop, [drop({"step": 0, "epoch": e, "initial_lr": 1.0, "lr": 1.0})["lr"] for e in (2, 3)]
             (constant(factor=0.1).when(late), [1.0, 0.1])
         """
+        from ice_engine.processors.composition import When
+
         if not callable(predicate):
             message = f"when() wants a function of the mapping, got {predicate!r} ({type(predicate).__name__})"
             raise ArgumentTypeError(message)
-        return _composition().When(self.dst, self, predicate)
+        return When(self.dst, self, predicate)
 
 
 def _check_same_dst(first: Schedule, second: Schedule) -> None:
     if first.dst != second.dst:
         message = f"{first!r} writes {first.dst!r} and {second!r} writes {second.dst!r}; give both the same dst="
         raise ArgumentValueError(message)
-
-
-def _composition() -> Any:
-    # Imported when used: compositions are schedules themselves.
-    from ice_engine.processors import composition
-
-    return composition

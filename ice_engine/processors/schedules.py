@@ -11,6 +11,8 @@ Examples:
     warmup(steps=4) * cosine(total=100)
     >>> plan({"step": 50, "initial_lr": 0.2})
     {'step': 50, 'initial_lr': 0.2, 'lr': 0.1}
+
+As plain data, for configuration files and checkpoints, they are ``plan.spec``, and :func:`from_spec` makes them again.
 """
 
 from ice_engine.processors.cycles import cyclic, cyclic_anneal
@@ -23,6 +25,7 @@ from ice_engine.processors.ramps import constant, warmup
 from ice_engine.processors.restarts import cosine_restarts, hard_restarts
 from ice_engine.processors.scaling import batch_scaling, layer_decay
 from ice_engine.processors.schedule import Schedule
+from ice_engine.processors.spec import from_spec
 from ice_engine.processors.stable import flat_cosine, trapezoid, wsd
 from ice_engine.processors.swa import swa
 
@@ -36,6 +39,7 @@ __all__ = [
     "cyclic_anneal",
     "exponential",
     "flat_cosine",
+    "from_spec",
     "function",
     "hard_restarts",
     "inverse",

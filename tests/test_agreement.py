@@ -1,0 +1,101 @@
+"""Ranks whose processors write different values: found and named on every rank, and obeyed on none.
+
+Two and three real processes on gloo run the processors as an optimizer's step does.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import ice_engine as ice
+from ice_engine import sharding
+from ice_engine.errors import ProcessorDivergenceError
+from ice_engine.processors.group import run_processors, set_initial_values
+from ice_engine.processors.schedules import cosine, linear
+
+PATIENCE = 60  # seconds for a rank to start; a step itself takes milliseconds
+
+
+@ice.dictprocess
+def by_rank(lr: float) -> float:
+    return lr * (1 + dist.get_rank())
+
+
+def extra_key_on_rank_1(group: Any) -> Any:
+    if dist.get_rank() == 1:
+        group["momentum"] = 0.5
+    return group
+
+
+def noise(group: Any) -> Any:
+    group["lr"] = random.Random().random()  # noqa: S311 - differs on every call and rank
+    return group
+
+
+def counts(group: Any, calls: list[int] = []) -> Any:  # noqa: B006 - keeps a state of its own, on purpose
+    calls.append(1)
+    group["lr"] = 1.0 + dist.get_rank() if len(calls) <= 2 else 1.0
+    return group
+
+
+CASES: dict[str, tuple[list[Callable[..., Any]], str | None]] = {
+    "same": ([cosine(total=10), linear(total=10, dst="momentum")], None),
+    "differs": (
+        [linear(total=10), by_rank(dst="lr")],
+        "'by_rank' differs between ranks in 'lr' of param group 0 ('a'): 0.5 on rank 0, 1.0 on rank 1",
+    ),
+    "one rank only": (
+        [linear(total=10), extra_key_on_rank_1],
+        "'extra_key_on_rank_1' differs between ranks in 'momentum' of param group 0 ('a'): left as it is on rank 0",
+    ),
+    "random": ([noise], "processor 'noise' differs between ranks in 'lr' of param group 0 ('a'): 0."),
+    "only the first time": ([counts], "one of them keeps a state of its own or draws random numbers; they are: counts"),
+}
+
+
+def _rank(rank: int, world_size: int, port: int, queue: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    outcome: dict[str, Any] = {}
+    for case, (processors, _) in CASES.items():
+        parameters = [torch.nn.Parameter(torch.ones(2)) for _ in "ab"]
+        groups = [{"params": [p], "name": name} for p, name in zip(parameters, "ab", strict=True)]
+        sgd = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+        set_initial_values(processors, sgd.param_groups)
+        before = [{k: v for k, v in group.items() if k != "params"} for group in sgd.param_groups]
+        try:
+            run_processors(processors, sgd.param_groups, {"step": 5}, sharding.gatherer())
+            outcome[case] = [(group["lr"], group["momentum"]) for group in sgd.param_groups]
+        except ProcessorDivergenceError as error:
+            after = [{k: v for k, v in group.items() if k != "params"} for group in sgd.param_groups]
+            outcome[case] = str(error) if before == after else "a group has changed"
+    queue.put((rank, outcome))
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processors_that_differ_between_ranks_are_named_on_all_of_them(world_size: int, free_port: int) -> None:
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=_rank, args=(r, world_size, free_port, queue)) for r in range(world_size)]
+    for process in ranks:
+        process.start()
+    outcomes = dict(queue.get(timeout=PATIENCE) for _ in ranks)
+    for process in ranks:
+        process.join(timeout=PATIENCE)
+
+    assert all(process.exitcode == 0 for process in ranks)
+    for rank in range(world_size):
+        assert outcomes[rank]["same"] == [(0.5, 0.45)] * 2
+        for case, (_, message) in CASES.items():
+            assert message is None or message in outcomes[rank][case], (rank, case)
+    assert len({str(outcome) for outcome in outcomes.values()}) == 1
+
+
+def test_one_process_has_nobody_to_agree_with() -> None:
+    assert sharding.gatherer() is None

@@ -1,0 +1,395 @@
+"""A resumed run with another horizon, window, schedule or initial value: the declared policy decides, never silently.
+
+The oracle is the cosine written down here, and a plain list of what every step trained with.
+"""
+
+import io
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+import ice_engine as ice
+from ice_engine.errors import ArgumentValueError, ScheduleChangedError, StateDictError
+from ice_engine.processors.schedules import constant, cosine, exponential, linear, step, warmup
+
+LENGTH = 10
+
+
+class Run:
+    """A trainer of one weight that notes the lr of every step; *state* is that of an earlier one."""
+
+    def __init__(self, *processors: Any, state: Any = None, lr: float = 1.0, **settings: Any) -> None:
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.optimizer = ice.Optimizer(torch.optim.SGD([self.weight], lr=lr), processors=processors, **settings)
+        self.trainer = Engine(lambda engine, batch: self.optimizer.backward(self.weight * batch))
+        self.optimizer.attach(self.trainer)
+        self.lr: list[float] = []
+        self.trainer.add_event_handler(
+            ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED,
+            lambda: self.lr.append(self.optimizer.param_groups[0]["lr"]),
+        )
+        if state is not None:
+            self.trainer.load_state_dict(state["trainer"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def __call__(self, epochs: int, length: int = LENGTH) -> "Run":
+        self.trainer.run([0.01] * length, max_epochs=epochs)
+        return self
+
+    def state(self, **changes: Any) -> dict[str, Any]:
+        """What a checkpoint brings to a new process, through a file that is loaded safely."""
+        saved = {"trainer": self.trainer.state_dict(), "optimizer": self.optimizer.state_dict()}
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+        loaded["trainer"].update(changes)
+        return loaded
+
+
+def half(t: float, total: float, base: float = 1.0) -> float:
+    return base * (1 + math.cos(math.pi * min(t / total, 1))) / 2
+
+
+def exactly(expected: list[float]) -> Any:
+    return pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+def interrupted(*processors: Any, epochs: int = 4, after: int = 2, length: int = LENGTH, **settings: Any) -> Any:
+    """The state of a run of *epochs* epochs that was stopped after some."""
+    run = Run(*processors, **settings)
+    run.trainer.add_event_handler(Events.EPOCH_COMPLETED(once=after), lambda: run.trainer.terminate())
+    run(epochs, length)
+    return run.state()
+
+
+def lines(caplog: Any) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "ice_engine.horizon"]
+
+
+# -- nothing changed ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["error", "replan", "stretch", "keep"])
+def test_a_run_that_is_resumed_as_it_was_goes_on_and_says_nothing(policy: Any, caplog: Any) -> None:
+    whole = Run(cosine())(4)
+    resumed = Run(cosine(), state=interrupted(cosine()), on_change=policy)(4)
+
+    assert resumed.lr == whole.lr[20:]
+    assert lines(caplog) == []
+
+
+def test_more_epochs_do_not_change_a_schedule_that_has_an_end_of_its_own(caplog: Any) -> None:
+    rest = Run(warmup(steps=5) * step(step_size=30), state=interrupted(warmup(steps=5) * step(step_size=30)))(8)
+
+    assert rest.lr == exactly([1.0] * 10 + [0.1] * 30 + [0.01] * 20)
+    assert lines(caplog) == []
+
+
+def test_the_same_schedule_under_another_window_is_no_change_if_it_has_a_total_of_its_own() -> None:
+    rest = Run(linear(total=40), state=interrupted(linear(total=40)), accumulation_steps=5)(4)
+
+    assert rest.lr == exactly([1 - t / 40 for t in range(20, 24)])
+
+
+def test_without_processors_there_is_no_schedule_and_a_scheduler_of_torchs_may_do_as_it_likes() -> None:
+    assert Run(state=interrupted(), lr=0.5)(8).lr == [1.0] * 60  # as torch: the checkpoint's lr
+
+
+# -- more epochs ----------------------------------------------------------------------------------------------
+
+
+def test_a_longer_horizon_is_an_error_unless_declared_and_nothing_has_moved() -> None:
+    resumed = Run(cosine(), state=interrupted(cosine()))
+
+    with pytest.raises(ScheduleChangedError, match=r"lr at step 21: 0\.5 -> 0\.8536 \(total 40 -> 80\)\. Say which"):
+        resumed(8)
+    assert resumed.lr == []
+    assert resumed.weight.item() == 1.0
+
+
+def test_replan_takes_the_new_horizon_from_where_the_run_is(caplog: Any) -> None:
+    resumed = Run(cosine(), state=interrupted(cosine()), on_change="replan")(8)
+
+    assert resumed.lr == exactly([half(t, 80) for t in range(20, 80)])
+    assert lines(caplog) == ["optimizer 'optimizer', on_change='replan': lr at step 21: 0.5 -> 0.8536 (total 40 -> 80)"]
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_keep_ends_the_saved_schedule_where_it_would_have_ended(caplog: Any) -> None:
+    resumed = Run(cosine(), state=interrupted(cosine()), on_change="keep")(8)
+
+    assert resumed.lr == exactly([half(t, 40) for t in range(20, 80)])
+    assert lines(caplog) == ["optimizer 'optimizer', on_change='keep': lr at step 21: 0.5 -> 0.8536 (total 40 -> 80)"]
+
+
+def test_stretch_goes_on_from_the_same_value_and_ends_with_the_run() -> None:
+    resumed = Run(cosine(), state=interrupted(cosine()), on_change="stretch")(8)
+
+    assert resumed.lr == exactly([half(20 + (t - 20) * 20 / 60, 40) for t in range(20, 80)])
+    assert resumed.lr[0] == 0.5
+
+
+def test_a_shorter_horizon_is_a_change_too() -> None:
+    with pytest.raises(ScheduleChangedError, match=r"0\.5 -> 0\.25 \(total 40 -> 30\)"):
+        Run(cosine(), state=interrupted(cosine()))(3)
+    stretched = Run(cosine(), state=interrupted(cosine()), on_change="stretch")(3)
+    assert stretched.lr == exactly([half(20 + (t - 20) * 2, 40) for t in range(20, 30)])
+
+
+@pytest.mark.parametrize("unit", ["step", "iteration", "epoch"])
+def test_stretch_stretches_the_clock_of_every_unit(unit: Any) -> None:
+    schedule = linear(unit=unit)
+    resumed = Run(schedule, state=interrupted(schedule), on_change="stretch")(6)
+
+    clock = [t // LENGTH if unit == "epoch" else t for t in range(20, 60)]
+    done, total = (2, 4) if unit == "epoch" else (20, 40)
+    new = 6 if unit == "epoch" else 60
+    assert resumed.lr == exactly([1 - (done + (t - done) * (total - done) / (new - done)) / total for t in clock])
+
+
+@pytest.mark.parametrize("policy", ["replan", "stretch", "keep"])
+def test_what_was_decided_holds_in_the_next_resumed_run_without_another_word(policy: Any, caplog: Any) -> None:
+    whole = Run(cosine(), state=interrupted(cosine()), on_change=policy)(8)
+    part = Run(cosine(), state=interrupted(cosine()), on_change=policy)
+    part.trainer.add_event_handler(
+        ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED(once=50), lambda: part.trainer.terminate()
+    )
+    part(8)
+    caplog.clear()
+    rest = Run(cosine(), state=part.state(), on_change="error")(8)
+
+    assert part.lr + rest.lr == whole.lr
+    assert lines(caplog) == []
+
+
+def test_stretched_twice_it_still_ends_with_the_run() -> None:
+    first = Run(linear(), state=interrupted(linear()), on_change="stretch")
+    first.trainer.add_event_handler(
+        ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED(once=40), lambda: first.trainer.terminate()
+    )
+    first(6)  # from 20 of 40 at 20, to 30 of 40 at 40
+    second = Run(linear(), state=first.state(), on_change="stretch")(8)
+
+    assert second.lr == exactly([1 - (30 + (t - 40) * 10 / 40) / 40 for t in range(40, 80)])
+
+
+def test_more_epochs_in_the_same_process_are_a_change_as_well() -> None:
+    run = Run(cosine(), on_change="stretch")(4)
+    with pytest.raises(ScheduleChangedError, match=r"lr at step 41: 0 -> 0\.5 \(total 40 -> 80\)"):
+        Run(cosine())(4)(8)
+    run = Run(cosine(), on_change="replan")(4)(8)
+    assert run.lr == exactly([half(t, 40) for t in range(40)] + [half(t, 80) for t in range(40, 80)])
+
+
+def test_a_fresh_run_of_another_length_is_no_resumed_one() -> None:
+    run = Run(cosine())(2)
+    run.trainer.state.max_epochs = None  # Ignite's way to start anew
+    run(4)
+
+    assert run.lr[20:] == exactly([half(t, 40) for t in range(40)])
+
+
+# -- another window -------------------------------------------------------------------------------------------
+
+
+def test_another_window_counts_what_was_done_and_what_is_left() -> None:
+    state = interrupted(linear(), accumulation_steps=2)  # 10 of 20 steps
+    with pytest.raises(ScheduleChangedError, match=r"lr at step 11: 0\.5 -> 0\.2857 \(total 20 -> 14\)"):
+        Run(linear(), state=state, accumulation_steps=5)(4)
+
+    replanned = Run(linear(), state=state, accumulation_steps=5, on_change="replan")(4)
+    assert replanned.lr == exactly([1 - t / 14 for t in range(10, 14)])
+    stretched = Run(linear(), state=state, accumulation_steps=5, on_change="stretch")(4)
+    assert stretched.lr == exactly([0.5, 0.375, 0.25, 0.125])
+    kept = Run(linear(), state=state, accumulation_steps=5, on_change="keep")(4)
+    assert kept.lr == exactly([0.5, 0.45, 0.4, 0.35])
+
+
+@pytest.mark.parametrize(("tail", "steps"), [("step", 8), ("carry", 7), ("drop", 6)])
+def test_what_is_left_is_counted_with_the_windows_that_will_close(tail: Any, steps: int) -> None:
+    state = interrupted(linear(), accumulation_steps=4, epochs=4, after=2, tail="drop")  # 4 of 8 steps
+    run = Run(linear(), state=state, accumulation_steps=3, tail=tail, on_change="replan")(4)
+
+    assert len(run.lr) == steps
+    assert run.lr == exactly([1 - t / (4 + steps) for t in range(4, 4 + steps)])
+
+
+def test_a_resume_inside_an_epoch_counts_the_rest_of_it() -> None:
+    whole = Run(linear(), accumulation_steps=2)
+    whole.trainer.add_event_handler(
+        ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED(once=7), lambda: whole.trainer.terminate()
+    )
+    whole(4)
+    state = whole.state()  # at iteration 14: 6 and 20 are left
+    resumed = Run(linear(), state=state, accumulation_steps=3, on_change="replan")
+    resumed.trainer.run([0.01] * 6, max_epochs=4, epoch_length=LENGTH)  # the engine has no more than it is given
+
+    assert resumed.lr[0] == pytest.approx(1 - 7 / (7 + 2 + 2 * 4), rel=1e-12)
+
+
+# -- another data set -----------------------------------------------------------------------------------------
+
+
+def test_a_longer_epoch_is_a_change_of_the_total() -> None:
+    state = interrupted(cosine())
+    state["trainer"]["epoch_length"] = 20  # 20 iterations are one epoch now
+    with pytest.raises(ScheduleChangedError, match=r"\(total 40 -> 80\)"):
+        Run(cosine(), state=state)(4, length=20)
+
+
+# -- another schedule -----------------------------------------------------------------------------------------
+
+
+def test_another_schedule_is_an_error_that_shows_both() -> None:
+    with pytest.raises(
+        ScheduleChangedError,
+        match=r"lr at step 21: 0\.5 -> 0\.25 \(processors \[cosine\(\)\] -> \[exponential\(gamma=0\.933\d*\)\]\)",
+    ):
+        Run(exponential(gamma=0.25 ** (1 / 20)), state=interrupted(cosine()))(4)
+
+
+def test_replan_takes_the_new_schedule() -> None:
+    resumed = Run(linear(), state=interrupted(cosine()), on_change="replan")(4)
+
+    assert resumed.lr == exactly([1 - t / 40 for t in range(20, 40)])
+
+
+def test_keep_goes_on_with_the_saved_schedule_whatever_the_script_says() -> None:
+    saved = (warmup(steps=5) * cosine()).clamp(min=0.01)
+    resumed = Run(linear(), constant(3.0), state=interrupted(saved), on_change="keep")
+
+    assert resumed(4).lr == Run(saved)(4).lr[20:]
+    assert resumed.optimizer.processors == (saved,)
+
+
+def test_keep_and_stretch_together_with_more_epochs_are_of_the_saved_schedule() -> None:
+    kept = Run(constant(), state=interrupted(linear()), on_change="keep")(8)
+    stretched = Run(constant(), state=interrupted(linear()), on_change="stretch")(8)
+
+    assert kept.lr == exactly([max(1 - t / 40, 0) for t in range(20, 80)])
+    assert stretched.lr == exactly([0.5 - (t - 20) / 120 for t in range(20, 80)])
+
+
+@ice.dictprocess
+def halve(lr: float) -> float:
+    return lr / 2
+
+
+def test_functions_are_kept_if_they_are_still_there() -> None:
+    state = interrupted(linear(), halve(dst="lr"))
+    resumed = Run(cosine(), halve(dst="lr"), state=state, on_change="keep")(4)
+
+    assert resumed.lr == exactly([(1 - t / 40) / 2 for t in range(20, 40)])
+
+
+def test_functions_that_are_gone_cannot_be_kept() -> None:
+    state = interrupted(linear(), halve(dst="lr"))
+
+    with pytest.raises(ScheduleChangedError, match=r"cannot be kept, as halve\(dst='lr'\) cannot be made from a check"):
+        Run(linear(), state=state, on_change="keep")(4)
+
+
+@ice.dictprocess
+def part_left(step: int, total_steps: int) -> float:
+    return max(1 - step / total_steps, 0)
+
+
+def test_a_function_that_asks_for_the_length_is_a_schedule_as_well() -> None:
+    state = interrupted(part_left(dst="lr"))
+
+    with pytest.raises(ScheduleChangedError, match=r"\(?total 40 -> 80"):
+        Run(part_left(dst="lr"), state=state)(8)
+    assert Run(part_left(dst="lr"), state=state, on_change="keep")(6).lr[:3] == exactly([0.5, 0.475, 0.45])
+    assert Run(part_left(dst="lr"), state=state, on_change="replan")(8).lr[0] == 0.75
+
+
+# -- another initial value ------------------------------------------------------------------------------------
+
+
+def test_an_edited_lr_is_a_change_because_a_checkpoint_brings_its_own() -> None:
+    state = interrupted(cosine())
+
+    with pytest.raises(ScheduleChangedError, match=r"lr at step 21: 0\.5 -> 0\.05 \(initial_lr 1 -> 0\.1\)"):
+        Run(cosine(), state=state, lr=0.1)(4)
+    assert Run(cosine(), state=state, lr=0.1, on_change="keep")(4).lr[0] == 0.5
+    replanned = Run(cosine(), state=state, lr=0.1, on_change="replan")(4)
+    assert replanned.lr == exactly([half(t, 40, 0.1) for t in range(20, 40)])
+
+
+def test_the_group_that_changes_is_named() -> None:
+    def optimizer(lr: float) -> ice.Optimizer:
+        groups = [
+            {"params": [torch.nn.Parameter(torch.ones(()))], "name": n, "lr": r} for n, r in (("a", 1.0), ("b", lr))
+        ]
+        return ice.Optimizer(torch.optim.SGD(groups), processors=[linear(total=10)])
+
+    first, second = optimizer(1.0), optimizer(2.0)
+    second.load_state_dict(first.state_dict())
+    trainer = Engine(lambda engine, batch: second.backward(second.param_groups[0]["params"][0] * 1))
+    second.attach(trainer)
+
+    with pytest.raises(ScheduleChangedError, match=r"lr of 'b' at step 1: 1 -> 2 \(initial_lr 1 -> 2\)"):
+        trainer.run(range(2))
+
+
+# -- loops without an engine ----------------------------------------------------------------------------------
+
+
+def test_a_loop_of_ones_own_is_asked_at_its_first_step() -> None:
+    def make(lr: float, policy: Any) -> tuple[torch.nn.Parameter, ice.Optimizer]:
+        weight = torch.nn.Parameter(torch.ones(()))
+        sgd = torch.optim.SGD([weight], lr=lr)
+        return weight, ice.Optimizer(sgd, processors=[linear(total=4)], on_change=policy)
+
+    weight, optimizer = make(1.0, "error")
+    optimizer.backward(weight * 1)
+    optimizer.update()
+    for policy, expected in (("keep", 0.75), ("replan", 1.5)):
+        weight, other = make(2.0, policy)
+        other.load_state_dict(optimizer.state_dict())
+        other.backward(weight * 1)
+        assert other.update()
+        assert other.param_groups[0]["lr"] == expected
+
+
+def test_a_state_saved_before_the_resumed_run_began_is_still_of_the_saved_one() -> None:
+    state = interrupted(cosine())
+    again = Run(cosine(), state=state).state()
+
+    assert again["optimizer"]["ice_engine"] == state["optimizer"]["ice_engine"]
+
+
+def test_an_unknown_policy_is_refused_at_once() -> None:
+    with pytest.raises(ArgumentValueError, match="on_change must be one of 'error', 'replan', 'stretch', 'keep'; got"):
+        Run(on_change="ignore")
+
+
+def test_stretch_needs_to_know_the_length() -> None:
+    state = interrupted(linear())
+    state["optimizer"]["ice_engine"]["horizon"]["plan"].update(total_steps=None, epoch_length=None, max_epochs=None)
+
+    with pytest.raises(ScheduleChangedError, match="'stretch' needs to know how long the run is"):
+        Run(constant(), state=state, on_change="stretch")(8)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda h: h.clear(), lambda h: h["run"].pop("tail"), lambda h: h.update(plan=None, run=3)]
+)
+def test_a_damaged_horizon_is_refused_when_loaded(damage: Any) -> None:
+    state = interrupted(linear())
+    damage(state["optimizer"]["ice_engine"]["horizon"])
+
+    with pytest.raises(StateDictError, match="'ice_engine' is damaged"):
+        Run(linear(), state=state)
+
+
+def test_a_state_of_before_horizons_were_saved_goes_on_as_the_script_says() -> None:
+    state = interrupted(linear())
+    del state["optimizer"]["ice_engine"]["horizon"]
+
+    assert Run(linear(), state=state)(4).lr == exactly([1 - t / 40 for t in range(20, 40)])
