@@ -52,22 +52,33 @@ class Clocks:
 
     def context(self, window_size: int, tail: str) -> dict[str, int | None]:
         """Return what processors may know of the run, under our names and ice-learn's."""
-        iteration, length = self.counts["iteration"], self._now("epoch_length", "epoch_size")
-        done = self._given.get("epoch_steps")
-        if done is None and length is not None and self.run is not None:
-            done = (iteration - 1) % length + 1
+        return {**self.position(), **self.lengths(window_size, tail)}
+
+    def position(self) -> dict[str, int | None]:
+        """Return the part of :meth:`context` that changes from step to step."""
+        counts = self.counts
+        iteration, epoch, done = counts["iteration"], self.epoch, self._given.get("epoch_steps")
+        if done is None and self.run is not None:
+            length = self._now("epoch_length", "epoch_size")
+            done = None if length is None else (iteration - 1) % length + 1
         return {
-            "step": self.counts["step"],
-            "attempt": self.counts["attempt"],
+            "step": counts["step"],
+            "attempt": counts["attempt"],
             "iteration": iteration,
-            "epoch": self.epoch,
+            "epoch": epoch,
+            "current_epoch": epoch,
+            "epoch_steps": done,
+            "global_steps": iteration,
+        }
+
+    def lengths(self, window_size: int, tail: str) -> dict[str, int | None]:
+        """Return the part of :meth:`context` that stays as it is along the run."""
+        length = self._now("epoch_length", "epoch_size")
+        return {
             "epoch_length": length,
             "max_epochs": self._now("max_epochs"),
             "max_iters": self._now("max_iters"),
             "total_steps": self.total_steps(window_size, tail),
-            "current_epoch": self.epoch,
-            "epoch_steps": done,
-            "global_steps": iteration,
             "epoch_size": length,
         }
 

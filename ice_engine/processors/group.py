@@ -18,6 +18,9 @@ from ice_engine.errors import (
 from ice_engine.processors.processor import Processor, name_of
 from ice_engine.typing import DictProcessor
 
+_ABSENT: Any = object()
+_OWN = ("group_index", "group_name", "x", "param_group")  # what the mapping itself says; no entry of the context
+
 
 class GroupMapping(MutableMapping[str, Any]):
     """A param group's own entries over a read-only context.
@@ -26,31 +29,67 @@ class GroupMapping(MutableMapping[str, Any]):
     group as it was. ``"betas.0"`` reads and writes one element of a tuple entry. ``x`` and
     ``param_group`` are this mapping itself, for processors written for ice-learn.
 
+    Made once per step and param group, and read several times: what is common comes first in every method.
+
     Args:
         group: The param group; never changed before :meth:`commit`.
-        context: Clocks and owners, such as ``step`` and ``optimizer``.
+        context: Clocks and owners, such as ``step`` and ``optimizer``; shared by all groups.
+        index: The group's place, shown as ``group_index``, and in errors.
     """
 
-    def __init__(self, group: dict[str, Any], context: Mapping[str, Any]) -> None:
+    __slots__ = ("_context", "_group", "_index", "_name", "_staged")
+
+    def __init__(self, group: dict[str, Any], context: Mapping[str, Any], index: int) -> None:
         self._group = group
         self._context = context
+        self._index = index
+        self._name: str | None = None
         self._staged: dict[str, Any] = {}
 
+    @property
+    def name(self) -> str:
+        """The group's name, see :func:`group_name`."""
+        if self._name is None:
+            self._name = group_name(self._group, self._index)
+        return self._name
+
+    @property
+    def staged(self) -> Mapping[str, Any]:
+        """What will be written, by entry of the group."""
+        return self._staged
+
     def __getitem__(self, key: str) -> Any:
+        if key not in self._staged and type(self._group.get(key)) is float:
+            return self._group[key]
+        found = self._find(key)
+        if found is _ABSENT:
+            raise KeyError(key)
+        return found
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of *key*, or *default* where there is none."""
+        # The inherited one raises and catches KeyError, at half the price of a whole schedule.
+        found = self._find(key)
+        return default if found is _ABSENT else found
+
+    def _find(self, key: str) -> Any:
         if key in self._staged:
             return self._staged[key]
         if key in self._group:
             value = self._group[key]
             # A copy: `group["lr"] *= 0.5` would change a tensor at once, whatever happens after.
             return value.detach().clone() if isinstance(value, torch.Tensor) else value
-        if key in ("x", "param_group"):
-            return self
+        if key in _OWN:
+            return self._own(key)
         if key in self._context:
             return self._context[key]
         entry, index = self._element(key)
-        if entry is not None:
-            return self[entry][index]
-        raise KeyError(key)
+        return _ABSENT if entry is None else self._find(entry)[index]
+
+    def _own(self, key: str) -> Any:
+        if key == "group_index":
+            return self._index
+        return self.name if key == "group_name" else self
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key in self._group and key != "params":
@@ -58,11 +97,11 @@ class GroupMapping(MutableMapping[str, Any]):
             return
         entry, index = self._element(key)
         if entry is not None:
-            elements = list(self[entry])
+            elements = list(self._find(entry))
             elements[index] = value
             self._staged[entry] = type(self._group[entry])(elements)
             return
-        if key in self._context or key in ("params", "x", "param_group"):
+        if key in self._context or key == "params" or key in _OWN:
             message = f"{key!r} is read-only; writable are: {self._writable()}"
             raise UnknownKeyError(message)
         close = difflib.get_close_matches(str(key), self._group, n=1)
@@ -76,13 +115,13 @@ class GroupMapping(MutableMapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         yield from self._group
-        yield from (key for key in (*self._context, "x", "param_group") if key not in self._group)
+        yield from (key for key in dict.fromkeys((*self._context, *_OWN)) if key not in self._group)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __contains__(self, key: object) -> bool:
-        if key in self._group or key in self._context or key in ("x", "param_group"):
+        if key in self._group or key in self._context or key in _OWN:
             return True
         return isinstance(key, str) and self._element(key)[0] is not None
 
@@ -90,14 +129,16 @@ class GroupMapping(MutableMapping[str, Any]):
         return f"{type(self).__name__}({self._label()}: {self._writable()})"
 
     def _element(self, key: str) -> tuple[str | None, int]:
-        entry, dot, index = key.rpartition(".")
-        value = self._group.get(entry) if dot and index.isdigit() else None
+        if "." not in key:
+            return None, 0
+        entry, _, index = key.rpartition(".")
+        value = self._group.get(entry) if index.isdigit() else None
         if isinstance(value, tuple | list) and int(index) < len(value):
             return entry, int(index)
         return None, 0
 
     def _label(self) -> str:
-        return f"param group {self._context.get('group_index', '?')} ({self._context.get('group_name', '?')!r})"
+        return f"param group {self._index} ({self.name!r})"
 
     def _writable(self) -> str:
         return ", ".join(key for key in self._group if key != "params")
@@ -152,6 +193,8 @@ class GroupMapping(MutableMapping[str, Any]):
             ProcessorValueError: If a number is replaced by something else, or by infinity or NaN.
         """
         for key, value in self._staged.items():
+            if type(value) is float and type(self._group[key]) is float and 0.0 <= value < math.inf:
+                continue  # what every schedule writes
             self._staged[key] = self._plain(key, value, self._group[key])
 
     def _plain(self, key: str, value: Any, current: Any) -> Any:
@@ -176,22 +219,35 @@ class GroupMapping(MutableMapping[str, Any]):
 
 
 def run_processors(
-    processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]], context: Mapping[str, Any]
-) -> None:
+    processors: Sequence[Callable[..., Any]],
+    groups: Sequence[dict[str, Any]],
+    context: Mapping[str, Any],
+    view: type[GroupMapping] = GroupMapping,
+) -> list[GroupMapping]:
     """Run every processor on every group, then commit; if any fails, no group has changed.
+
+    Args:
+        processors: In the order they run.
+        groups: The param groups.
+        context: What processors may read besides.
+        view: What shows them a group; one of a plan's own also records who reads and writes what.
+
+    Returns:
+        What the processors of each group saw and wrote.
 
     Raises:
         ProcessorError: If a processor returns or writes something impossible; names processor and group.
     """
     staged = []
     for index, group in enumerate(groups):
-        mapping = GroupMapping(group, {**context, "group_index": index, "group_name": group_name(group, index)})
+        mapping = view(group, context, index)
         for processor in processors:
             mapping.absorb(processor, processor(mapping))
         mapping.check()
         staged.append(mapping)
     for mapping in staged:
         mapping.commit()
+    return staged
 
 
 def group_name(group: Mapping[str, Any], index: int) -> str:
@@ -206,7 +262,7 @@ def set_initial_values(processors: Sequence[Callable[..., Any]], groups: Sequenc
         MissingKeyError: If a processor is known to write a key that a group does not have.
     """
     for index, group in enumerate(groups):
-        mapping = GroupMapping(group, {"group_index": index, "group_name": group_name(group, index)})
+        mapping = GroupMapping(group, {}, index)
         for key, value in group.items():
             # torch gives all groups the very tensor it was given; written in place, it would be one lr for all.
             if isinstance(value, torch.Tensor) and any(other.get(key) is value for other in groups[:index]):
