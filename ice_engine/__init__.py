@@ -8,6 +8,7 @@ from ice_engine.errors import IceEngineError, IceEngineWarning, NonFiniteGradien
 from ice_engine.events import OptimizerEvents, StepRecord, optimizer_events
 from ice_engine.hooks import HookRegistry
 from ice_engine.optimizer import Optimizer
+from ice_engine.plan import Plan
 from ice_engine.processors import Collect, Compose, Processor, dictprocess, schedules
 from ice_engine.tensorboard import TensorBoard
 from ice_engine.trainer import create_trainer
@@ -26,6 +27,7 @@ __all__ = [
     "NonFiniteGradientError",
     "Optimizer",
     "OptimizerEvents",
+    "Plan",
     "Processor",
     "StepRecord",
     "TensorBoard",
