@@ -57,7 +57,8 @@ class Clocks:
     def position(self) -> dict[str, int | None]:
         """Return the part of :meth:`context` that changes from step to step."""
         counts = self.counts
-        iteration, epoch, done = counts["iteration"], self.epoch, self._given.get("epoch_steps")
+        iteration, epoch = counts["iteration"], self._now("epoch", "current_epoch")
+        done = self._given.get("epoch_steps")
         if done is None and self.run is not None:
             length = self._now("epoch_length", "epoch_size")
             done = None if length is None else (iteration - 1) % length + 1
@@ -96,7 +97,7 @@ class Clocks:
         return full * -(-length // window_size) + -(-rest // window_size)
 
     def _now(self, attribute: str, argument: str = "") -> int | None:
-        given = self._given.get(argument)
+        given = self._given.get(argument) if self._given else None
         if given is not None or self.run is None:
             return given
         return cast("int | None", getattr(self.run, attribute, None))

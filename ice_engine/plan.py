@@ -288,7 +288,8 @@ def _run(epoch_length: int, max_epochs: int | None, max_iters: int | None) -> Si
 
 
 def _many(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    plural = {"micro-batch": "micro-batches"}.get(noun, f"{noun}s")
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def _short(label: str, width: int) -> str:

@@ -26,6 +26,7 @@ _LENGTHS = {
 }
 _UNITS = {"step": "steps", "iteration": "micro-batches", "epoch": "epochs"}
 _NOTHING = 1e-9  # part of the highest lr below which a step changes nothing that float32 can hold
+_SHARE = 0.05  # of the run that must be below it: every curve that goes to 0 smoothly ends with a few such steps
 _FAR_MORE = 4  # steps per epoch from which on milestones within the number of epochs are taken for epochs
 _TINY = 1e-6  # factor to which no one decays by design
 
@@ -282,7 +283,9 @@ def _wasted_steps(rates: Mapping[str, Sequence[float]], schedules: Sequence[Sche
         least = _NOTHING * max(values, default=0.0)
         if not least > 0.0:
             continue  # frozen by intent
-        trailing = next(i for i in range(count) if values[count - 1 - i] > least)
+        zeros = next(i for i in range(count) if values[count - 1 - i] > 0.0)
+        tiny = next(i for i in range(count) if values[count - 1 - i] > least)
+        trailing = tiny if tiny > _SHARE * count else zeros
         leading = next(i for i in range(count) if values[i] > 0.0)
         if trailing > 1:
             late.setdefault(count - trailing + 1, []).append(group)

@@ -70,19 +70,16 @@ class Track:
 
     Attributes:
         key: What it is called: ``"lr"``, ``"betas.0"``.
+        entry: The entry of the group.
+        element: Its place in the entry; None for the whole.
         values: One value per step; NaN where it is no number.
     """
 
     def __init__(self, entry: str, element: int | None, before: Any, steps: int) -> None:
         self.key = entry if element is None else f"{entry}.{element}"
         self.values = array("d", [_number(before)]) * steps
-        self._entry = entry
-        self._element = element
-
-    def note(self, group: Mapping[str, Any]) -> None:
-        """Append what *group* has now."""
-        value = group[self._entry] if self._element is None else group[self._entry][self._element]
-        self.values.append(value if type(value) is float else _number(value))
+        self.entry = entry
+        self.element = element
 
 
 class Rehearsal:
@@ -143,6 +140,7 @@ class Rehearsal:
         self.witnesses: list[Witness] = []
         self._followed: list[set[str]] = [set() for _ in self.groups]
         self.tracks: list[list[Track]] = [[] for _ in self.groups]
+        self._noted: list[list[tuple[Callable[[float], None], str, int | None]]] = [[] for _ in self.groups]
         for i, group in enumerate(self.groups):
             self._follow(i, [key for key in ("lr",) if key in group], 0)
 
@@ -180,12 +178,15 @@ class Rehearsal:
 
     def _record(self, seen: Sequence[GroupMapping], step: int) -> None:
         for i, mapping in enumerate(seen):
-            if not self._followed[i].issuperset(mapping.staged):
-                self._follow(i, mapping.staged, step - 1)
-            if mapping.staged:
+            staged = mapping.staged
+            if staged:
                 self.scheduled[i] = True
-            for track in self.tracks[i]:
-                track.note(self.groups[i])
+                if not self._followed[i].issuperset(staged):
+                    self._follow(i, staged, step - 1)
+            group = self.groups[i]
+            for append, entry, element in self._noted[i]:
+                value = group[entry] if element is None else group[entry][element]
+                append(value if type(value) is float else _number(value))
 
     def _follow(self, i: int, entries: Iterable[str], steps: int) -> None:
         for entry in entries:
@@ -196,6 +197,7 @@ class Rehearsal:
                     self.tracks[i] += [Track(entry, j, value, steps) for j, value in enumerate(before)]
                 else:
                     self.tracks[i].append(Track(entry, None, before, steps))
+        self._noted[i] = [(track.values.append, track.entry, track.element) for track in self.tracks[i]]
 
     def series(self) -> dict[str, "array[float]"]:
         """Return what was followed, key by key, by ``key/group``; what never was a number is left out."""

@@ -75,14 +75,15 @@ class GroupMapping(MutableMapping[str, Any]):
     def _find(self, key: str) -> Any:
         if key in self._staged:
             return self._staged[key]
-        if key in self._group:
-            value = self._group[key]
+        value = self._group.get(key, _ABSENT)
+        if value is not _ABSENT:
             # A copy: `group["lr"] *= 0.5` would change a tensor at once, whatever happens after.
             return value.detach().clone() if isinstance(value, torch.Tensor) else value
         if key in _OWN:
             return self._own(key)
-        if key in self._context:
-            return self._context[key]
+        value = self._context.get(key, _ABSENT)
+        if value is not _ABSENT:
+            return value
         entry, index = self._element(key)
         return _ABSENT if entry is None else self._find(entry)[index]
 
