@@ -67,17 +67,17 @@ class Plan:
         ... )
         >>> plan = optimizer.plan(epoch_length=10, max_epochs=2)
         >>> len(plan), list(plan.iterations), list(plan.series["lr/group_0"])[:3]
-        (6, [4, 8, 10, 14, 18, 20], [0.1, 0.08333333333333334, 0.06666666666666667])
+        (6, [4, 8, 10, 14, 18, 20], [0.1, 0.08333333333333334, 0.06666666666666668])
         >>> plan.rows[2]
-        {'step': 3, 'iteration': 10, 'epoch': 1, 'micro_batches': 2, 'lr/group_0': 0.06666666666666667}
+        {'step': 3, 'iteration': 10, 'epoch': 1, 'micro_batches': 2, 'lr/group_0': 0.06666666666666668}
         >>> print(plan)
         6 steps in 2 epochs of 10 iterations; 4 micro-batches a step, fewer in 2 short windows
         <BLANKLINE>
-                                      first    highest       last
-        lr/group_0                      0.1        0.1    0.01667  █▇▅▄▂▁
+                                        first   highest      last
+        lr/group_0                        0.1       0.1   0.01667  █▇▆▅▃▂
         <BLANKLINE>
-        - short tail: the last window of each epoch has 2 of 4 micro-batches, and its step counts as much
-          as any other. Choose accumulation_steps that divide 10, or tail='carry'
+        - short tail: the last window of each epoch has 2 of 4 micro-batches, and its step counts as much as
+          any other. Choose accumulation_steps that divide 10, or tail='carry'
 
     .. versionadded:: 0.1.0
     """
@@ -136,11 +136,11 @@ class Plan:
         return f"<Plan of {len(self)} steps, {len(self.series)} series, {len(self.problems)} problems>"
 
     def __str__(self) -> str:
-        lines = [self._headline(), "", f"{'':24} {'first':>10} {'highest':>10} {'last':>10}"]
+        lines = [self._headline(), "", f"{'':27} {'first':>9} {'highest':>9} {'last':>9}"]
         for label, values in self._folded():
             numbers = (values[0], max(values), values[-1]) if values else ()
-            figures = " ".join(f"{number:>10.4g}" for number in numbers)
-            lines.append(f"{_short(label, 24):24} {figures}  {pictures.sparkline(values)}".rstrip())
+            figures = " ".join(f"{number:>9.4g}" for number in numbers)
+            lines.append(f"{_short(label, 27):27} {figures}  {pictures.sparkline(values)}".rstrip())
         lines.append("")
         for problem in self.problems:
             lines += textwrap.wrap(problem, _WIDTH, initial_indent="- ", subsequent_indent="  ")

@@ -200,7 +200,12 @@ def _wrong_unit(course: Course, at: _Length, whole: bool) -> list[str]:
     meant = None
     if unit != "epoch" and whole and course.length(unit) >= 2 * course.epochs and _means_epochs(course, at):
         meant = "epoch"
-    elif unit == "step" and length > course.steps and _near(length, course.iterations):
+    elif (
+        unit == "step"
+        and course.steps < course.iterations
+        and length > course.steps
+        and _near(length, course.iterations)
+    ):
         meant = "iteration"
     elif unit == "iteration" and role == "total" and whole and course.steps < course.iterations:
         meant = "step" if _near(length, course.steps) else None

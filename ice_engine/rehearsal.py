@@ -118,7 +118,11 @@ class Rehearsal:
     ) -> None:
         self.groups = [{key: _copy(value) for key, value in group.items()} for group in param_groups]
         self.names = _different([group_name(group, i) for i, group in enumerate(self.groups)])
-        _rewind(self.groups, processors)
+        self._written = {key for _, key in written_keys(processors)}
+        # Only a schedule says all that it writes.
+        self._all_known = all(isinstance(processor, Schedule) for processor in processors)
+        set_initial_values(processors, self.groups)
+        self._rewind()
         self._clocks = Clocks()
         self._clocks.run = run
         self._name = name
@@ -143,6 +147,16 @@ class Rehearsal:
         self._noted: list[list[tuple[Callable[[float], None], str, int | None]]] = [[] for _ in self.groups]
         for i, group in enumerate(self.groups):
             self._follow(i, [key for key in ("lr",) if key in group], 0)
+
+    def _rewind(self) -> None:
+        for i, group in enumerate(self.groups):
+            mapping = GroupMapping(group, {}, i)
+            for key, value in group.items():
+                entry = key.removeprefix("initial_")
+                # What no processor changes stays as it is now, in a fresh run as well.
+                if entry != key and entry in mapping and (entry in self._written or not self._all_known):
+                    mapping[entry] = value
+            mapping.commit()
 
     def play(self, iterations: Sequence[int], epochs: Sequence[int]) -> None:
         """Take all steps, after these iterations and in these epochs.
@@ -200,29 +214,23 @@ class Rehearsal:
         self._noted[i] = [(track.values.append, track.entry, track.element) for track in self.tracks[i]]
 
     def series(self) -> dict[str, "array[float]"]:
-        """Return what was followed, key by key, by ``key/group``; what never was a number is left out."""
+        """Return what was followed, key by key, by ``key/group``.
+
+        What never was a number is left out, and elements beside those that schedules are known to write.
+        """
         keys = dict.fromkeys(track.key for tracks in self.tracks for track in tracks)
         return {
             f"{key}/{name}": track.values
             for key in keys
             for name, tracks in zip(self.names, self.tracks, strict=True)
             for track in tracks
-            if track.key == key and (not track.values or any(value == value for value in track.values))  # noqa: PLR0124
+            if track.key == key and self._is_shown(track)
         }
 
-
-def _rewind(groups: Sequence[dict[str, Any]], processors: Sequence[DictProcessor]) -> None:
-    set_initial_values(processors, groups)
-    # What no processor changes stays as it is now, in a fresh run as well. Only a schedule says all that it writes.
-    written = {key for _, key in written_keys(processors)}
-    known = all(isinstance(processor, Schedule) for processor in processors)
-    for i, group in enumerate(groups):
-        mapping = GroupMapping(group, {}, i)
-        for key, value in group.items():
-            entry = key.removeprefix("initial_")
-            if entry != key and entry in mapping and (entry in written or not known):
-                mapping[entry] = value
-        mapping.commit()
+    def _is_shown(self, track: Track) -> bool:
+        if self._all_known and track.element is not None:
+            return track.key in self._written or track.entry in self._written
+        return not track.values or any(value == value for value in track.values)  # noqa: PLR0124 - NaN: no number
 
 
 def _copy(value: Any) -> Any:

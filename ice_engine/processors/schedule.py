@@ -177,7 +177,11 @@ class Schedule(Processor):
         start = {f"initial_{self.dst}": base, self.dst: base, **names, **lengths}
         values = [self({**start, **at_clock(unit, t)})[self.dst] for t in range(total)]  # type: ignore[arg-type]
         return pictures.figure(
-            {self.dst: {repr(self): values}}, what="Schedule.plot()", label=unit, first=0 if unit == "step" else 1, ax=ax
+            {self.dst: {repr(self): values}},
+            what="Schedule.plot()",
+            label=unit,
+            first=0 if unit == "step" else 1,
+            ax=ax,
         )
 
     def clamp(self, *, min: float | None = None, max: float | None = None) -> "Schedule":  # noqa: A002 - as torch.clamp
