@@ -531,8 +531,8 @@ class Optimizer(OptimizerFacade):
             max_iters: Micro-batches of the run, at least 1, instead of *max_epochs*; it may end inside an epoch.
 
         Returns:
-            The plan: ``print(plan)`` shows a table, ``plan.problems`` is a list of what looks wrong, ``plan.plot()`` a
-            figure.
+            What is planned; ``print(plan)`` shows a table, ``plan.problems`` lists what looks wrong, ``plan.plot()``
+            is a figure.
 
         Raises:
             ArgumentTypeError: If an argument is no int, or a processor cannot be copied.

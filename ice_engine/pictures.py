@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ice_engine.errors import ArgumentValueError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _COLOURS = ("#2f6db3", "#d9702b", "#3d8f5f", "#a8428b", "#8a6d3b", "#5a5a5a")
@@ -91,7 +91,7 @@ def figure(
     first: int = 1,
     marks: Sequence[int] = (),
     ax: Any = None,
-) -> "Figure":
+) -> "matplotlib.figure.Figure":
     """Draw one panel per key of *panels*, in it one line per name.
 
     Args:
@@ -128,7 +128,7 @@ def figure(
     for panel, (title, lines) in zip(axes, panels.items(), strict=True):
         _draw(panel, title, lines, first, marks)
     axes[-1].set_xlabel(label)
-    result: Figure = drawn
+    result: matplotlib.figure.Figure = drawn
     return result
 
 

@@ -18,7 +18,7 @@ from ice_engine.typing import DictProcessor
 from ice_engine.window import Tail, Window, closing_windows
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
 _COUNTS = ("step", "iteration", "epoch", "micro_batches")
 _POINTS = 1000  # per series in TensorBoard
@@ -28,8 +28,9 @@ _WIDTH = 100
 class Plan:
     """Every scheduled key of every param group at every step, computed by the processors that will run.
 
-    :meth:`ice_engine.Optimizer.plan` makes one from an optimizer's own settings. It runs copies of the processors on
-    copies of the param groups, with the clocks of a fresh run in which no step is skipped; nothing else changes.
+    :meth:`ice_engine.optimizer.Optimizer.plan` makes one from an optimizer's own settings. It runs copies of the
+    processors on copies of the param groups, with the clocks of a fresh run in which no step is skipped; nothing else
+    changes.
 
     Args:
         param_groups: Each with its entries, such as ``lr`` and ``betas``; ``params`` is not needed.
@@ -122,7 +123,7 @@ class Plan:
 
     @property
     def rows(self) -> "Rows":
-        """One flat dict per step: ``step``, ``iteration``, ``epoch``, ``micro_batches`` and every series.
+        """One flat dict per step, with ``step``, ``iteration``, ``epoch``, ``micro_batches`` and every series.
 
         Made when asked for; ``pandas.DataFrame(plan.rows)`` takes it as it is. What is no number is left out.
         """
@@ -186,7 +187,7 @@ class Plan:
                 for row in zip(*columns.values(), strict=True)
             )
 
-    def plot(self, *keys: str, ax: Any = None) -> "Figure":
+    def plot(self, *keys: str, ax: Any = None) -> "matplotlib.figure.Figure":
         """Draw each key in a panel, with a line per param group, and a mark where epochs end.
 
         Args:

@@ -5,7 +5,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -19,7 +19,7 @@ from ice_engine.window import Window
 
 _PROBES = 24  # steps at which it is recorded which processor reads and writes what
 
-StandIn = Callable[[list[dict[str, Any]], Clocks, Any], tuple[Any, dict[int, Any]]]
+StandIn: TypeAlias = Callable[[list[dict[str, Any]], Any, Any], tuple[Any, dict[int, Any]]]
 """Makes, of the rehearsal's param groups, clocks and engine, what its processors see as ``optimizer``; and what else
 stands for what, by the id of the real one."""
 

@@ -294,7 +294,7 @@ def test_a_processor_that_cannot_be_copied_is_named():
         def __call__(self, mapping):
             return mapping
 
-    with pytest.raises(ArgumentTypeError, match="processor 'Reader' cannot be copied .*__deepcopy__"):
+    with pytest.raises(ArgumentTypeError, match=r"processor 'Reader' cannot be copied .*__deepcopy__"):
         adamw(Reader()).plan(4, 1)
 
 
@@ -346,7 +346,7 @@ def test_an_engine_that_has_not_run_knows_no_length():
 
 
 def test_lengths_are_ints():
-    with pytest.raises(ArgumentTypeError, match="epoch_length must be an int, got 2.5"):
+    with pytest.raises(ArgumentTypeError, match=r"epoch_length must be an int, got 2.5"):
         adamw().plan(2.5, 1)
 
 
@@ -359,7 +359,7 @@ def test_without_an_optimizer_a_plan_is_made_of_groups_and_processors():
         "lr/group_1": pytest.approx([0.2, 0.15, 0.1, 0.05]),
     }
     assert groups == [{"lr": 0.4, "name": "head"}, {"lr": 0.2}]
-    with pytest.raises(ArgumentValueError, match="max_epochs or max_iters, .* got neither"):
+    with pytest.raises(ArgumentValueError, match=r"max_epochs or max_iters, .* got neither"):
         ice.Plan(groups, epoch_length=2)
 
 
@@ -466,7 +466,7 @@ def test_a_writer_or_logger_of_the_users_is_written_to_and_stays_open(tmp_path):
 
     assert set(scalars(tmp_path / "writer")) == {*(f"plan/{tag}" for tag in plan.series), "after"}
     assert set(scalars(tmp_path / "logger")) == {f"plan/{tag}" for tag in plan.series}
-    with pytest.raises(ArgumentTypeError, match="log_dir must be a path, a SummaryWriter or an Ignite .* got int"):
+    with pytest.raises(ArgumentTypeError, match=r"log_dir must be a path, a SummaryWriter or an Ignite .* got int"):
         plan.to_tensorboard(3)
 
 
@@ -555,7 +555,7 @@ def test_figure_of_one_key_or_one_group_goes_into_given_axes():
     assert plan.plot("lr", ax=left) is figure
     assert plan.plot("lr/group_2", ax=right) is figure
     assert [len([line for line in ax.lines if line.get_label()[0] != "_"]) for ax in (left, right)] == [3, 1]
-    with pytest.raises(ArgumentValueError, match="the plan has no 'lt'; it has: lr/group_0, .*lr, betas.0"):
+    with pytest.raises(ArgumentValueError, match=r"the plan has no 'lt'; it has: lr/group_0, .*lr, betas.0"):
         plan.plot("lt")
     with pytest.raises(ArgumentValueError, match=r"plan.plot\(\) would draw 2: lr, betas.0; .* plan.plot\('lr', ax=ax"):
         plan.plot("lr", "betas.0", ax=left)

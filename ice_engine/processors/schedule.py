@@ -17,7 +17,7 @@ from ice_engine.processors.clocks import at_clock
 from ice_engine.processors.processor import Processor, require_key, require_mapping
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
     from ice_engine.processors.curve import Curve
 
@@ -139,7 +139,7 @@ class Schedule(Processor):
             raise ArgumentTypeError(message)
         return _composition().Sequence(self.dst, self, schedule, arguments.count("then(at=...)", at, 1), rebase)
 
-    def plot(self, total: int, *, base: float = 1.0, ax: Any = None) -> "Figure":
+    def plot(self, total: int, *, base: float = 1.0, ax: Any = None) -> "matplotlib.figure.Figure":
         """Draw the value against its clock; one that lasts the whole run lasts *total*.
 
         For a whole run, with windows and epochs and every param group, see ``optimizer.plan(...).plot()``.
