@@ -433,7 +433,7 @@ class Eager(torch.optim.Optimizer):
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             self.state[p]["step"] += 1
             self.state[p]["sum"] += p.grad.square()
-            p -= 0.1 * p.grad / self.state[p]["sum"].sqrt()
+            p.sub_(0.1 * p.grad / self.state[p]["sum"].sqrt())
 
 
 def test_a_new_parameter_keeps_the_state_it_was_built_with():
