@@ -594,13 +594,13 @@ def test_every_schedule_of_one_clock_can_be_drawn_by_itself(expression):
         with pytest.raises(ArgumentValueError, match=r"follows epoch and step, .*optimizer\.plan\(.*\)\.plot\(\)"):
             schedule.plot(40)
         return
-    figure = schedule.plot(40, base=2.0)
+    others = {"epoch_length": 5, "depth": 2}
+    figure = schedule.plot(40, base=2.0, **others)
     (line,) = figure.axes[0].lines
     (unit,) = schedule.units
 
-    clocks = [
-        {unit: t if unit == "step" else t + 1, "total_steps": 40, "max_iters": 40, "max_epochs": 40} for t in range(40)
-    ]
+    others.update(total_steps=40, max_iters=40, max_epochs=40, measurements={})
+    clocks = [{unit: t if unit == "step" else t + 1, **others} for t in range(40)]
     assert list(line.get_ydata()) == [schedule({f"initial_{schedule.dst}": 2.0, **c})[schedule.dst] for c in clocks]
     assert figure.axes[0].get_xlabel() == unit
     plt.close(figure)

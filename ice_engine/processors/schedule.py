@@ -143,7 +143,7 @@ class Schedule(Processor):
             raise ArgumentTypeError(message)
         return Sequence(self.dst, self, schedule, arguments.count("then(at=...)", at, 1), rebase)
 
-    def plot(self, total: int, *, base: float = 1.0, ax: Any = None) -> "matplotlib.figure.Figure":
+    def plot(self, total: int, *, base: float = 1.0, ax: Any = None, **entries: Any) -> "matplotlib.figure.Figure":
         """Draw the value against its clock; one that lasts the whole run lasts *total*.
 
         For a whole run, with windows and epochs and every param group, see ``optimizer.plan(...).plot()``.
@@ -152,6 +152,7 @@ class Schedule(Processor):
             total: How much to draw, in the schedule's unit; at least 1.
             base: The initial value, in the unit of ``dst``.
             ax: Matplotlib axes to draw in, instead of a new figure.
+            entries: What else it reads, such as ``epoch_length=50``, or ``depth=2`` of the param group.
 
         Returns:
             The figure.
@@ -159,7 +160,7 @@ class Schedule(Processor):
         Raises:
             ArgumentTypeError: If *total* is not an int, or *base* not a number.
             ArgumentValueError: If *total* is below 1, *base* not finite, or it follows two clocks.
-            MissingKeyError: If it reads more than its clock and its initial value.
+            MissingKeyError: If it reads what is not given.
             ModuleNotFoundError: Without matplotlib.
 
         Examples:
@@ -178,7 +179,7 @@ class Schedule(Processor):
         (unit,) = self.units
         lengths = {"total_steps": total, "max_iters": total, "max_epochs": total}
         names = {"group_name": next(iter(sorted(self.only_groups or ())), "group_0")}
-        start = {f"initial_{self.dst}": base, self.dst: base, **names, **lengths}
+        start = {f"initial_{self.dst}": base, self.dst: base, "measurements": {}, **names, **lengths, **entries}
         values = [self({**start, **at_clock(unit, t)})[self.dst] for t in range(total)]  # type: ignore[arg-type]
         return pictures.figure(
             {self.dst: {repr(self): values}},
