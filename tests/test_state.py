@@ -586,6 +586,18 @@ def test_halves_of_a_group_and_groups_of_two_keep_their_entries():
     assert unnamed.load_state_dict(halves.state_dict()).kept == ("group_0",)
 
 
+def test_a_name_that_two_groups_have_claims_none():
+    pairs = one_group(Net())
+    saved = sgd([{"params": pairs[:4], "lr": 1.0, "name": "x"}, {"params": pairs[4:], "lr": 2.0, "name": "x"}])
+    optimizer = sgd([{"params": pairs[:6], "lr": 3.0, "name": "x"}, {"params": pairs[6:], "lr": 4.0, "name": "y"}])
+    seen = []
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.extend(len(g["param_names"]) for g in o.param_groups))
+
+    assert optimizer.load_state_dict(saved.state_dict()).kept == ("x",)
+    assert lrs(optimizer) == [3.0, 2.0]
+    assert seen == [6, 2], "hooks see the names of this process"
+
+
 def test_a_group_of_new_parameters_keeps_its_entries():
     saved = sgd(ice.param_groups(Net("a"), default={"lr": 1.0}))
     optimizer = sgd(ice.param_groups(Net("a", "b"), {r"heads\.b": {"name": "b", "lr": 2.0}}, default={"lr": 3.0}))
