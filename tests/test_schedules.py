@@ -1,77 +1,182 @@
-"""Schedules: their values against the definitions and torch's own, and what holds for every one of them.
+"""Schedules: what holds for every one of them, their values by definition, clocks, composition and arguments.
 
-A new schedule needs one row in EVERY.
+A new schedule needs one row in EVERY, and one in REQUIRED. What they are elsewhere is in test_schedules_torch.py,
+test_schedules_mmcv.py and test_schedules_transformers.py; their equations, in test_schedules_definitions.py.
 """
 
 import copy
+import inspect
 import itertools
+import json
 import math
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Engine
 
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError, ProcessorValueError
-from ice_engine.processors import Processor
+from ice_engine.processors import Processor, schedules
 from ice_engine.processors.schedules import (
     Schedule,
+    batch_scaling,
     constant,
     cosine,
+    cosine_restarts,
+    cyclic,
+    cyclic_anneal,
     exponential,
+    flat_cosine,
+    function,
+    hard_restarts,
+    inverse,
+    inverse_sqrt,
+    layer_decay,
     linear,
+    multiplicative,
+    one_cycle,
+    one_cycle_momentum,
+    plateau,
     polynomial,
     step,
+    swa,
+    trapezoid,
     warmup,
+    wsd,
 )
 
-# Expression, and from when on its value stays (None: never). The whole run is 40 steps, iterations or epochs long.
-EVERY: list[tuple[str, int | None]] = [
-    ("constant()", 0),
-    ("constant(factor=0.5)", 0),
-    ("linear()", 40),
-    ("linear(start=0.1, end=2.0, total=7, unit='iteration')", 7),
-    ("cosine()", 40),
-    ("cosine(total=30, warmup=10)", 30),
-    ("cosine(total=30, warmup=29, start=0.0, floor=0.001, unit='epoch')", 30),
-    ("cosine(warmup=60)", 60),  # longer than the run
-    ("exponential(gamma=0.9)", None),
-    ("step(step_size=7)", None),
-    ("step(step_size=(5, 9), gamma=0.5, unit='epoch')", 9),
-    ("polynomial()", 40),
-    ("polynomial(power=2.5, floor=1e-05, total=13, dst='weight_decay')", 13),
-    ("warmup(steps=5)", 5),
-    ("warmup(steps=5, start=0.1, unit='iteration', dst='betas.0')", 5),
-    ("warmup(steps=5) * cosine(total=20)", 20),
-    ("warmup(steps=5) * cosine(total=20, unit='epoch') * constant(factor=0.1)", 20),
-    ("constant().then(cosine(), at=10)", 40),
-    ("constant().then(linear(total=5), at=50)", 55),
-    ("(warmup(steps=5) * constant(factor=2.0)).then(step(step_size=3).clamp(min=0.01), at=10)", None),
-    ("constant().then(linear(total=5).then(constant(factor=0.3), at=6), at=4)", 10),
-    ("exponential(gamma=0.5).clamp(min=0.001, max=0.5)", 60),
-    ("(warmup(steps=5) * linear()).clamp(max=0.05) * constant(factor=3.0)", 40),
+
+def tenth_every_third(t: float) -> float:
+    return 0.1 if t % 3 == 0 else 1.0
+
+
+def shrinking(t: int) -> float:
+    return t / (t + 0.5)
+
+
+class Row(NamedTuple):
+    """A schedule, and what it claims where the initial value is 1 and the run 40 steps, iterations or epochs long."""
+
+    expression: str
+    end: int | None = None  # from when on it stays
+    trend: str = ""  # "falls" or "rises", never the other way; both, if it holds
+    least: float = 0.0
+    most: float = 1.0
+
+
+HOLDS = "falls and rises"
+EVERY: list[Row] = [
+    Row("constant()", 0, HOLDS, 1),
+    Row("constant(factor=0.5)", 0, HOLDS, 0.5, 0.5),
+    Row("linear()", 40, "falls"),
+    Row("linear(start=0.1, end=2.0, total=7, unit='iteration')", 7, "rises", 0.1, 2),
+    Row("linear(start=0.0, warmup=10)", 40),
+    Row("linear(end=0.2, total=30, warmup=10)", 30, least=1 / 11),
+    Row("cosine()", 40, "falls"),
+    Row("cosine(total=30, warmup=10)", 30),
+    Row("cosine(total=30, warmup=29, start=0.0, floor=0.001, unit='epoch')", 30),
+    Row("cosine(warmup=60)", 60),  # longer than the run
+    Row("cosine(total=30, floor_ratio=0.1)", 30, "falls", 0.1),
+    Row("cosine(total=30, cycles=1.25)", 30),
+    Row("cosine(total=30, floor=0.01, rebound=True)", None, least=0.01),
+    Row("exponential(gamma=0.9)", None, "falls"),
+    Row("step(step_size=7)", None, "falls"),
+    Row("step(step_size=(5, 9), gamma=0.5, unit='epoch')", 9, "falls", 0.25),
+    Row("polynomial()", 40, "falls"),
+    Row("polynomial(power=2.5, floor=1e-05, total=13, dst='weight_decay')", 13, "falls", 1e-5),
+    Row("polynomial(power=0.5, floor_ratio=0.2, warmup=9, start=0.5)", 40, least=0.2),
+    Row("inverse(gamma=0.3, power=1.5)", None, "falls"),
+    Row("inverse_sqrt()", None, "falls"),
+    Row("inverse_sqrt(warmup=10, start=0.0, timescale=3.0)"),
+    Row("warmup(steps=5)", 5, "rises", 1 / 6),
+    Row("warmup(steps=5, start=0.1, unit='iteration', dst='betas.0')", 5, "rises", 0.1),
+    Row("warmup(epochs=2.0, unit='iteration')", 2, "rises", 1 / 3),
+    Row("warmup(epochs=7.5, start=0.1, shape='1-sqrt', unit='iteration')", 8, "rises", 0.1),
+    Row("warmup(steps=9, start=0.2, shape='constant')", 9, "rises", 0.2),
+    Row("warmup(steps=9, start=0.2, shape='exponential')", 9, "rises", 0.2),
+    Row("warmup(steps=9, start=1.25, shape='harmonic', dst='momentum')", 9, "falls", 1, 1.25),
+    Row("warmup(steps=9, start=0.2, shape='cosine')", 9, "rises", 0.2),
+    Row("flat_cosine()", 40, "falls"),
+    Row("flat_cosine(flat=1.0, floor=0.5, total=9)", 9, "falls", 0.5),
+    Row("flat_cosine(flat=0.0, floor_ratio=0.5, unit='epoch')", 40, "falls", 0.5),
+    Row("wsd(decay=10)", 40, "falls"),
+    Row("wsd(decay=10, warmup=5, shape='linear', floor=0.1, total=15)", 15, least=0.1),
+    Row("wsd(decay=60, warmup=5, start=0.0, shape='cosine', floor_ratio=0.1)", 40),  # longer than the run
+    Row("trapezoid(warmup=5, decay=10)", 40),
+    Row("trapezoid(warmup=0, decay=1, total=9)", 9, "falls"),
+    Row("cosine_restarts(periods=7)"),
+    Row("cosine_restarts(periods=3, growth=2, floor=0.01)", None, "", 0.01),
+    Row("cosine_restarts(periods=(5, 3, 9), floor_ratio=0.1)", 17, "", 0.1),
+    Row("cosine_restarts(periods=(5, 3), weights=(1.0, 0.5))", 8),
+    Row("hard_restarts(cycles=3.0)", 40),
+    Row("hard_restarts(cycles=2.5, total=30, warmup=4, start=0.5)", 30),
+    Row("hard_restarts()", 40, "falls"),
+    Row("cyclic(peak=3.0, up=4)", None, "", 1, 3),
+    Row("cyclic(peak=0.8, up=4, down=9, mode='triangular2', dst='momentum')", None, "", 0.8),
+    Row("cyclic(peak=3.0, up=4, down=1, mode='exp_range', gamma=0.99)", None, "", 1, 3),
+    Row("cyclic_anneal()", None, "", 1e-4, 10),
+    Row("cyclic_anneal(target_ratio=(3.0, 0.5), times=3, up=0.0, anneal='linear', gamma=0.5)", None, "", 0.5, 3),
+    Row("cyclic_anneal(target_ratio=(2.0, 2e-05), times=2, total=9)", None, "", 2e-5, 2),
+    Row("one_cycle()", 39),
+    Row("one_cycle(total=20, pct_start=0.05, three_phase=True)", 19),  # a rise without length
+    Row("one_cycle(total=1)", 0, HOLDS),
+    Row("one_cycle(pct_start=0.25, anneal='linear', div_factor=10.0, final_div_factor=2.0, three_phase=True)", 39),
+    Row("one_cycle_momentum()", 39, "", 0.85, 0.95),
+    Row("one_cycle_momentum(low=0.5, high=0.9, total=20, three_phase=True, dst='betas.0')", 10, "", 0.5, 0.9),
+    Row("swa(target=0.05)", 10, "falls", 0.05),
+    Row("swa(target=2.0, steps=30, anneal='linear', unit='epoch')", 30, "rises", 1, 2),
+    Row("swa(target=0.05, steps=0)", 0, HOLDS, 0.05, 0.05),
+    Row("function(f=tenth_every_third)", None, "", 0.1),
+    Row("multiplicative(f=shrinking)", None, "falls"),
+    Row("batch_scaling(batch_size=1024)", 0, HOLDS, 4, 4),
+    Row("batch_scaling(batch_size=64, reference=1024, rule='sqrt')", 0, HOLDS, 0.25, 0.25),
+    Row("layer_decay(decay=0.5)", 0, HOLDS, 0.125, 0.125),
+    Row("plateau(metric='loss', patience=1)", 0, HOLDS, 0.01, 0.01),
+    Row("plateau(metric='accuracy', mode='max', factor=0.5, floor=0.2)", 0, HOLDS, 1),
+    Row("warmup(steps=5) * cosine(total=20)", 20),
+    Row("warmup(steps=5) * cosine(total=20, unit='epoch') * constant(factor=0.1)", 20, most=0.1),
+    Row("constant().then(cosine(), at=10)", 40, "falls"),
+    Row("constant().then(linear(total=5), at=50)", 55, "falls"),
+    Row(
+        "(warmup(steps=5) * constant(factor=2.0)).then(step(step_size=3).clamp(min=0.01), at=10)",
+        None,
+        "",
+        0.01,
+        2,
+    ),
+    Row("constant().then(linear(total=5).then(constant(factor=0.3), at=6), at=4)", 10),
+    Row("linear().then(swa(target=0.05, steps=5), at=10, rebase=True)", 15, "falls", 0.05),
+    Row("constant().then(one_cycle(), at=50)", 50, "falls"),  # after the end of the run
+    Row("constant().then(cyclic_anneal(times=2), at=50)", None, "", 0, 10),
+    Row("constant().then(hard_restarts() * wsd(decay=3) * flat_cosine(), at=50)", 50, "falls"),
+    Row("exponential(gamma=0.5).clamp(min=0.001, max=0.5)", 10, "falls", 0.001, 0.5),
+    Row("(warmup(steps=5) * linear()).clamp(max=0.05) * constant(factor=3.0)", 40, "falls", 0, 0.15),
 ]
 
-every = pytest.mark.parametrize("expression", [expression for expression, _ in EVERY])
+few = settings(max_examples=20)  # for each of the rows
+every = pytest.mark.parametrize("expression", [row.expression for row in EVERY])
 
 
 def make(expression: str) -> Schedule:
     return eval(expression)  # type: ignore[no-any-return]  # noqa: S307 - our own text
 
 
-def at(t: int, *, base: float = 1.0, dst: str = "lr", run: int | None = 40) -> dict[str, Any]:
-    """What a schedule sees when *t* steps, iterations and epochs lie behind it."""
-    clocks = {"step": t, "iteration": t + 1, "epoch": t + 1}
+def at(t: float, *, base: float = 1.0, dst: str = "lr", run: int | None = 40) -> dict[str, Any]:
+    """What a schedule sees when *t* steps, iterations and epochs lie behind it; a fraction, by a stretched clock."""
+    whole = math.floor(t)
+    clocks = {"step": whole, "iteration": whole + 1, "epoch": whole + 1}
+    if t != whole:
+        clocks["stretch"] = dict.fromkeys(("step", "iteration", "epoch"), (0, t - whole, 1.0))  # type: ignore[assignment]
     lengths = {"total_steps": run, "epoch_length": run and 1, "max_epochs": run}
-    return {f"initial_{dst}": base, dst: -1.0, "other": "kept", **clocks, **lengths}
+    told = {"depth": 3, "measurements": {"loss": (1.0, 2.0, 2.0, math.nan, 2.0)}}
+    return {f"initial_{dst}": base, dst: -1.0, "other": "kept", **clocks, **lengths, **told}
 
 
-def value(schedule: Schedule, t: int, base: float = 1.0) -> float:
+def value(schedule: Schedule, t: float, base: float = 1.0) -> float:
     return float(schedule(at(t, base=base, dst=schedule.dst))[schedule.dst])
 
 
@@ -87,8 +192,9 @@ def exactly(expected: list[float]) -> Any:
 
 
 @every
-@given(t=st.integers(0, 10_000), base=st.floats(1e-8, 100))
-def test_only_its_own_entry_changes_and_to_a_finite_number(expression: str, t: int, base: float) -> None:
+@few
+@given(t=st.integers(0, 10_000) | st.floats(0, 10_000), base=st.floats(1e-8, 100))
+def test_only_its_own_entry_changes_and_to_a_finite_number(expression: str, t: float, base: float) -> None:
     schedule = make(expression)
     before = at(t, base=base, dst=schedule.dst)
     mapping = dict(before)
@@ -103,6 +209,7 @@ def test_only_its_own_entry_changes_and_to_a_finite_number(expression: str, t: i
 
 
 @every
+@few
 @given(t=st.integers(0, 200))
 def test_same_clock_gives_the_same_value_in_any_order(expression: str, t: int) -> None:
     schedule = make(expression)
@@ -112,12 +219,56 @@ def test_same_clock_gives_the_same_value_in_any_order(expression: str, t: int) -
     assert value(schedule, t) == fresh
 
 
-@pytest.mark.parametrize(("expression", "end"), [(e, end) for e, end in EVERY if end is not None])
-@given(past=st.integers(0, 10_000))
-def test_past_its_end_it_stays(expression: str, end: int, past: int) -> None:
+@pytest.mark.parametrize(("expression", "end"), [(r.expression, r.end) for r in EVERY if r.end is not None])
+@few
+@given(past=st.integers(0, 10_000) | st.floats(0, 10_000))
+def test_past_its_end_it_stays(expression: str, end: int, past: float) -> None:
     schedule = make(expression)
 
     assert value(schedule, end + past) == value(schedule, end)
+
+
+@pytest.mark.parametrize("row", EVERY, ids=lambda row: row.expression)
+def test_it_stays_within_its_bounds_and_keeps_its_direction(row: Row) -> None:
+    schedule = make(row.expression)
+    found = [value(schedule, t / 2) for t in range(140)]  # clocks that are stretched show halves
+    ulp = 1e-15 * max(found)
+
+    assert row.least - ulp <= min(found)
+    assert max(found) <= row.most + ulp
+    if row.end:
+        assert value(schedule, row.end - 1) != value(schedule, row.end)
+    for before, after in itertools.pairwise(found):
+        assert after <= before + ulp or "falls" not in row.trend
+        assert after >= before - ulp or "rises" not in row.trend
+
+
+@every
+def test_its_spec_is_plain_data_unless_it_holds_a_function(expression: str) -> None:
+    schedule = make(expression)
+    if any(callable(setting) for curve, _ in schedule.curves() for _, setting in curve.settings):
+        with pytest.raises(ArgumentTypeError, match=r"holds a function, f, which cannot be written down"):
+            _ = schedule.spec
+        return
+
+    assert json.loads(json.dumps(schedule.spec)) == schedule.spec
+    if not schedule.parts:
+        arguments = dict(schedule.spec)
+        factory = getattr(schedules, arguments.pop("schedule"))
+        assert factory(**arguments) == schedule
+
+
+def test_every_schedule_has_its_rows() -> None:
+    """A factory is what makes a schedule: it has a clock and an entry to write."""
+    public = [getattr(schedules, name) for name in schedules.__all__]
+    made = [
+        each for each in public if inspect.isfunction(each) and {"unit", "dst"} <= {*inspect.signature(each).parameters}
+    ]
+    rows = {curve.factory for row in EVERY for curve, _ in make(row.expression).curves()}
+
+    assert made
+    assert set(made) == rows == {factory for factory, _ in REQUIRED}
+    assert schedules.__all__ == sorted(schedules.__all__)
 
 
 @every
@@ -139,8 +290,8 @@ def test_copies_are_equal_and_do_the_same(expression: str, clone: Callable[[Sche
 
 
 def test_schedules_differ_where_their_expressions_do() -> None:
-    for (first, _), (second, _) in itertools.combinations(EVERY, 2):
-        assert make(first) != make(second)
+    for first, second in itertools.combinations(EVERY, 2):
+        assert make(first.expression) != make(second.expression)
 
 
 @every
@@ -224,75 +375,6 @@ def test_first_warmup_step_is_not_wasted_and_the_ramp_meets_the_peak() -> None:
 
     assert ramp[:10] == exactly([(t + 1) / 10 for t in range(10)])
     assert ramp[10] < 1
-
-
-TORCH: list[tuple[Schedule, Callable[[Any], Any], int]] = [
-    (
-        cosine(total=50, floor=0.01),
-        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=50, eta_min=0.01),
-        51,
-    ),
-    (exponential(gamma=0.97), lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.97), 200),
-    (step(step_size=7, gamma=0.3), lambda o: torch.optim.lr_scheduler.StepLR(o, 7, 0.3), 60),
-    (step(step_size=[3, 10, 11]), lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3, 10, 11]), 20),
-    (
-        polynomial(total=30, power=2.0),
-        lambda o: torch.optim.lr_scheduler.PolynomialLR(o, total_iters=30, power=2.0),
-        40,
-    ),
-    (
-        linear(start=0.2, end=0.9, total=30),
-        lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.2, 0.9, total_iters=30),
-        40,
-    ),
-    (
-        warmup(steps=20, start=0.1),
-        lambda o: torch.optim.lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=20),
-        30,
-    ),
-    (constant(0.25), lambda o: torch.optim.lr_scheduler.ConstantLR(o, 0.25, total_iters=10**9), 10),
-    (
-        constant(0.25).then(constant(), at=5),
-        lambda o: torch.optim.lr_scheduler.ConstantLR(o, 0.25, total_iters=5),
-        10,
-    ),
-    (
-        warmup(steps=4, start=0.1).then(exponential(gamma=0.9), at=4),
-        lambda o: torch.optim.lr_scheduler.SequentialLR(
-            o,
-            [
-                torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=4),
-                torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
-            ],
-            milestones=[4],
-        ),
-        30,
-    ),
-    (
-        linear(start=0.5, end=1, total=6) * exponential(gamma=0.9),
-        lambda o: torch.optim.lr_scheduler.ChainedScheduler(
-            [
-                torch.optim.lr_scheduler.LinearLR(o, 0.5, total_iters=6),
-                torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
-            ],
-            optimizer=o,
-        ),
-        30,
-    ),
-]
-
-
-@pytest.mark.parametrize(("schedule", "theirs", "steps"), TORCH, ids=lambda x: repr(x) if x is not None else "")
-def test_every_step_is_torchs_own(schedule: Schedule, theirs: Callable[[Any], Any], steps: int) -> None:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-    scheduler = theirs(optimizer)
-    expected = []
-    for _ in range(steps):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-
-    assert values(schedule, steps, base=0.3) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
 # -- clocks ---------------------------------------------------------------------------------------------------
@@ -522,13 +604,30 @@ def test_impossible_arguments_are_refused_when_made(
 
 
 REQUIRED: list[tuple[Callable[..., Schedule], dict[str, Any]]] = [
+    (batch_scaling, {"batch_size": 1}),
     (constant, {}),
     (cosine, {}),
+    (cosine_restarts, {"periods": 2}),
+    (cyclic, {"peak": 1, "up": 2}),
+    (cyclic_anneal, {}),
     (exponential, {"gamma": 0.5}),
+    (flat_cosine, {}),
+    (function, {"f": shrinking}),
+    (hard_restarts, {}),
+    (inverse, {"gamma": 0.5}),
+    (inverse_sqrt, {}),
+    (layer_decay, {"decay": 0.5}),
     (linear, {}),
+    (multiplicative, {"f": shrinking}),
+    (one_cycle, {}),
+    (one_cycle_momentum, {}),
+    (plateau, {"metric": "loss"}),
     (polynomial, {}),
     (step, {"step_size": 2}),
+    (swa, {"target": 1}),
+    (trapezoid, {"warmup": 1, "decay": 1}),
     (warmup, {"steps": 2}),
+    (wsd, {"decay": 1}),
 ]
 
 

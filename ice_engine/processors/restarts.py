@@ -148,7 +148,7 @@ def _check_list(
     return lengths, tuple(arguments.number("each of cosine_restarts(weights=[...])", weight) for weight in weights)
 
 
-def _hard_restarts(base: float, t: float, *, cycles: int, total: int, warmup: int, start: float | None) -> float:
+def _hard_restarts(base: float, t: float, *, cycles: float, total: int, warmup: int, start: float | None) -> float:
     if t < warmup:
         return base * ramp(t, warmup, start)
     length = total - warmup
@@ -160,7 +160,7 @@ def _hard_restarts(base: float, t: float, *, cycles: int, total: int, warmup: in
 
 def hard_restarts(
     *,
-    cycles: int = 1,
+    cycles: float = 1.0,
     total: int | None = None,
     warmup: int = 0,
     start: float | None = None,
@@ -181,7 +181,7 @@ def hard_restarts(
     *warmup*, :math:`s` *start* and :math:`c` *cycles*.
 
     Args:
-        cycles: How many times to start at the top; at least 1.
+        cycles: How many times to start at the top; above 0. With a fraction, the last time breaks off on its way.
         total: Length, warmup included, in *unit*; at least 1; None for the whole run.
         warmup: Length of the ramp at the beginning, in *unit*; at least 0 and below *total*.
         start: Factor at the beginning of the ramp; None for ``1 / (warmup + 1)``, so that no step is wasted at 0.
@@ -193,8 +193,8 @@ def hard_restarts(
 
     Raises:
         ArgumentTypeError: If an argument has the wrong type.
-        ArgumentValueError: If *cycles* or *total* is below 1, *warmup* negative or not below *total*, *start*
-            infinite, NaN or given without a *warmup*, or *unit* unknown.
+        ArgumentValueError: If *total* is below 1, *cycles* not above 0, *warmup* negative or not below *total*,
+            *start* given without a *warmup*, a number infinite or NaN, or *unit* unknown.
 
     Examples:
         >>> import ice_engine as ice
@@ -208,7 +208,7 @@ def hard_restarts(
 
     .. versionadded:: 0.1.0
     """
-    cycles = arguments.count("hard_restarts(cycles=...)", cycles, 1)
+    cycles = arguments.positive("hard_restarts(cycles=...)", cycles)
     warmup, start = check_ramp("hard_restarts", warmup, start, total)
     return build(
         hard_restarts, _hard_restarts, unit=unit, dst=dst, cycles=cycles, total=total, warmup=warmup, start=start

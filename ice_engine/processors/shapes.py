@@ -11,9 +11,10 @@ ANNEALS = ("cos", "linear")
 
 def between(kind: str, start: float, end: float, part: float) -> float:
     """Return the value at *part* (0 to 1) of the way from *start* to *end*, along half a cosine or a line."""
-    if kind == "cos":
-        return end + (start - end) * half_cosine(part)
-    return start * (1 - part) + end * part  # exact at both ends
+    if start == end:
+        return end
+    left = half_cosine(part) if kind == "cos" else 1 - part
+    return start * left + end * (1 - left)  # exact at both ends, however far apart they are
 
 
 def half_cosine(part: float) -> float:

@@ -1,0 +1,89 @@
+"""Every schedule, stopped after any epoch and resumed from a file: the rest is the same, bit by bit."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ignite.engine import Engine, Events
+
+import ice_engine as ice
+from tests.test_schedules import EVERY, make
+
+EPOCHS, LENGTH, WINDOW = 4, 10, 3  # the last window of an epoch has one micro-batch
+
+
+class Run:
+    """A run of 16 steps that notes the scheduled entry of each; a tuple entry by its first element."""
+
+    def __init__(self, schedule: Any) -> None:
+        self.key = schedule.dst.partition(".")[0]
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        cls = torch.optim.AdamW if self.key == "betas" else torch.optim.SGD
+        group = {"params": [self.weight], "depth": 2, "weight_decay": 0.01}
+        self.optimizer = ice.Optimizer(cls([group], lr=0.5), processors=[schedule], accumulation_steps=WINDOW)
+        self.values: list[Any] = []
+        self.trainer = Engine(lambda engine, batch: self.optimizer.backward(self.weight * batch))
+        self.optimizer.attach(self.trainer)
+        completed = ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED
+        self.trainer.add_event_handler(completed, lambda: self.values.append(self.optimizer.param_groups[0][self.key]))
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.measure)
+
+    def measure(self, engine: Engine) -> None:
+        """What a schedule that follows a metric sees: it never improves."""
+        self.optimizer.report(loss=1.0, accuracy=0.5)
+
+    def __call__(self) -> list[Any]:
+        self.trainer.run([0.01] * LENGTH, max_epochs=EPOCHS)
+        return self.values
+
+
+@pytest.mark.parametrize("expression", [row.expression for row in EVERY])
+@settings(max_examples=3)
+@given(epochs=st.integers(1, EPOCHS - 1))
+def test_it_goes_on_as_if_it_had_never_stopped(expression: str, epochs: int) -> None:
+    schedule = make(expression)
+    whole = Run(schedule)()
+    first, second = Run(schedule), Run(make(expression))
+    first.trainer.add_event_handler(Events.EPOCH_COMPLETED(once=epochs), lambda: first.trainer.terminate())
+    first()
+    file = io.BytesIO()
+    torch.save({"trainer": first.trainer.state_dict(), "optimizer": first.optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    second.trainer.load_state_dict(saved["trainer"])
+    second.optimizer.load_state_dict(saved["optimizer"])
+    second.weight.data.copy_(first.weight.data)
+
+    assert first.values + second() == whole
+    assert len(whole) == 16
+
+
+@pytest.mark.parametrize(
+    ("cls", "dst", "initial"),
+    [
+        (torch.optim.SGD, "lr", 0.1),
+        (torch.optim.SGD, "momentum", 0.9),
+        (torch.optim.SGD, "weight_decay", 0.01),
+        (torch.optim.AdamW, "betas.0", 0.9),
+        (torch.optim.AdamW, "betas.1", 0.999),
+        (torch.optim.AdamW, "eps", 1e-8),
+        (torch.optim.RMSprop, "alpha", 0.99),
+        (torch.optim.SGD, "of_my_own", 3.0),
+    ],
+)
+def test_any_entry_of_a_group_is_scheduled_in_a_run(cls: Any, dst: str, initial: float) -> None:
+    settings = {"momentum": 0.9} if cls is torch.optim.SGD else {}
+    group = {"params": [torch.nn.Parameter(torch.ones(()))], "weight_decay": 0.01, "of_my_own": 3.0}
+    optimizer = ice.Optimizer(cls([group], lr=0.1, **settings), processors=[ice.schedules.linear(total=4, dst=dst)])
+    key, _, index = dst.partition(".")
+    seen = []
+    for _ in range(4):
+        optimizer.backward(group["params"][0] * 1.0)  # type: ignore[index]
+        optimizer.update()
+        value = optimizer.param_groups[0][key]
+        seen.append(value[int(index)] if index else value)
+
+    assert seen == pytest.approx([initial * (1 - t / 4) for t in range(4)], rel=1e-12)
