@@ -40,7 +40,10 @@ CASES = [
     [["CosineRestartLR", {"periods": [10, 10, 20], "restart_weights": [1, 0.5, 0.25], "eta_min": 0.0}]],
     [["CosineRestartLR", {"periods": [20, 20], "restart_weights": [1, 0.5], "eta_min_ratio": 0.0}]],
     [["CosineRestartLR", {"periods": [20, 20], "restart_weights": [1, 0.5], "eta_min": 0.1}]],  # not as mmcv's
-    [["LinearLR", {"start_factor": 0.01, "end": 10}], ["CosineAnnealingLR", {"T_max": 30, "eta_min": 0.0, "begin": 10}]],
+    [
+        ["LinearLR", {"start_factor": 0.01, "end": 10}],
+        ["CosineAnnealingLR", {"T_max": 30, "eta_min": 0.0, "begin": 10}],
+    ],
     [["LinearLR", {"start_factor": 0.01, "end": 10}], ["MultiStepLR", {"milestones": [5, 30]}]],
 ]
 METRICS = [5.0, 4.0, 4.0, 3.99, 4.5, 4.1, 3.0, 3.0, 3.0, 3.1, 2.0, 2.0, 2.2, 2.1, 2.0, 2.0, 1.9, 1.9, 1.9, 1.9]
