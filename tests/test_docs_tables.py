@@ -396,3 +396,27 @@ def test_what_the_page_says_of_several_schedulers_of_mmengine_gives_its_numbers(
     second = eval(weights, scope)  # noqa: S307
     whole = schedules.cosine(total=20, floor=0.1).then(second, at=20)
     assert steps(whole, 40, case["base"]) == near(case["values"])
+
+
+# -- choosing a schedule --------------------------------------------------------------------------------------
+
+
+def test_every_schedule_to_take_can_be_made_and_trains() -> None:
+    page = (HERE.parent / "docs/choosing-a-schedule.md").read_text()
+    cells = [line.split("|")[2] for line in page.split("## Take this")[1].split("\n## ")[0].splitlines() if "|" in line]
+    expressions = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
+
+    assert len(expressions) > 12
+    for expression in expressions:
+        schedule = eval(expression, {"schedules": schedules})  # noqa: S307 - our own page
+        mapping = {"step": 5, "iteration": 6, "epoch": 1, "total_steps": 20_000, "epoch_length": 200, "max_epochs": 100}
+        value = schedule({**mapping, f"initial_{schedule.dst}": 0.9, "measurements": {}})[schedule.dst]
+        assert 0 < value <= 0.9 * 4, expression
+
+
+def test_the_overview_has_every_schedule_but_those_that_do_not_change_in_time() -> None:
+    script = (HERE.parent / "docs/figures.py").read_text().split("CATALOGUE: ")[1].split("]\n\n")[0]
+    drawn = set(re.findall(r'\("(\w+)"', script))
+
+    others = {"Schedule", "from_spec", "batch_scaling", "layer_decay", "function", "multiplicative"}
+    assert drawn == set(schedules.__all__) - others
