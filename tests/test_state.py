@@ -433,7 +433,7 @@ class Eager(torch.optim.Optimizer):
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             self.state[p]["step"] += 1
             self.state[p]["sum"] += p.grad.square()
-            p -= 0.1 * p.grad / self.state[p]["sum"].sqrt()
+            p.sub_(0.1 * p.grad / self.state[p]["sum"].sqrt())
 
 
 def test_a_new_parameter_keeps_the_state_it_was_built_with():
@@ -584,6 +584,18 @@ def test_halves_of_a_group_and_groups_of_two_keep_their_entries():
 
     unnamed = sgd([{"params": list(Net().named_parameters()), "lr": 4.0}])
     assert unnamed.load_state_dict(halves.state_dict()).kept == ("group_0",)
+
+
+def test_a_name_that_two_groups_have_claims_none():
+    pairs = one_group(Net())
+    saved = sgd([{"params": pairs[:4], "lr": 1.0, "name": "x"}, {"params": pairs[4:], "lr": 2.0, "name": "x"}])
+    optimizer = sgd([{"params": pairs[:6], "lr": 3.0, "name": "x"}, {"params": pairs[6:], "lr": 4.0, "name": "y"}])
+    seen = []
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.extend(len(g["param_names"]) for g in o.param_groups))
+
+    assert optimizer.load_state_dict(saved.state_dict()).kept == ("x",)
+    assert lrs(optimizer) == [3.0, 2.0]
+    assert seen == [6, 2], "hooks see the names of this process"
 
 
 def test_a_group_of_new_parameters_keeps_its_entries():
