@@ -25,7 +25,7 @@ from ice_engine.typing import DictProcessor
 logger = logging.getLogger(__name__)
 
 OnChange = Literal["error", "replan", "stretch", "keep"]
-"""What a changed schedule means on resuming: stop, take the new one, stretch the saved one, or keep it."""
+"""What a changed schedule means on resuming; to stop, take the new one, stretch the saved one, or keep it."""
 
 _LENGTHS = ("epoch_length", "max_epochs", "max_iters", "total_steps", "epoch_size")
 _PROBES = 64  # times between now and the end at which the values are compared
