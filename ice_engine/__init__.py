@@ -10,6 +10,7 @@ from ice_engine.hooks import HookRegistry
 from ice_engine.matching import LoadReport
 from ice_engine.optimizer import Optimizer
 from ice_engine.param_groups import param_groups
+from ice_engine.plan import Plan
 from ice_engine.processors import Collect, Compose, Processor, dictprocess, schedules
 from ice_engine.tensorboard import TensorBoard
 from ice_engine.trainer import create_trainer
@@ -29,6 +30,7 @@ __all__ = [
     "NonFiniteGradientError",
     "Optimizer",
     "OptimizerEvents",
+    "Plan",
     "Processor",
     "StepRecord",
     "TensorBoard",

@@ -76,7 +76,7 @@ class Clocks:
         """Whether the caller of ``update()`` said that this micro-batch is its epoch's last."""
         return self._given.get("epoch_size") is not None and self._given["epoch_steps"] == self._given["epoch_size"]
 
-    def lengths(self) -> dict[str, int | None]:
+    def run_lengths(self) -> dict[str, int | None]:
         """Return how long the run is: ``epoch_length``, ``max_epochs`` and ``max_iters``, None where unknown."""
         return {
             "epoch_length": self._now("epoch_length", "epoch_size"),
@@ -86,21 +86,33 @@ class Clocks:
 
     def context(self, window_size: int, tail: str) -> dict[str, Any]:
         """Return what processors may know of the run, under our names and ice-learn's."""
-        iteration, length = self.counts["iteration"], self._now("epoch_length", "epoch_size")
+        return {**self.position(), **self.lengths(window_size, tail)}
+
+    def position(self) -> dict[str, int | None]:
+        """Return the part of :meth:`context` that changes from step to step."""
+        counts = self.counts
+        iteration, epoch = counts["iteration"], self._now("epoch", "current_epoch")
         done = self._given.get("epoch_steps")
-        if done is None and length is not None and self.run is not None:
-            done = (iteration - 1) % length + 1
+        if done is None and self.run is not None:
+            length = self._now("epoch_length", "epoch_size")
+            done = None if length is None else (iteration - 1) % length + 1
         return {
-            "step": self.counts["step"],
-            "attempt": self.counts["attempt"],
+            "step": counts["step"],
+            "attempt": counts["attempt"],
             "iteration": iteration,
-            "epoch": self.epoch,
-            **self.lengths(),
-            "total_steps": self.total_steps(window_size, tail),
-            "current_epoch": self.epoch,
+            "epoch": epoch,
+            "current_epoch": epoch,
             "epoch_steps": done,
             "global_steps": iteration,
-            "epoch_size": length,
+        }
+
+    def lengths(self, window_size: int, tail: str) -> dict[str, Any]:
+        """Return the part of :meth:`context` that stays as it is along the run."""
+        lengths = self.run_lengths()
+        return {
+            **lengths,
+            "epoch_size": lengths["epoch_length"],
+            "total_steps": self.total_steps(window_size, tail),
             **self.plan,
         }
 
@@ -110,7 +122,7 @@ class Clocks:
         return count_steps(length, self._now("max_epochs"), limit, window_size, tail)
 
     def _now(self, attribute: str, argument: str = "") -> int | None:
-        given = self._given.get(argument)
+        given = self._given.get(argument) if self._given else None
         if given is not None or self.run is None:
             return given
         return cast("int | None", getattr(self.run, attribute, None))

@@ -16,7 +16,7 @@ from ice_engine.clocks import Clocks, count_steps
 from ice_engine.errors import ArgumentTypeError, MissingKeyError, ScheduleChangedError
 from ice_engine.processors.clocks import UNITS, run_length
 from ice_engine.processors.dictprocess import Configured, Decorated
-from ice_engine.processors.group import group_name
+from ice_engine.processors.group_mapping import group_name
 from ice_engine.processors.processor import Processor, name_of
 from ice_engine.processors.schedule import Schedule
 from ice_engine.processors.schedules import from_spec
@@ -25,7 +25,7 @@ from ice_engine.typing import DictProcessor
 logger = logging.getLogger(__name__)
 
 OnChange = Literal["error", "replan", "stretch", "keep"]
-"""What a changed schedule means on resuming: stop, take the new one, stretch the saved one, or keep it."""
+"""What a changed schedule means on resuming; to stop, take the new one, stretch the saved one, or keep it."""
 
 _LENGTHS = ("epoch_length", "max_epochs", "max_iters", "total_steps", "epoch_size")
 _PROBES = 64  # times between now and the end at which the values are compared
@@ -48,7 +48,7 @@ class Terms:
     @classmethod
     def of(cls, clocks: Clocks, size: int, tail: str, processors: Sequence[DictProcessor]) -> "Terms":
         """Return those of the run that *clocks* count, as if it were fresh."""
-        run = {**clocks.lengths(), "accumulation_steps": size, "tail": tail}
+        run = {**clocks.run_lengths(), "accumulation_steps": size, "tail": tail}
         return cls(run, cls.own_plan(run), [_describe(processor) for processor in processors])
 
     @staticmethod

@@ -204,7 +204,7 @@ def _states(
             if saved in plain["state"]:
                 states[number] = plain["state"][saved]
         else:
-            # Adagrad makes its state when it is built, and cannot step without.
+            # Some optimizers, as older torch's Adagrad, make state when they are built and cannot step without.
             fresh = optimizer.state.get(optimizer.param_groups[i]["params"][j], {})
             if "step" in fresh and float(fresh["step"]) == 0:
                 states[number] = fresh

@@ -31,16 +31,17 @@ from ice_engine.gradients import Gradient
 from ice_engine.hooks import HookRegistry
 from ice_engine.horizon import Course, OnChange, Terms
 from ice_engine.matching import LoadReport, fit, shapes
+from ice_engine.plan import Plan
 from ice_engine.precision import Policy, Precision, describe_nonfinite
 from ice_engine.processors.group import (
     check_names,
     check_processors,
     frozen,
-    group_name,
     run_processors,
     set_initial_values,
     written_keys,
 )
+from ice_engine.processors.group_mapping import group_name
 from ice_engine.state import pack, unpack
 from ice_engine.typing import Clip, DictProcessor, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
@@ -549,6 +550,82 @@ class Optimizer(OptimizerFacade):
                 message = f"report({metric}=...) must be a number, got {value!r} ({type(value).__name__})"
                 raise ArgumentTypeError(message)
             self._measurements[metric] = (*self._measurements.get(metric, ()), float(plain))
+
+    # -- before the run -----------------------------------------------------------------------------------
+
+    def plan(
+        self, epoch_length: int | None = None, max_epochs: int | None = None, *, max_iters: int | None = None
+    ) -> Plan:
+        """Compute every scheduled key at every step of a whole run, from its beginning; change nothing.
+
+        Copies of the processors run on copies of the param groups, which start from their initial values. What is left
+        out is taken from the engine that this is attached to, if it is known there.
+
+        Args:
+            epoch_length: Micro-batches per epoch, at least 1, such as ``len(loader)``.
+            max_epochs: Epochs of the run, at least 1.
+            max_iters: Micro-batches of the run, at least 1, instead of *max_epochs*; it may end inside an epoch.
+
+        Returns:
+            What is planned; ``print(plan)`` shows a table, ``plan.problems`` lists what looks wrong, ``plan.plot()``
+            is a figure.
+
+        Raises:
+            ArgumentTypeError: If an argument is no int, or a processor cannot be copied.
+            ArgumentValueError: If the length of the run is not known, given twice, or below 1.
+            ClosureError: If the wrapped optimizer needs a closure: it steps without windows and processors.
+            ProcessorError: If a processor does something impossible; a note says at which step.
+
+        Examples:
+            >>> weight = torch.nn.Parameter(torch.tensor(1.0))
+            >>> from ice_engine.processors.schedules import step
+            >>> drops = Optimizer(torch.optim.SGD([weight], lr=0.1), processors=[step(step_size=2, gamma=0.5)])
+            >>> list(drops.plan(epoch_length=3, max_epochs=2).series["lr/group_0"])
+            [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
+
+        .. versionadded:: 0.1.0
+        """
+        if self.needs_closure:
+            message = (
+                f"{type(self._inner).__name__} evaluates the loss in a closure and steps without windows and "
+                "processors, so there is nothing to plan"
+            )
+            raise ClosureError(message)
+        run = None if self._engine is None else self._engine.state
+        if epoch_length is None:
+            epoch_length = getattr(run, "epoch_length", None)
+        if max_epochs is None and max_iters is None:
+            max_iters = getattr(run, "max_iters", None)
+            max_epochs = getattr(run, "max_epochs", None) if max_iters is None else None
+        unknown = ["epoch_length"] if epoch_length is None else []
+        unknown += ["max_epochs (or max_iters)"] if max_epochs is None and max_iters is None else []
+        if epoch_length is None or unknown:
+            why = "is attached to no engine" if run is None else "is attached to an engine that does not know it yet"
+            message = (
+                f"plan() needs {' and '.join(unknown)}: optimizer {self._name!r} {why}; "
+                "write optimizer.plan(epoch_length=len(loader), max_epochs=...)"
+            )
+            raise ArgumentValueError(message)
+        return Plan(
+            self.param_groups,
+            self._processors,
+            epoch_length=epoch_length,
+            max_epochs=max_epochs,
+            max_iters=max_iters,
+            accumulation_steps=self._window.size,
+            tail=self._window.tail,
+            name=self._name,
+            optimizer=self._stand_in,
+        )
+
+    def _stand_in(self, groups: list[dict[str, Any]], clocks: Clocks, engine: Any) -> tuple[Any, dict[int, Any]]:
+        # Processors may look at their optimizer; what they see there must be the planned run, not this one's.
+        inner = object.__new__(type(self._inner))
+        vars(inner).update({**vars(self._inner), "param_groups": groups})
+        stand_in = object.__new__(type(self))
+        vars(stand_in).update({**vars(self), "_inner": inner, "_clocks": clocks, "_engine": engine})
+        known = {id(self): stand_in, id(self._inner): inner}
+        return stand_in, known if self._engine is None else {**known, id(self._engine): engine}
 
     def _others(self) -> list["Optimizer"]:
         attached = vars(self._engine)["_ice_optimizers"] if self._engine is not None else ()

@@ -76,8 +76,8 @@ def param_groups(
             later, ``"drop"`` them, or ``"error"``.
 
     Returns:
-        Param groups for any torch optimizer, with names of groups and parameters: in the order of the rules, the
-        default last, inside a rule deepest first and decayed before not decayed, inside a group the model's order.
+        Param groups for any torch optimizer, with names of groups and parameters. They are in the order of the rules,
+        the default last, inside a rule deepest first and decayed before not decayed, inside a group in the model's.
 
     Raises:
         ArgumentTypeError: If an argument has the wrong type.

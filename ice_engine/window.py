@@ -12,6 +12,7 @@ loss enters as it is.
 """
 
 import math
+from collections.abc import Iterator
 from numbers import Real
 from typing import Literal
 
@@ -140,3 +141,30 @@ class Window:
             self.weight += 1.0
         self.pending = False
         self.micro_batches += 1
+
+
+def closing_windows(size: int, tail: Tail, epoch_length: int, iterations: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the windows that a run without skipped steps steps, before it has happened.
+
+    Args:
+        size: Micro-batches per step, at least 1.
+        tail: What becomes of a short last window of an epoch.
+        epoch_length: Micro-batches per epoch, at least 1.
+        iterations: Micro-batches of the whole run; it may end inside an epoch.
+
+    Yields:
+        The iteration at which the window closes, the epoch then, both from 1, and its micro-batches.
+    """
+    if tail == "carry":
+        for last in range(size, iterations + 1, size):
+            yield last, (last - 1) // epoch_length + 1, size
+        if rest := iterations % size:
+            yield iterations, (iterations - 1) // epoch_length + 1, rest
+        return
+    for epoch, begin in enumerate(range(0, iterations, epoch_length), start=1):
+        end = min(begin + epoch_length, iterations)
+        for last in range(begin + size, end + 1, size):
+            yield last, epoch, size
+        rest = (end - begin) % size
+        if rest and tail == "step":
+            yield end, epoch, rest

@@ -434,6 +434,14 @@ def test_depth_is_the_distance_from_the_top_and_the_lr_decays_with_it():
             assert group["depth"] == next(depth for start, depth in DEPTHS.items() if name.startswith(start))
 
 
+def test_a_rule_without_an_lr_decays_that_of_the_default():
+    groups = ice.param_groups(
+        Transformer(1), {"position": {}}, default={"lr": 0.1}, layers=r"blocks\.(\d+)", layer_decay=0.5
+    )
+
+    assert entries(groups[0]) == {"name": "position.depth_2", "depth": 2, "lr": 0.1 * 0.25}
+
+
 def beit_layer_id(name, layers):
     """As in BEiT's optim_factory.py; its lr is multiplied by ``decay ** (layers + 1 - id)``."""
     if name == "position" or name.startswith("embed"):

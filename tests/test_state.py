@@ -419,6 +419,37 @@ def test_new_parameters_lose_the_state_they_had():
     assert optimizer.state[second.heads["a"].weight]["step"] == 1
 
 
+class Eager(torch.optim.Optimizer):
+    """Makes its state when it is built, and cannot step without, as Adagrad in older torch."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"step": torch.tensor(0.0), "sum": torch.full_like(p, 0.5)}
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state[p]["step"] += 1
+            self.state[p]["sum"] += p.grad.square()
+            p.sub_(0.1 * p.grad / self.state[p]["sum"].sqrt())
+
+
+def test_a_new_parameter_keeps_the_state_it_was_built_with():
+    first, second = Net("a"), Net("b", "a")
+    saved = ice.Optimizer(Eager, first.named_parameters())
+    train(first, saved, 0, 2)
+    optimizer = ice.Optimizer(Eager, second.named_parameters())
+
+    optimizer.load_state_dict(saved.state_dict(), strict=False)
+
+    assert optimizer.state[second.heads["b"].bias]["sum"].tolist() == [0.5, 0.5]
+    assert optimizer.state[second.heads["a"].bias]["step"] == 2
+    train(second, optimizer, 2, 3)
+    assert optimizer.state[second.heads["b"].bias]["step"] == 1
+
+
 # -- what a load leaves alone -------------------------------------------------------------------------------
 
 
@@ -489,6 +520,27 @@ def test_of_the_same_groups_in_another_order_the_saved_entries_win():
     assert all(n.endswith("weight") for n in optimizer.param_groups[0]["param_names"])
 
 
+def test_of_the_same_groups_names_decide_nothing():
+    saved = sgd(ice.param_groups(Net(), {"bias": {"name": "a", "lr": 1.0}, "weight": {"name": "b", "lr": 2.0}}))
+    optimizer = sgd(ice.param_groups(Net(), {"weight": {"name": "a"}, "bias": {"name": "b"}}))
+
+    optimizer.load_state_dict(saved.state_dict())
+
+    assert [(group["name"], group["lr"]) for group in optimizer.param_groups] == [("b", 2.0), ("a", 1.0)]
+
+
+def test_a_start_value_does_not_outlive_the_lr_that_was_replaced():
+    saved = sgd(ice.param_groups(Net("a"), default={"lr": 1.0}))
+    optimizer = sgd(ice.param_groups(Net("a", "b"), default={"lr": 3.0}))
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    assert optimizer.param_groups[0]["initial_lr"] == 3.0
+
+    optimizer.load_state_dict(saved.state_dict(), strict=False)
+
+    assert lrs(optimizer) == [1.0]
+    assert "initial_lr" not in optimizer.param_groups[0], "as torch does"
+
+
 def test_regrouped_a_group_goes_on_from_the_one_of_its_name_and_others_keep_their_entries():
     first, second = Net(), Net()
     saved = sgd(ice.param_groups(first, {r"^heads": {"name": "head", "lr": 1.0}}, default={"lr": 2.0}))
@@ -532,6 +584,18 @@ def test_halves_of_a_group_and_groups_of_two_keep_their_entries():
 
     unnamed = sgd([{"params": list(Net().named_parameters()), "lr": 4.0}])
     assert unnamed.load_state_dict(halves.state_dict()).kept == ("group_0",)
+
+
+def test_a_name_that_two_groups_have_claims_none():
+    pairs = one_group(Net())
+    saved = sgd([{"params": pairs[:4], "lr": 1.0, "name": "x"}, {"params": pairs[4:], "lr": 2.0, "name": "x"}])
+    optimizer = sgd([{"params": pairs[:6], "lr": 3.0, "name": "x"}, {"params": pairs[6:], "lr": 4.0, "name": "y"}])
+    seen = []
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.extend(len(g["param_names"]) for g in o.param_groups))
+
+    assert optimizer.load_state_dict(saved.state_dict()).kept == ("x",)
+    assert lrs(optimizer) == [3.0, 2.0]
+    assert seen == [6, 2], "hooks see the names of this process"
 
 
 def test_a_group_of_new_parameters_keeps_its_entries():

@@ -55,6 +55,8 @@ def run_length(mapping: Mapping[str, Any], unit: Unit, processor: str) -> int:
     """
     if unit == "iteration" and mapping.get("max_iters") is not None:
         return int(mapping["max_iters"])  # Engine.run(max_iters=) ends inside an epoch
+    if unit == "step" and (total := mapping.get("total_steps")) is not None:
+        return int(total)
     keys = _LENGTHS[unit]
     unknown = [key for key in keys if key not in mapping or mapping[key] is None]
     if unknown:

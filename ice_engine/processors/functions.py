@@ -126,7 +126,10 @@ def _check_callable(name: str, f: Any) -> Callable[[Any], Any]:
 
 def _factor(name: str, f: Callable[[Any], Any], t: float) -> float:
     found = f(t)
-    factor = float(found) if isinstance(found, SupportsFloat) else math.nan
+    try:
+        factor = float(found) if hasattr(found, "__float__") else math.nan  # "1" has none, and float("1") would do
+    except (TypeError, ValueError, RuntimeError):  # an array or tensor of several
+        factor = math.nan
     if not math.isfinite(factor):
         message = (
             f"processor {name!r}: {name_of(f)}({t}) returned {found!r} ({type(found).__name__}); "

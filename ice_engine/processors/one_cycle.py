@@ -12,14 +12,11 @@ from ice_engine.processors.shapes import ANNEALS, between
 
 def _along(values: tuple[float, ...], ends: tuple[float, ...], t: float, anneal: str) -> float:
     """Return the value at *t* of phases that end at *ends* and lead from each of *values* to the next."""
-    start, last = 0.0, len(ends) - 1
-    for phase, end in enumerate(ends):
-        if t <= end or phase == last:
-            # A phase without length is at its end at once.
-            part = (t - start) / (end - start) if end > start else 1.0
-            return between(anneal, values[phase], values[phase + 1], part)
-        start = end
-    raise AssertionError  # the last phase returned
+    phase = next((phase for phase, end in enumerate(ends) if t <= end), len(ends) - 1)
+    start, end = (0.0, *ends)[phase], ends[phase]
+    # A phase without length is at its end at once.
+    part = (t - start) / (end - start) if end > start else 1.0
+    return between(anneal, values[phase], values[phase + 1], part)
 
 
 def _phases(total: int, pct_start: float, three_phase: bool) -> tuple[float, ...]:

@@ -10,6 +10,8 @@ from ice_engine.errors import ArgumentTypeError, MissingKeyError
 FRESH: Any = MappingProxyType({})
 """Stands for a new dict where a mapping may be left out, and cannot be written to by accident."""
 
+_ABSENT: Any = object()
+
 
 class Processor(ABC):
     """A callable that takes a mapping and returns a mapping, and says what it is and what it writes.
@@ -76,8 +78,9 @@ def require_key(mapping: Mapping[str, Any], key: str, processor: str, mend: str)
     Raises:
         MissingKeyError: If the mapping lacks it.
     """
-    if key in mapping:
-        return mapping[key]
+    found = mapping.get(key, _ABSENT)
+    if found is not _ABSENT:
+        return found
     message = f"processor {processor!r} needs {key!r}, which the mapping lacks; it has: {list_keys(mapping)}. {mend}"
     raise MissingKeyError(message)
 

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ice_engine import arguments
+from ice_engine import arguments, pictures
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
+from ice_engine.processors.clocks import at_clock
 from ice_engine.processors.processor import Processor, require_key, require_mapping
 
 if TYPE_CHECKING:
+    import matplotlib.figure
+
     from ice_engine.processors.curve import Curve
 
 
@@ -139,6 +142,52 @@ class Schedule(Processor):
             message = f"then(rebase=...) must be True or False, got {rebase!r} ({type(rebase).__name__})"
             raise ArgumentTypeError(message)
         return Sequence(self.dst, self, schedule, arguments.count("then(at=...)", at, 1), rebase)
+
+    def plot(self, total: int, *, base: float = 1.0, ax: Any = None, **entries: Any) -> "matplotlib.figure.Figure":
+        """Draw the value against its clock; one that lasts the whole run lasts *total*.
+
+        For a whole run, with windows and epochs and every param group, see ``optimizer.plan(...).plot()``.
+
+        Args:
+            total: How much to draw, in the schedule's unit; at least 1.
+            base: The initial value, in the unit of ``dst``.
+            ax: Matplotlib axes to draw in, instead of a new figure.
+            entries: What else it reads, such as ``epoch_length=50``, or ``depth=2`` of the param group.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ArgumentTypeError: If *total* is not an int, or *base* not a number.
+            ArgumentValueError: If *total* is below 1, *base* not finite, or it follows two clocks.
+            MissingKeyError: If it reads what is not given.
+            ModuleNotFoundError: Without matplotlib.
+
+        Examples:
+            >>> import ice_engine as ice
+            >>> figure = ice.schedules.cosine(total=100, warmup=10).plot(120, base=3e-3)
+            >>> figure.axes[0].get_xlabel()
+            'step'
+        """
+        total, base = arguments.count("plot(total)", total, 1), arguments.number("plot(base=...)", base)
+        if len(self.units) > 1:
+            message = (
+                f"{self!r} follows {' and '.join(sorted(self.units))}, whose relation only a run knows; "
+                "draw it with optimizer.plan(epoch_length=..., max_epochs=...).plot()"
+            )
+            raise ArgumentValueError(message)
+        (unit,) = self.units
+        lengths = {"total_steps": total, "max_iters": total, "max_epochs": total}
+        names = {"group_name": next(iter(sorted(self.only_groups or ())), "group_0")}
+        start = {f"initial_{self.dst}": base, self.dst: base, "measurements": {}, **names, **lengths, **entries}
+        values = [self({**start, **at_clock(unit, t)})[self.dst] for t in range(total)]  # type: ignore[arg-type]
+        return pictures.figure(
+            {self.dst: {repr(self): values}},
+            what="Schedule.plot()",
+            label=unit,
+            first=0 if unit == "step" else 1,
+            ax=ax,
+        )
 
     def clamp(self, *, min: float | None = None, max: float | None = None) -> "Schedule":  # noqa: A002 - as torch.clamp
         """Keep the value between *min* and *max*.

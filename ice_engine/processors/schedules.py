@@ -1,8 +1,8 @@
 """Schedules: how ``lr``, or any other entry of a param group, changes along the run.
 
-Each factory returns a :class:`Schedule`: a processor that reads the entry's initial value and a clock, and writes the
-entry. They combine: ``a * b`` applies ``a`` to what ``b`` gives, ``a.then(b, at=100)`` changes over, and
-``a.clamp(min=..., max=...)`` limits.
+Each factory returns a :class:`~ice_engine.processors.schedule.Schedule`: a processor that reads the entry's initial
+value and a clock, and writes the entry. They combine: ``a * b`` applies ``a`` to what ``b`` gives,
+``a.then(b, at=100)`` changes over, and ``a.clamp(min=..., max=...)`` limits.
 
 Examples:
     >>> import ice_engine as ice
@@ -12,7 +12,8 @@ Examples:
     >>> plan({"step": 50, "initial_lr": 0.2})
     {'step': 50, 'initial_lr': 0.2, 'lr': 0.1}
 
-As plain data, for configuration files and checkpoints, they are ``plan.spec``, and :func:`from_spec` makes them again.
+As plain data, for configuration files and checkpoints, they are ``plan.spec``, and
+:func:`~ice_engine.processors.spec.from_spec` makes them again.
 """
 
 from ice_engine.processors.cycles import cyclic, cyclic_anneal

@@ -1,0 +1,56 @@
+"""Ranks that agree on what their processors write: found out with one small text each, and named if they do not."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ice_engine.errors import ProcessorDivergenceError
+from ice_engine.processors.group_mapping import GroupMapping
+from ice_engine.processors.processor import name_of
+
+Gather = Callable[[str], list[str]]
+"""Gives every rank's text to every rank, in the order of ranks."""
+
+
+def require_agreement(
+    staged: Sequence[GroupMapping],
+    gather: Gather,
+    processors: Sequence[Callable[..., Any]],
+    groups: Sequence[dict[str, Any]],
+    context: Mapping[str, Any],
+) -> None:
+    """Check that every rank is about to write the same.
+
+    Raises:
+        ProcessorDivergenceError: On every rank, if not; names processor, group, key and the ranks' values.
+    """
+    digest = hashlib.sha256(repr([mapping.staged for mapping in staged]).encode()).hexdigest()
+    if len(set(gather(digest))) == 1:
+        return
+    # They differ, and every rank knows it: run them again, one at a time, to find the first that does.
+    steps = []
+    for index, group in enumerate(groups):
+        mapping = GroupMapping(group, context, index)
+        for processor in processors:
+            mapping.absorb(processor, processor(mapping))
+            mapping.check()
+            written = {key: repr(value) for key, value in mapping.staged.items()}
+            steps.append([name_of(processor), mapping.label, written])
+    ranks = [json.loads(text) for text in gather(json.dumps(steps))]
+    for place, (name, label, _) in enumerate(steps):
+        values = [rank[place][2] if place < len(rank) else {} for rank in ranks]
+        for key in sorted({key for written in values for key in written}):
+            found = [written.get(key, "left as it is") for written in values]
+            if len(set(found)) > 1:
+                listed = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(found))
+                message = (
+                    f"processor {name!r} differs between ranks in {key!r} of {label}: {listed}. Compute it from the "
+                    "clocks, or from values that were reduced over all ranks; no param group has changed"
+                )
+                raise ProcessorDivergenceError(message)
+    message = (
+        "processors write different values on different ranks, and the same ones when run again: one of them keeps "
+        f"a state of its own or draws random numbers; they are: {', '.join(map(name_of, processors))}"
+    )
+    raise ProcessorDivergenceError(message)
