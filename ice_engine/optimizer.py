@@ -30,7 +30,8 @@ from ice_engine.facade import OptimizerFacade
 from ice_engine.hooks import HookRegistry
 from ice_engine.horizon import Course, OnChange, Terms
 from ice_engine.matching import LoadReport, fit, shapes
-from ice_engine.precision import Policy, Precision, describe_nonfinite, total_norm
+from ice_engine.norms import total_norm
+from ice_engine.precision import Policy, Precision, describe_nonfinite
 from ice_engine.processors.group import (
     check_names,
     check_processors,
@@ -41,7 +42,7 @@ from ice_engine.processors.group import (
     written_keys,
 )
 from ice_engine.state import pack, unpack
-from ice_engine.typing import Clip, DictProcessor, OptimizerFactory
+from ice_engine.typing import Clip, DictProcessor, GroupClip, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
 
 logger = logging.getLogger(__name__)
@@ -621,7 +622,10 @@ class Optimizer(OptimizerFacade):
 
     def _norm(self, parameters: list[torch.Tensor]) -> torch.Tensor | None:
         if self._clip is not None:
-            norm = self._clip(parameters)
+            if isinstance(self._clip, GroupClip) and self._clip.per_group:
+                norm = self._clip.by_group([group["params"] for group in self.param_groups])
+            else:
+                norm = self._clip(parameters)
             if not isinstance(norm, torch.Tensor | float | int):
                 message = f"clip returned {type(norm).__name__}; wanted the norm before clipping, as from ice.clip_norm"
                 raise ArgumentTypeError(message)

@@ -159,12 +159,6 @@ def check_scaler(scaler: torch.amp.GradScaler | None) -> torch.amp.GradScaler | 
     raise ArgumentTypeError(message)
 
 
-def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Return the 2-norm over all *gradients*, shape ()."""
-    values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    return torch.nn.utils.get_total_norm(values)
-
-
 def describe_nonfinite(
     named_parameters: Iterable[tuple[str, torch.Tensor]], losses: Iterable[tuple[int, torch.Tensor]]
 ) -> str:
