@@ -106,11 +106,13 @@ def over_ranks(
 
     Every norm is exchanged, rather than summed up on the way: a NaN survives, and no power overflows.
     """
-    if mesh is None or not across:
+    if mesh is None:
         return norms
-    placements = [Shard(0) if dimension in across else Replicate() for dimension in range(mesh.ndim)]
-    gathered = DTensor.from_local(norms.unsqueeze(0), mesh, placements, run_check=False).full_tensor()
-    return cast("torch.Tensor", torch.linalg.vector_norm(gathered, norm_type, dim=0))
+    for dimension in across:
+        placements = [Shard(0) if i == dimension else Replicate() for i in range(mesh.ndim)]
+        gathered = DTensor.from_local(norms.unsqueeze(0), mesh, placements, run_check=False).full_tensor()
+        norms = torch.linalg.vector_norm(gathered, norm_type, dim=0)
+    return norms
 
 
 def _is_dtensor(tensor: torch.Tensor) -> bool:
