@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from ice_engine.checkpoint import Checkpoint
-from ice_engine.clipping import clip_norm
+from ice_engine.clipping import clip_adaptive, clip_norm, clip_value
 from ice_engine.errors import IceEngineError, IceEngineWarning, NonFiniteGradientError
 from ice_engine.events import OptimizerEvents, StepRecord, optimizer_events
 from ice_engine.hooks import HookRegistry
@@ -34,7 +34,9 @@ __all__ = [
     "Processor",
     "StepRecord",
     "TensorBoard",
+    "clip_adaptive",
     "clip_norm",
+    "clip_value",
     "create_trainer",
     "dictprocess",
     "optimizer_events",

@@ -153,7 +153,7 @@ class StepRecord:
         micro_batches: Micro-batches in this window.
         weight: Total weight of the window: items where weights were given, else micro-batches.
         grad_norm: Norm of the unscaled, normalised gradient before clipping, shape (); None if nothing asked for it.
-        clipped_norm: Norm after clipping, shape (); None unless ``clip_norm`` clips.
+        clipped_norm: Norm after clipping, shape (); None unless ``clip_norm`` clips over all groups.
         loss_scale: Scale the window's losses were multiplied with; None without a GradScaler.
         values: Per param group name, ``lr`` and every key that a processor writes.
         skipped: Why the step was skipped; None if it was not.

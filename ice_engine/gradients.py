@@ -5,10 +5,13 @@ is one factor for all of them, so it is kept aside until somebody has to see the
 read from the gradients as they are and multiplied itself.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+
+from ice_engine.norms import Part, gradients_of, norm_of_parts, over_ranks, part
 
 Multiplier = float | torch.Tensor
 
@@ -17,24 +20,23 @@ class Gradient:
     """The gradients of a window and the factor that is still to be applied to them.
 
     Args:
-        gradients: One tensor a parameter; changed in place.
+        parameters: Those that have a gradient, which is changed in place.
         multiplier: What makes the mean of them, unscaled; a number or a tensor of shape ().
     """
 
-    def __init__(self, gradients: Iterable[torch.Tensor], multiplier: Multiplier) -> None:
-        self.tensors: list[torch.Tensor] = [_dense(gradient) for gradient in gradients]
+    def __init__(self, parameters: Iterable[torch.Tensor], multiplier: Multiplier) -> None:
+        # Those of this rank, where a gradient is spread over many: a factor is the same for every part.
+        self._parts: list[Part] = [part(gradient) for gradient in gradients_of(parameters)]
         self._pending: Multiplier = multiplier
 
     def norm(self, norm_type: float = 2.0) -> torch.Tensor:
         """Return the norm of the final gradient, shape (); reads every gradient once."""
-        norm = torch.nn.utils.get_total_norm(self.tensors, norm_type)
-        if hasattr(norm, "full_tensor"):  # of a DTensor: over all its shards
-            norm = norm.full_tensor()
+        norm = norm_of_parts(self._parts, norm_type)
         return norm * self._factor(norm.device)
 
     def multiply(self, factor: Multiplier = 1.0) -> None:
         """Apply *factor*, and what was kept aside, in one pass; in none if that is 1."""
-        for device, tensors in _by_kind(self.tensors):
+        for device, tensors in self._by_kind():
             by = _on(device, factor) * self._factor(device)
             if isinstance(by, torch.Tensor) or by != 1.0:
                 torch._foreach_mul_(tensors, by)
@@ -47,7 +49,7 @@ class Gradient:
             Shape (); above 0 if there is any.
         """
         found = []
-        for device, tensors in _by_kind(self.tensors):
+        for device, tensors in self._by_kind():
             by = self._factor(device)
             if tensors[0].dtype in _CHECKED:
                 found_inf = torch.zeros((), device=device)
@@ -59,9 +61,18 @@ class Gradient:
                 found_inf = (~torch.nn.utils.get_total_norm(tensors).isfinite()).float()
             found.append(found_inf)
         self._pending = 1.0
-        if not found:
-            return torch.zeros(())
-        return torch.stack([each.to(found[0].device) for each in found]).amax()
+        return self._over_ranks(torch.stack([each.to(found[0].device) for each in found]).amax())
+
+    def _over_ranks(self, found: torch.Tensor) -> torch.Tensor:
+        for mesh, across in {(each.mesh, each.across): None for each in self._parts if each.mesh is not None}:
+            found = over_ranks(found, mesh, across, math.inf)
+        return found
+
+    def _by_kind(self) -> list[tuple[torch.device, list[torch.Tensor]]]:
+        kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+        for each in self._parts:
+            kinds[each.local.device, each.local.dtype].append(each.local)
+        return [(device, same) for (device, _), same in kinds.items()]
 
     def _factor(self, device: torch.device) -> Multiplier:
         return _on(device, self._pending)
@@ -70,17 +81,5 @@ class Gradient:
 _CHECKED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _dense(gradient: torch.Tensor) -> torch.Tensor:
-    # The values of a coalesced gradient are the gradient; of another one, parts of it that are still to be added.
-    return gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001 - torch's clipping does the same
-
-
 def _on(device: torch.device, factor: Multiplier) -> Multiplier:
     return factor.to(device) if isinstance(factor, torch.Tensor) else factor
-
-
-def _by_kind(tensors: list[torch.Tensor]) -> list[tuple[torch.device, list[torch.Tensor]]]:
-    kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        kinds[tensor.device, tensor.dtype].append(tensor)
-    return [(device, same) for (device, _), same in kinds.items()]

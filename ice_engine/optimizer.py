@@ -43,7 +43,7 @@ from ice_engine.processors.group import (
 )
 from ice_engine.processors.group_mapping import group_name
 from ice_engine.state import pack, unpack
-from ice_engine.typing import Clip, DictProcessor, OptimizerFactory
+from ice_engine.typing import Clip, DictProcessor, GroupClip, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
 
 logger = logging.getLogger(__name__)
@@ -670,7 +670,7 @@ class Optimizer(OptimizerFacade):
             )
             raise NoGradientsError(message)
         multiplier = self._precision.multiplier(window.scale, parameters[0].device)
-        gradient = Gradient([p.grad for p in parameters if p.grad is not None], multiplier)
+        gradient = Gradient(parameters, multiplier)
         if not self._listens("GRADIENTS_READY"):
             return self._decide(gradient, parameters)
         if self._precision.enabled:
@@ -679,22 +679,21 @@ class Optimizer(OptimizerFacade):
         gradient.multiply()
         self._fire("GRADIENTS_READY")
         parameters = [p for p in self._parameters() if p.grad is not None]
-        return self._decide(Gradient([p.grad for p in parameters if p.grad is not None], 1.0), parameters)
+        return self._decide(Gradient(parameters, 1.0), parameters)
 
     def _decide(self, gradient: Gradient, parameters: list[torch.Tensor]) -> bool:
-        precision = self._precision
+        precision, clip = self._precision, self._folded_clip
         norm, found_inf = self._measure(gradient, parameters)
         reason = precision.judge(norm, found_inf)
         if reason is not None:
             # Perhaps only the norm of the scaled sum was beyond its type, and that of the mean is not.
             gradient.multiply()
-            norm = gradient.norm(self._norm_type)
+            norm = gradient.norm(2.0 if clip is None else clip.norm_type)
             reason = precision.judge(norm)
         precision.count(reason)
         self._overflowed = bool(self._overflowed) or reason is not None
         if reason is None:
-            clip = self._clip
-            gradient.multiply(clip.coefficient(norm) if isinstance(clip, ClipNorm) and norm is not None else 1.0)
+            gradient.multiply(1.0 if clip is None or norm is None else clip.coefficient(norm))
             return self._step(norm)
         reason = f"{reason}, {describe_nonfinite(self.named_parameters(), self._window.losses)}"
         self._skip(reason, norm)
@@ -703,18 +702,24 @@ class Optimizer(OptimizerFacade):
         return False
 
     @property
-    def _norm_type(self) -> float:
-        return self._clip.norm_type if isinstance(self._clip, ClipNorm) else 2.0
+    def _folded_clip(self) -> ClipNorm | None:
+        """The clip, if it is one factor for all gradients, so that it takes no pass of its own."""
+        clip = self._clip
+        return clip if isinstance(clip, ClipNorm) and not (clip.per_group or clip.error_if_nonfinite) else None
 
     def _measure(
         self, gradient: Gradient, parameters: list[torch.Tensor]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the norm before clipping and, without a norm, whether an entry is infinite or NaN."""
-        if isinstance(self._clip, ClipNorm) or (self._clip is None and "grad_norm" in self._measured):
-            return gradient.norm(self._norm_type), None
+        clip = self._folded_clip
+        if clip is not None or (self._clip is None and "grad_norm" in self._measured):
+            return gradient.norm(2.0 if clip is None else clip.norm_type), None
         if self._clip is not None:
             gradient.multiply()
-            norm = self._clip(parameters)
+            if isinstance(self._clip, GroupClip) and self._clip.per_group:
+                norm = self._clip.by_group([group["params"] for group in self.param_groups])
+            else:
+                norm = self._clip(parameters)
             if not isinstance(norm, torch.Tensor | float | int):
                 message = f"clip returned {type(norm).__name__}; wanted the norm before clipping, as from ice.clip_norm"
                 raise ArgumentTypeError(message)

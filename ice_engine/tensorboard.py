@@ -28,7 +28,7 @@ class TensorBoard:
     ``optimizer/lr/group_0``   and so on, for every param group and every key that a processor writes;
                                ``optimizer/betas/group_0.1`` for the second of a tuple
     ``optimizer/grad_norm``    before clipping, if it was computed
-    ``.../clipped_norm``       after clipping, if ``clip_norm`` clips
+    ``.../clipped_norm``       after clipping, if ``clip_norm`` clips over all groups
     ``optimizer/loss_scale``   with a GradScaler
     ``optimizer/weight``       items, or micro-batches, behind the step
     ``optimizer/skipped``      steps skipped so far

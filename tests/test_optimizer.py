@@ -934,7 +934,7 @@ def test_clocks_that_were_loaded_survive_the_start_of_a_run():
 def test_it_prints_what_it_does():
     text = repr(sgd(accumulation_steps=4, clip=ice.clip_norm(1.0), processors=[ice.schedules.cosine(total=9)]))
 
-    settings = "accumulation_steps=4, clip=clip_norm(1, norm_type=2), processors=[cosine(total=9)]"
+    settings = "accumulation_steps=4, clip=clip_norm(1.0), processors=[cosine(total=9)]"
     assert text.startswith(f"Optimizer(name='optimizer', {settings}) of SGD")
 
 
