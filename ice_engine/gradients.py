@@ -32,7 +32,7 @@ class Gradient:
     def norm(self, norm_type: float = 2.0) -> torch.Tensor:
         """Return the norm of the final gradient, shape (); reads every gradient once."""
         norm = norm_of_parts(self._parts, norm_type)
-        return norm * self._factor(norm.device)
+        return norm.mul_(self._factor(norm.device))  # in place: in the precision that torch's clipping has it in
 
     def multiply(self, factor: Multiplier = 1.0) -> None:
         """Apply *factor*, and what was kept aside, in one pass; in none if that is 1."""

@@ -47,10 +47,11 @@ def plain_loop(model, optimizer, batches, k, *, epochs, clip, scaler, schedule_t
                 (scaler.scale(loss) if scaler else loss).backward()
             if scaler:
                 scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) * (1.0 / len(window))
+            # The mean and the clip are one factor: where it is not a power of two, two would round twice.
+            coefficient = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
             for p in model.parameters():
-                p.grad.mul_(1.0 / len(window))
-            if clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+                p.grad.mul_(1.0 / len(window) * coefficient)
             if schedule_total:
                 for group, lr in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = lr * cosine_factor(step, schedule_total)
