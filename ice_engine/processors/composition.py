@@ -3,6 +3,7 @@
 Each is built by an operator or a method of :class:`ice_engine.processors.schedule.Schedule`, where it is documented.
 """
 
+import functools
 from abc import abstractmethod
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
@@ -33,8 +34,8 @@ class Product(Schedule):
     def parts(self) -> tuple[Schedule, ...]:
         return self.factors
 
-    @property
-    def name(self) -> str:
+    @functools.cached_property
+    def name(self) -> str:  # joined once: errors alone show it, and every step passes it on
         return " * ".join(factor.name for factor in self.factors)
 
     @property
@@ -63,8 +64,8 @@ class Sequence(Schedule):
     def parts(self) -> tuple[Schedule, ...]:
         return (self.first, self.second)
 
-    @property
-    def name(self) -> str:
+    @functools.cached_property
+    def name(self) -> str:  # joined once: errors alone show it, and every step passes it on
         return f"{_atom(self.first, self.first.name)}.then({self.second.name})"
 
     @property
@@ -111,8 +112,8 @@ class _Wrapped(Schedule):
     def parts(self) -> tuple[Schedule, ...]:
         return (self.schedule,)
 
-    @property
-    def name(self) -> str:
+    @functools.cached_property
+    def name(self) -> str:  # joined once: errors alone show it, and every step passes it on
         return f"{_atom(self.schedule, self.schedule.name)}.{self.method}()"
 
     @property
