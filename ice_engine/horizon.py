@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ice_engine.arguments import choice
 from ice_engine.clocks import Clocks, count_steps
-from ice_engine.errors import ArgumentTypeError, MissingKeyError, ScheduleChangedError
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError, ScheduleChangedError
 from ice_engine.processors.clocks import UNITS, run_length
 from ice_engine.processors.dictprocess import Configured, Decorated
 from ice_engine.processors.group_mapping import group_name
@@ -127,23 +127,24 @@ class Course:
             counts = clocks.counts
             new = new.with_plan(Terms.own_plan(terms.run, counts["step"], counts["iteration"]))
         chosen = new
-        line = _difference(old, new, groups, clocks, owners)
-        if line is not None:
+        change = _first_change(old, new, groups, clocks, owners)
+        if change is not None:
             if self.policy == "error":
                 self.terms, self.configured = before, configured
                 message = (
-                    f"the schedule of optimizer {name!r} would change as the run goes on: {line}. Say which you want: "
-                    "Optimizer(..., on_change='replan') takes the new values, 'keep' stays with the saved ones, "
+                    f"the schedule of optimizer {name!r} would change as the run goes on: {change}. Say which you "
+                    "want: Optimizer(..., on_change='replan') takes the new values, 'keep' stays with the saved ones, "
                     "'stretch' stretches what is left of the saved schedule over what is left of the run"
                 )
                 raise ScheduleChangedError(message)
             if self.policy != "replan":
                 chosen = old.kept(terms, new, clocks, stretch=self.policy == "stretch")
-            logger.warning("optimizer %r, on_change=%r: %s", name, self.policy, line)
+                change = change.declined(chosen, groups, owners)
+            logger.warning("optimizer %r, on_change=%r: %s", name, self.policy, change)
         self.terms = dataclasses.replace(terms, plan=chosen.terms.plan, processors=chosen.terms.processors)
         if chosen.terms.plan != Terms.own_plan(terms.run):
             clocks.plan = dict(chosen.terms.plan)
-        if line is not None:
+        if change is not None:
             for group, initial in zip(groups, chosen.initial or [], strict=False):
                 group.update(initial)
         return chosen.require_processors()
@@ -162,10 +163,10 @@ class _Side:
 
     def require_processors(self) -> tuple[DictProcessor, ...]:
         if self.processors is None:
-            functions = [text for text in self.terms.processors if isinstance(text, str)]
+            lost = [_text(described) for described in self.terms.processors if _made(described) is None]
             message = (
-                f"the saved processors cannot be kept, as {', '.join(functions) or 'they'} cannot be made from a "
-                "checkpoint: functions are no data. Give the optimizer the processors it was saved with, or "
+                f"the saved processors cannot be kept, as {', '.join(lost)} cannot be made from a checkpoint: it is "
+                "not of ice.schedules, or holds a function. Give the optimizer the processors it was saved with, or "
                 "on_change='replan'"
             )
             raise ScheduleChangedError(message)
@@ -211,11 +212,19 @@ def _restore(before: Terms, now: Terms, processors: tuple[DictProcessor, ...]) -
         same = [p for p, text in zip(processors, now.processors, strict=True) if text == saved]
         if same:
             found.append(same[0])
-        elif isinstance(saved, Mapping):
-            found.append(from_spec(saved))
+        elif (made := _made(saved)) is not None:
+            found.append(made)
         else:
             return None
     return tuple(found)
+
+
+def _made(described: Any) -> Schedule | None:
+    """Return the schedule that plain data describe; None if it is none of the catalogue, such as one of the user's."""
+    try:
+        return from_spec(described)
+    except (ArgumentTypeError, ArgumentValueError):
+        return None
 
 
 def _stretch(old: Mapping[str, Any], new: Mapping[str, Any], clocks: Clocks) -> dict[str, list[float]]:
@@ -239,10 +248,40 @@ def _stretch(old: Mapping[str, Any], new: Mapping[str, Any], clocks: Clocks) -> 
     return found
 
 
-def _difference(
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """The first value that differs between two sides, and why.
+
+    Attributes:
+        why: What differs.
+        place: Key and group; None if no value is known to differ.
+        clocks: When.
+        text: The two values, as they are shown.
+    """
+
+    why: str
+    place: tuple[str, str] | None = None
+    clocks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    text: str = ""
+    label: str = ""
+    new: float | None = None
+
+    def declined(self, chosen: "_Side", groups: Sequence[dict[str, Any]], owners: Mapping[str, Any]) -> "_Change":
+        """Return it as what the new value does not become, because *chosen* holds."""
+        if self.place is None:
+            return self
+        value = chosen.values(groups, self.clocks, owners).get(self.place)
+        return dataclasses.replace(self, text=f"{_number(value)} instead of {_number(self.new)}")
+
+    def __str__(self) -> str:
+        if self.place is None:
+            return self.why
+        return f"{self.label} at step {self.clocks['step'] + 1}: {self.text} ({self.why})"
+
+
+def _first_change(
     old: _Side, new: _Side, groups: Sequence[dict[str, Any]], clocks: Clocks, owners: Mapping[str, Any]
-) -> str | None:
-    """Say in one line which value changes first, and why; None if none does."""
+) -> _Change | None:
     why = ", ".join(_reasons(old, new, groups))
     if not why:
         return None
@@ -251,16 +290,16 @@ def _difference(
     for ahead in sorted({round(part * max(end - steps, 0) / _PROBES) for part in range(_PROBES + 1)}):
         at = _clocks_at(clocks, ahead, size, new.terms.plan["epoch_length"])
         try:
-            values = [side.values(groups, at, owners) for side in (old, new)]
+            before, after = (side.values(groups, at, owners) for side in (old, new))
         except MissingKeyError:  # of a length that is not known yet; the step itself will say so
             break
-        for key, label in {**values[0], **values[1]}:
-            pair = [side.get((key, label)) for side in values]
+        for place in {**before, **after}:
+            pair = before.get(place), after.get(place)
             if pair[0] != pair[1]:
-                group = "" if len(groups) == 1 else f" of {label!r}"
-                return f"{key}{group} at step {steps + ahead + 1}: {_number(pair[0])} -> {_number(pair[1])} ({why})"
+                label = place[0] if len(groups) == 1 else f"{place[0]} of {place[1]!r}"
+                return _Change(why, place, at, " -> ".join(map(_number, pair)), label, pair[1])
     changed = old.terms.processors != new.terms.processors
-    return why if changed or any(map(_reads_lengths, new.processors or ())) else None
+    return _Change(why) if changed or any(map(_reads_lengths, new.processors or ())) else None
 
 
 def _clocks_at(clocks: Clocks, ahead: int, size: int, length: int | None) -> dict[str, Any]:
@@ -295,7 +334,7 @@ def _reasons(old: _Side, new: _Side, groups: Sequence[dict[str, Any]]) -> list[s
 
 
 def _text(described: Any) -> str:
-    return repr(from_spec(described)) if isinstance(described, Mapping) else str(described)
+    return str(_made(described) or described)
 
 
 def _number(value: Any) -> str:

@@ -67,11 +67,12 @@ def param_groups(
             weight decay 0, in groups of their own called ``"<name>.no_weight_decay"``; or a predicate
             ``(name, parameter, module) -> bool``, where *module* is the one that owns the parameter.
         layers: Regular expression with one group of digits, such as ``r"blocks\.(\d+)"``. Splits groups by
-            distance from the top, as entry ``"depth"``: 0 after the last block (final norm, head), 1 the last
-            block, L the first, L+1 before it (embeddings), all in the order of registration; what stands
-            between two blocks belongs to the one before it.
+            distance from the top, in their names and as entry ``"depth"``: 0 after the last block (final norm,
+            head), 1 the last block, L the first, L+1 before it (embeddings), all in the order of registration;
+            what stands between two blocks belongs to the one before it.
         layer_decay: Multiplies the group's ``lr`` (or else that of *default*) by ``layer_decay ** depth``;
-            above 0, at most 1. Needs *layers*.
+            above 0, at most 1. Needs *layers*, and then leaves out the entry ``"depth"``. Without it,
+            :func:`ice.schedules.layer_decay <ice_engine.processors.scaling.layer_decay>` does the same from that entry.
         frozen: What becomes of parameters that require no grad: ``"keep"`` them, so that they can be unfrozen
             later, ``"drop"`` them, or ``"error"``.
 
@@ -300,7 +301,8 @@ def _entries(
         if "depth" in rule.overrides:
             message = f"{rule.label} sets 'depth', and so does layers=; give one of them another name"
             raise ArgumentValueError(message)
-        entries["depth"] = depth
+        if decay is None:  # else lr has it already, and schedules.layer_decay() would decay it once more
+            entries["depth"] = depth
     if decay is not None and depth is not None:
         lr = rule.overrides.get("lr", default.get("lr"))
         if lr is None:

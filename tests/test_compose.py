@@ -145,3 +145,12 @@ def test_a_processor_of_ones_own_has_its_class_for_a_name() -> None:
 def test_a_processor_without_a_call_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Processor()  # type: ignore[abstract]
+
+
+def test_what_is_only_passed_on_inside_is_not_written():
+    pipeline = Compose(Collect("a", "b"), add(x="a", y="b", dst="part"), add(x="part", y=1, dst="a"), Collect("a"))
+
+    assert pipeline.writes == ("a",)
+    assert Compose(add(x="a", y=1, dst="a"), Collect("b"), add(x="b", y=1, dst="c"), Collect("b")).writes == ("a",)
+    assert Compose(add(x="a", y=1, dst="a"), Collect("a"), add(x="a", y=1, dst="c")).writes == ("a", "c")
+    assert pipeline({"a": 1, "b": 2}) == {"a": 4}

@@ -77,6 +77,19 @@ def test_a_sequence_applies_as_its_part_does() -> None:
     assert [schedule(at(t, group_name="body"))["lr"] for t in (0, 1, 2)] == [-1.0, -1.0, 0.1]
 
 
+def test_only_a_group_is_also_what_was_split_from_it() -> None:
+    schedule = constant(0.5).only("head")
+
+    assert schedule(at(0, group_name="head.depth_0.no_weight_decay"))["lr"] == 0.5
+    assert schedule(at(0, group_name="header"))["lr"] == -1.0
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(1, 1), "body": torch.nn.Linear(1, 1)})
+    groups = ice.param_groups(model, {"head": {"lr": 1.0}}, default={"lr": 1.0}, no_weight_decay=True)
+    optimizer = ice.Optimizer(torch.optim.AdamW(groups), processors=[schedule])
+    optimizer.attach(Engine(lambda engine, batch: None))
+    row = optimizer.plan(1, 1).rows[0]
+    assert [row[f"lr/{group['name']}"] for group in groups] == [0.5, 0.5, 1.0, 1.0]
+
+
 def groups_of(*names: str) -> list[dict[str, Any]]:
     return [{"params": [torch.nn.Parameter(torch.ones(2))], "name": name} for name in names]
 

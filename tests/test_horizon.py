@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 
 import ice_engine as ice
 from ice_engine.errors import ArgumentValueError, ScheduleChangedError, StateDictError
+from ice_engine.processors.curve import build
 from ice_engine.processors.schedules import constant, cosine, exponential, linear, step, warmup
 
 LENGTH = 10
@@ -124,7 +125,9 @@ def test_keep_ends_the_saved_schedule_where_it_would_have_ended(caplog: Any) -> 
     resumed = Run(cosine(), state=interrupted(cosine()), on_change="keep")(8)
 
     assert resumed.lr == exactly([half(t, 40) for t in range(20, 80)])
-    assert lines(caplog) == ["optimizer 'optimizer', on_change='keep': lr at step 21: 0.5 -> 0.8536 (total 40 -> 80)"]
+    assert lines(caplog) == [
+        "optimizer 'optimizer', on_change='keep': lr at step 21: 0.5 instead of 0.8536 (total 40 -> 80)"
+    ]
 
 
 def test_stretch_goes_on_from_the_same_value_and_ends_with_the_run() -> None:
@@ -393,3 +396,29 @@ def test_a_state_of_before_horizons_were_saved_goes_on_as_the_script_says() -> N
     del state["optimizer"]["ice_engine"]["horizon"]
 
     assert Run(linear(), state=state)(4).lr == exactly([1 - t / 40 for t in range(20, 40)])
+
+
+def _root(base: float, t: float, *, power: float) -> float:
+    return base / (1 + t) ** power
+
+
+def root(power: float = 0.5) -> Any:
+    return build(root, _root, unit="step", dst="lr", power=power)
+
+
+def test_a_schedule_of_ones_own_is_resumed_like_the_others() -> None:
+    whole = Run(root())(4)
+
+    assert Run(root(), state=interrupted(root()))(4).lr == whole.lr[20:]
+    assert Run(root(), state=interrupted(root()), on_change="keep")(8).lr[:20] == whole.lr[20:]
+    with pytest.raises(ScheduleChangedError, match=r"processors \[.*root.*\] -> \[linear\(\)\]"):
+        Run(linear(), state=interrupted(root()))(4)
+    with pytest.raises(ScheduleChangedError, match=r"cannot be kept, as .*root.* cannot be made from a checkpoint"):
+        Run(linear(), state=interrupted(root()), on_change="keep")(4)
+
+
+def test_stretch_says_what_the_next_value_is_and_what_it_would_have_been(caplog: Any) -> None:
+    Run(cosine(), state=interrupted(cosine()), on_change="stretch")(8)
+
+    (line,) = lines(caplog)
+    assert line == "optimizer 'optimizer', on_change='stretch': lr at step 21: 0.5 instead of 0.8536 (total 40 -> 80)"

@@ -9,7 +9,7 @@ from ignite.engine import Engine
 from torch import nn
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError
 
 
 class Block(nn.Module):
@@ -429,9 +429,10 @@ def test_depth_is_the_distance_from_the_top_and_the_lr_decays_with_it():
     assert list(members(groups)) == ["^head.depth_0", *(f"default.depth_{d}" for d in (4, 3, 2, 1, 0))]
     for group in groups:
         base = 0.5 if group["name"].startswith("^head") else 0.1
-        assert group["lr"] == base * 0.75 ** group["depth"]
+        depth = int(group["name"][-1])
+        assert group["lr"] == base * 0.75**depth
         for name in members([group])[group["name"]]:
-            assert group["depth"] == next(depth for start, depth in DEPTHS.items() if name.startswith(start))
+            assert depth == next(depth for start, depth in DEPTHS.items() if name.startswith(start))
 
 
 def test_a_rule_without_an_lr_decays_that_of_the_default():
@@ -439,7 +440,25 @@ def test_a_rule_without_an_lr_decays_that_of_the_default():
         Transformer(1), {"position": {}}, default={"lr": 0.1}, layers=r"blocks\.(\d+)", layer_decay=0.5
     )
 
-    assert entries(groups[0]) == {"name": "position.depth_2", "depth": 2, "lr": 0.1 * 0.25}
+    assert entries(groups[0]) == {"name": "position.depth_2", "lr": 0.1 * 0.25}
+
+
+def test_what_decays_by_depth_already_is_not_decayed_again_by_a_schedule():
+    groups = ice.param_groups(Transformer(1), default={"lr": 0.1}, layers=r"blocks\.(\d+)", layer_decay=0.5)
+    optimizer = ice.Optimizer(torch.optim.SGD(groups), processors=[ice.schedules.layer_decay(0.5)])
+
+    with pytest.raises(MissingKeyError, match="'layer_decay' needs 'depth', which the mapping lacks"):
+        optimizer.plan(4, 1)
+
+
+def test_a_schedule_decays_by_depth_as_the_groups_do():
+    kept, decayed = (
+        ice.param_groups(Transformer(2), default={"lr": 0.1}, layers=r"blocks\.(\d+)", layer_decay=decay)
+        for decay in (None, 0.5)
+    )
+    plan = ice.Optimizer(torch.optim.SGD(kept), processors=[ice.schedules.layer_decay(0.5)]).plan(1, 1)
+
+    assert [plan.rows[0][f"lr/{group['name']}"] for group in decayed] == [group["lr"] for group in decayed]
 
 
 def beit_layer_id(name, layers):
@@ -561,14 +580,15 @@ def test_torch_and_checkpoints_get_the_names():
 
 def test_schedules_records_and_processors_know_the_groups():
     model = Transformer(2)
-    groups = ice.param_groups(model, default={"lr": 1.0}, layers=r"blocks\.(\d+)", layer_decay=0.5)
+    groups = ice.param_groups(model, default={"lr": 1.0}, layers=r"blocks\.(\d+)")
+    schedule = ice.schedules.constant(0.5) * ice.schedules.layer_decay(0.5)
     seen = {}
 
     def note(group):
         seen[group["group_name"]] = group["depth"]
         return group
 
-    optimizer = ice.Optimizer(torch.optim.SGD, groups, processors=[ice.schedules.constant(0.5), note])
+    optimizer = ice.Optimizer(torch.optim.SGD, groups, processors=[schedule, note])
     train(model, optimizer, steps=1)
 
     assert seen == {f"default.depth_{depth}": depth for depth in (3, 2, 1, 0)}

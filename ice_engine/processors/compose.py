@@ -48,9 +48,16 @@ class Compose(Processor):
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """What its processors are known to write, in order."""
-        keys = (key for p in self.processors if isinstance(p, Processor) for key in p.writes)
-        return tuple(dict.fromkeys(keys))
+        """What its processors are known to write, in order; after a Collect, only what reaches the end."""
+        kept: list[str] = []
+        written = kept
+        for processor in self.processors:
+            if isinstance(processor, Collect):
+                # From here on it is a dict of its own, of which the next Collect may leave something out.
+                written = [] if written is kept else [key for key in written if key in processor.keys]
+            elif isinstance(processor, Processor):
+                written += processor.writes
+        return tuple(dict.fromkeys([*kept, *(() if written is kept else written)]))
 
     def __call__(self, mapping: MutableMapping[str, Any] = FRESH, /) -> MutableMapping[str, Any]:
         """Pass *mapping*, or a new dict if left out, through all of them.

@@ -14,7 +14,7 @@ from ice_engine import arguments
 from ice_engine.errors import ArgumentTypeError
 from ice_engine.processors.clocks import at_clock, elapsed
 from ice_engine.processors.curve import Curve
-from ice_engine.processors.processor import name_of, require_key
+from ice_engine.processors.processor import belongs, name_of, require_key
 from ice_engine.processors.schedule import Schedule
 
 
@@ -196,7 +196,7 @@ class Only(_Wrapped):
 
     def applies(self, mapping: Mapping[str, Any], *, start: int = 0) -> bool:
         mend = "Give it to Optimizer(processors=[...]), or set it yourself."
-        named = require_key(mapping, "group_name", self.name, mend) in self.names
+        named = belongs(require_key(mapping, "group_name", self.name, mend), self.names)
         return named and self.schedule.applies(mapping, start=start)
 
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:

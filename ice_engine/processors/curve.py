@@ -63,26 +63,27 @@ class Curve(Schedule):
         return True
 
     @functools.cached_property
-    def _resolved(self) -> dict[str, Any]:
-        return dict(self.settings)
+    def _fixed(self) -> dict[str, Any]:
+        """The settings that do not depend on the run."""
+        return {key: value for key, value in self.settings if (key, value) != ("total", None)}
+
+    @functools.cached_property
+    def _lasts_the_run(self) -> bool:
+        return ("total", None) in self.settings
 
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
         t = elapsed(mapping, self.unit, self.name) - start
-        settings = self._resolved
-        if self.reads or ("total" in settings and settings["total"] is None):
-            settings = {**settings, **self._read(mapping, start)}
+        found = {}
+        if self._lasts_the_run:
+            found["total"] = run_length(mapping, self.unit, self.name) - start
+        for key in self.reads:
+            mend = "Give the schedule to Optimizer(processors=[...]), or set it yourself."
+            found[key] = require_key(mapping, key, self.name, mend)
         try:
-            return self.function(base, t, **settings)
+            return self.function(base, t, **self._fixed, **found)
         except OverflowError as error:
             message = f"processor {self.name!r} is beyond every float at {self.unit} {t}: {self!r} grows without end"
             raise ProcessorValueError(message) from error
-
-    def _read(self, mapping: Mapping[str, Any], start: int) -> dict[str, Any]:
-        mend = "Give the schedule to Optimizer(processors=[...]), or set it yourself."
-        found = {key: require_key(mapping, key, self.name, mend) for key in self.reads}
-        if "total" in self._resolved and self._resolved["total"] is None:
-            found["total"] = run_length(mapping, self.unit, self.name) - start
-        return found
 
     def __repr__(self) -> str:
         defaults = inspect.signature(self.factory).parameters

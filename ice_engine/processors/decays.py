@@ -3,6 +3,7 @@
 import math
 
 from ice_engine import arguments
+from ice_engine.errors import ArgumentValueError
 from ice_engine.processors.clocks import Unit
 from ice_engine.processors.curve import build, progress
 from ice_engine.processors.ramps import check_ramp, ramp
@@ -74,6 +75,12 @@ def linear(
     start = None if start is None else arguments.number("linear(start=...)", start)
     end = arguments.number("linear(end=...)", end)
     warmup, _ = check_ramp("linear", warmup, start if warmup else None, total)
+    if start == end == 0.0 and not warmup:
+        message = (
+            "linear(start=0.0, end=0.0) without a warmup is 0 from beginning to end; start= is where the warm-up "
+            "starts, so leave it out where there is none"
+        )
+        raise ArgumentValueError(message)
     if not warmup and start == 1.0:
         start = None  # what None stands for: equal schedules are to be equal
     return build(linear, _linear, unit=unit, dst=dst, start=start, end=end, total=total, warmup=warmup)

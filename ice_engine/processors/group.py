@@ -10,7 +10,7 @@ import torch
 from ice_engine.errors import ArgumentTypeError, MissingKeyError
 from ice_engine.processors.agreement import Gather, require_agreement
 from ice_engine.processors.group_mapping import GroupMapping, group_name
-from ice_engine.processors.processor import Processor, name_of
+from ice_engine.processors.processor import Processor, belongs, name_of
 from ice_engine.processors.schedule import Schedule
 from ice_engine.typing import DictProcessor
 
@@ -69,7 +69,7 @@ def set_initial_values(processors: Sequence[Callable[..., Any]], groups: Sequenc
             group.setdefault("initial_lr", float(group["lr"]))
         for processor, key in written_keys(processors):
             limit = processor.only_groups if isinstance(processor, Schedule) else None
-            if limit is not None and group_name(group, index) not in limit:
+            if limit is not None and not belongs(group_name(group, index), limit):
                 continue
             mapping.require(key, processor)
             value = mapping[key]
@@ -85,7 +85,8 @@ def check_names(processors: Sequence[Callable[..., Any]], groups: Sequence[dict[
     """
     names = [group_name(group, index) for index, group in enumerate(groups)]
     for processor in processors:
-        for missing in sorted(((isinstance(processor, Schedule) and processor.only_groups) or frozenset()) - {*names}):
+        limit = (isinstance(processor, Schedule) and processor.only_groups) or frozenset()
+        for missing in sorted(name for name in limit if not any(belongs(group, (name,)) for group in names)):
             close = difflib.get_close_matches(missing, names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "ice.param_groups() gives groups their names"
             message = (

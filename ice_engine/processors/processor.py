@@ -85,6 +85,11 @@ def require_key(mapping: Mapping[str, Any], key: str, processor: str, mend: str)
     raise MissingKeyError(message)
 
 
+def belongs(group: str, names: Iterable[str]) -> bool:
+    """Whether the param group of this name is one of *names*, or one that ``ice.param_groups`` split from it."""
+    return any(group == name or group.startswith(f"{name}.") for name in names)
+
+
 def list_keys(keys: Iterable[Any]) -> str:
     """Return *keys* as an error shows them."""
     return ", ".join(map(str, keys)) or "nothing"

@@ -247,7 +247,8 @@ class Schedule(Processor):
         As a factor of a product it is 1 there.
 
         Args:
-            names: Names of groups (their ``name`` entry, or ``group_<index>``); at least one. A name that no group
+            names: Names of groups (their ``name`` entry, or ``group_<index>``); at least one. ``"head"`` is also
+                ``"head.no_weight_decay"`` and whatever else ``ice.param_groups`` split from it. A name that no group
                 has is an error when the optimizer is attached.
 
         Raises:
