@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from ice_engine.checkpoint import Checkpoint
 from ice_engine.clipping import clip_norm
+from ice_engine.diagnostics import AccumulationReport, check_accumulation
 from ice_engine.errors import IceEngineError, IceEngineWarning, NonFiniteGradientError
 from ice_engine.events import OptimizerEvents, StepRecord, optimizer_events
 from ice_engine.hooks import HookRegistry
@@ -18,6 +19,7 @@ from ice_engine.typing import DictProcessor
 __version__ = version("ice-engine")
 
 __all__ = [
+    "AccumulationReport",
     "Checkpoint",
     "Collect",
     "Compose",
@@ -32,6 +34,7 @@ __all__ = [
     "Processor",
     "StepRecord",
     "TensorBoard",
+    "check_accumulation",
     "clip_norm",
     "create_trainer",
     "dictprocess",

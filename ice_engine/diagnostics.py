@@ -1,0 +1,481 @@
+"""Is one big batch the same as its micro-batches, on a user's own model? If not, which module breaks it, and why."""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import _prepare_batch
+
+from ice_engine.arguments import count, positive
+from ice_engine.batches import batch_size, copied, samples
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError
+from ice_engine.names import few
+from ice_engine.randomness import Still, nothing_left_behind, seed
+from ice_engine.rehearsal import Gradients, Rehearsal, Span, gap
+from ice_engine.shares import Shares, Weights, by_parameters, by_predictions, candidates
+from ice_engine.tracing import Comparison, record
+from ice_engine.window import Reduction
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_BATCH_NORM = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm)
+
+_NO_BATCH_NORM = (
+    "use GroupNorm or LayerNorm, or freeze it: eval() after every model.train(), which create_trainer calls. "
+    "SyncBatchNorm does not help: it joins ranks, not micro-batches"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that makes micro-batches differ from the big batch.
+
+    Attributes:
+        module: Path of the module in the model, ``""`` for the model itself, ``"loss_fn"`` for the loss.
+        kind: Its class.
+        why: What it does.
+        mend: What to do about it.
+    """
+
+    module: str
+    kind: str
+    why: str
+    mend: str
+
+    @property
+    def place(self) -> str:
+        """The module and its class, such as ``'features.1' (BatchNorm2d)``."""
+        return f"{self.module!r} ({self.kind})" if self.module else f"the model itself ({self.kind})"
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.why}" + (f"; {self.mend}" if self.mend else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class AccumulationReport:
+    """What :func:`check_accumulation` found; true if one big batch and its micro-batches are the same.
+
+    Attributes:
+        equal: Whether no gradient differs by more than *tolerance*, with random draws held still.
+        tolerance: Largest relative difference that counts as equal.
+        even: Largest relative difference of a parameter's gradient for micro-batches of equal size; inf if one
+            failed or was not finite; None if the batch does not divide.
+        ragged: The same for micro-batches of different sizes; None if the batch is too small for them.
+        even_sizes: Samples in each of the equal micro-batches.
+        ragged_sizes: Samples in each of the others.
+        parameter: Where the largest difference is.
+        dtype: Type that model and loss were run in.
+        culprits: What makes the difference, in the order of execution; empty if there is none.
+        notes: What makes no difference here, and is to be known.
+    """
+
+    equal: bool
+    tolerance: float
+    even: float | None
+    ragged: float | None
+    even_sizes: tuple[int, ...]
+    ragged_sizes: tuple[int, ...]
+    parameter: str
+    dtype: torch.dtype
+    culprits: tuple[Finding, ...] = ()
+    notes: tuple[Finding, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.equal
+
+    def __str__(self) -> str:
+        sizes = self.even_sizes or self.ragged_sizes
+        verdict = "the same as" if self.equal else "NOT the same as"
+        name = str(self.dtype).removeprefix("torch.")
+        lines = [f"one batch of {sum(sizes)} is {verdict} its micro-batches (to {self.tolerance:.0e}, in {name})"]
+        for sizes, worst in ((self.even_sizes, self.even), (self.ragged_sizes, self.ragged)):
+            if worst is not None:
+                far = "no finite gradient" if math.isinf(worst) else f"gradients differ by {worst:.1e}"
+                lines.append(f"  {_listed(sizes)}: {far}")
+        if not self.equal and self.parameter:
+            lines.append(f"  most in {self.parameter!r}")
+        for title, findings in (("broken by", self.culprits), ("note:", self.notes)):
+            for why, mend in dict.fromkeys((finding.why, finding.mend) for finding in findings):
+                same = [finding.place for finding in findings if (finding.why, finding.mend) == (why, mend)]
+                lines.append(f"{title} {', '.join(same)}")
+                lines += [line for text in (why, mend) for line in _wrap(text)]
+        return "\n".join(lines)
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    runs = [(size, len(list(run))) for size, run in itertools.groupby(sizes)]
+    return " + ".join(f"{size}" if times == 1 else f"{times} x {size}" for size, times in runs)
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def check_accumulation(
+    model: torch.nn.Module,
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    batch: Any,
+    accumulation_steps: int,
+    *,
+    prepare_batch: Callable[..., Any] = _prepare_batch,
+    weight: Callable[[Any, Any], float] = batch_size,
+    loss_reduction: Reduction = "mean",
+    tolerance: float | None = None,
+) -> AccumulationReport:
+    """Compare the gradient of one big batch with the one that is accumulated over its micro-batches.
+
+    Copies of model and loss are run in training mode, in float64 where they can, through :class:`Optimizer
+    <ice_engine.optimizer.Optimizer>`: the batch at once, cut into equal micro-batches, and into a ragged split.
+    If gradients differ, every module's outputs are compared to name the ones that break it; then the loss, to
+    find the weights that are right. Dropout and other draws of torch are held still meanwhile, and noted. The model,
+    its gradients and the random generators stay as they are.
+
+    Args:
+        model: Called as ``model(x)``. In evaluation mode, all of it is checked in training mode; in training mode,
+            modules that are in evaluation mode stay so.
+        loss_fn: ``loss_fn(y_pred, y)``, shape ().
+        batch: What a loader gives: of at least *accumulation_steps* samples, in the first dimension of each
+            tensor of the ``x`` and ``y`` that *prepare_batch* makes of it.
+        accumulation_steps: Micro-batches per window, at least 2.
+        prepare_batch: ``(batch, device=, non_blocking=) -> (x, y)``, called once.
+        weight: ``(x, y) ->`` items behind the loss; by default the samples.
+        loss_reduction: What the loss is over its items: a ``"mean"``, or their ``"sum"``.
+        tolerance: Largest relative difference that counts as equal, above 0; None for 1e-9 in float64, 1e-4 in
+            float32, 0.02 in float16 and 0.1 in bfloat16, by the least precise type that is computed in.
+
+    Returns:
+        A report: true if equal; printed, it tells the differences, the culprits, and what to do.
+
+    Raises:
+        ArgumentTypeError: If an argument has the wrong type, or *model* cannot be called with *x* alone.
+        ArgumentValueError: If there are fewer samples than micro-batches, tensors have different lengths, nothing is
+            trainable, or *model* cannot be copied.
+        BackwardError: If the loss is no scalar or requires no gradient.
+        NoGradientsError: If every gradient of the big batch is 0.
+        NonFiniteGradientError: If the loss or a gradient of the big batch is infinite or NaN.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+        >>> batch = (torch.rand(12, 4), torch.rand(12, 1))
+        >>> report = check_accumulation(model, torch.nn.functional.mse_loss, batch, 3)
+        >>> bool(report), [culprit.module for culprit in report.culprits]
+        (False, ['1'])
+        >>> model[1] = torch.nn.LayerNorm(8)
+        >>> bool(check_accumulation(model, torch.nn.functional.mse_loss, batch, 3))
+        True
+
+    .. versionadded:: 0.1.0
+    """
+    if not isinstance(model, torch.nn.Module):
+        message = f"model must be a torch.nn.Module, got {type(model).__name__}"
+        raise ArgumentTypeError(message)
+    for argument, function in {"loss_fn": loss_fn, "prepare_batch": prepare_batch, "weight": weight}.items():
+        if not callable(function):
+            message = f"{argument} must be callable, got {function!r} ({type(function).__name__})"
+            raise ArgumentTypeError(message)
+    steps = count("accumulation_steps", accumulation_steps, 2)
+    if tolerance is not None:
+        tolerance = positive("tolerance", tolerance)
+    model = _bare(model)
+    _check_trainable(model)
+    with nothing_left_behind(model):
+        device = next(model.parameters()).device
+        x, y = _prepared(prepare_batch(batch, device=device, non_blocking=False))
+        total = samples(x, y)
+        if total < steps:
+            message = (
+                f"the batch has {total} samples, too few for {steps} micro-batches; "
+                f"give a larger one, or accumulation_steps={total}"
+            )
+            raise ArgumentValueError(message)
+        _check_call(model, x)
+        rehearsal = Rehearsal(model, loss_fn, x, y, total=total, weight=weight, reduction=loss_reduction)
+        return _report(rehearsal, steps, tolerance)
+
+
+def _bare(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model inside of torch.compile, DistributedDataParallel and DataParallel."""
+    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), torch.nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _check_trainable(model: torch.nn.Module) -> None:
+    lazy = [name for name, p in model.named_parameters() if torch.nn.parameter.is_lazy(p)]
+    if lazy:
+        message = f"parameter {lazy[0]!r} has no shape yet; run one batch through the model first: model(x)"
+        raise ArgumentValueError(message)
+    if not any(p.requires_grad for p in model.parameters()):
+        message = (
+            f"no parameter of {type(model).__name__} is trainable, so there is no gradient to compare; "
+            "set model.requires_grad_(True) on what is to be trained"
+        )
+        raise ArgumentValueError(message)
+
+
+def _prepared(pair: Any) -> tuple[Any, Any]:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:  # noqa: PLR2004 - x and y
+        message = (
+            f"prepare_batch must return (x, y), got {type(pair).__name__}; such as "
+            "prepare_batch=lambda batch, device, non_blocking: (batch['x'].to(device), batch['y'].to(device))"
+        )
+        raise ArgumentTypeError(message)
+    return pair[0], pair[1]
+
+
+def _check_call(model: torch.nn.Module, x: Any) -> None:
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # of compiled code
+        return
+    try:
+        signature.bind(x)
+    except TypeError as err:
+        message = (
+            f"{type(model).__name__}.forward{signature} cannot be called as model(x), as create_trainer does: {err}; "
+            "wrap it in a module whose forward(x) takes all from x, such as self.model(x['ids'], x['mask']), "
+            "and let prepare_batch put them there"
+        )
+        raise ArgumentTypeError(message) from err
+
+
+def _report(rehearsal: Rehearsal, steps: int, tolerance: float | None) -> AccumulationReport:
+    whole = rehearsal.whole()
+    splits = [_even(rehearsal.total, steps), _ragged(rehearsal.total, steps)]
+    found = [_attempt(rehearsal, spans) if spans else None for spans in splits]
+    types = rehearsal.narrowed | {gradient.dtype for gradient in whole.values()}
+    dtype = max((t for t in types if t in _TOLERANCES), key=_TOLERANCES.__getitem__, default=torch.float32)
+    limit = tolerance or _TOLERANCES[dtype]
+    # Below this, an entry is rounding of larger ones, such as in a bias before a normalisation.
+    noise = min(1.0, 100 * torch.finfo(dtype).eps / limit)
+    gaps = [None if parts is None else gap(whole, parts, noise) for parts in found]
+    even, ragged = (None if worst is None else worst[0] for worst in gaps)
+    broken = [spans for spans, worst in zip(splits, gaps, strict=True) if worst is not None and worst[0] > limit]
+    return AccumulationReport(
+        equal=not broken,
+        tolerance=limit,
+        even=even,
+        ragged=ragged,
+        even_sizes=_sizes(splits[0]),
+        ragged_sizes=_sizes(splits[1]),
+        parameter=max((worst for worst in gaps if worst is not None), default=(0.0, ""))[1],
+        dtype=rehearsal.dtype or dtype,
+        culprits=_culprits(rehearsal, broken[-1], limit) if broken else (),
+        notes=_notes(rehearsal),
+    )
+
+
+def _sizes(spans: Sequence[Span]) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in spans)
+
+
+def _spans(sizes: Sequence[int]) -> list[Span]:
+    stops = list(itertools.accumulate(sizes))
+    return list(zip([0, *stops], stops, strict=False))
+
+
+def _even(total: int, steps: int) -> list[Span]:
+    return _spans([total // steps] * steps) if total % steps == 0 else []
+
+
+def _ragged(total: int, steps: int) -> list[Span]:
+    """Return a split into different sizes, of at least 2 samples where possible; empty if there is none."""
+    splits = []
+    for pieces in range(steps, 1, -1):
+        size, rest = divmod(total, pieces)
+        sizes = [size + (i < rest) for i in range(pieces)]
+        if not rest:
+            sizes[0], sizes[-1] = size + 1, size - 1
+        if len(sizes := [n for n in sizes if n]) > 1:
+            splits.append(sizes)
+    return _spans(next((s for s in splits if min(s) > 1), splits[0])) if splits else []
+
+
+def _attempt(rehearsal: Rehearsal, spans: Sequence[Span]) -> Gradients:
+    """Return the gradient of these micro-batches; empty and so infinitely far off if one of them fails."""
+    try:
+        return rehearsal.gradients(spans)
+    except Exception:  # noqa: BLE001 - the big batch went through; _culprits says what stopped this one
+        return {"": torch.full((1,), math.nan)}
+
+
+def _culprits(rehearsal: Rehearsal, spans: Sequence[Span], limit: float) -> tuple[Finding, ...]:
+    model, _ = rehearsal.fresh()
+    with Still(lambda: None):
+        seed()
+        predictions, recorded = record(model, rehearsal.piece(0, rehearsal.total)[0])
+        predictions = copied(predictions)
+        carried, fresh = (Comparison(recorded, rehearsal.total, limit) for _ in range(2))
+        outputs, worn = [], rehearsal.fresh()[0]
+        for start, stop in spans:
+            seed()
+            outputs.append(copied(carried.run(worn, rehearsal.piece(start, stop)[0], start, stop)))
+            seed()
+            fresh.run(rehearsal.fresh()[0], rehearsal.piece(start, stop)[0], start, stop)
+    findings = [
+        _module_finding(name, model.get_submodule(name), where, stateful=name not in fresh.parted)
+        for name, where in carried.parted.items()
+    ]
+    findings += [
+        _failed_finding(name, model.get_submodule(name), message)
+        for name, message in carried.failed.items()
+        if name not in carried.parted
+    ]
+    findings += _loss_finding(rehearsal, spans, [predictions, *outputs], limit, alone=not findings)
+    return tuple(findings) or (_unexplained(model),)
+
+
+def _module_finding(name: str, module: torch.nn.Module, where: str, *, stateful: bool) -> Finding:
+    kind, where = type(module).__name__, f" ({where})" if where else ""
+    if isinstance(module, _BATCH_NORM) or "BatchNorm" in kind:
+        why = f"in training mode it normalises with the statistics of the micro-batch, not of the whole batch{where}"
+        return Finding(name, kind, why, _NO_BATCH_NORM)
+    if stateful:
+        return Finding(
+            name,
+            kind,
+            f"it keeps state that each micro-batch changes for the next one{where}",
+            "change that state once per step instead: on OPTIMIZER_STEP_COMPLETED",
+        )
+    return Finding(
+        name,
+        kind,
+        f"what it gives for a sample depends on the other samples of its batch{where}",
+        "compute over the features of each sample, or keep running statistics that change once per step",
+    )
+
+
+def _failed_finding(name: str, module: torch.nn.Module, message: str) -> Finding:
+    batch_norm = isinstance(module, _BATCH_NORM)
+    mend = _NO_BATCH_NORM if batch_norm else "make it work on as few samples, or use larger micro-batches"
+    return Finding(name, type(module).__name__, message, mend)
+
+
+def _unexplained(model: torch.nn.Module) -> Finding:
+    return Finding(
+        "",
+        type(model).__name__,
+        "all modules and the loss agree, the gradient does not",
+        "look for a hook on gradients, or a backward of its own, that depends on the batch, and for a loss with state",
+    )
+
+
+def _loss_finding(
+    rehearsal: Rehearsal,
+    spans: Sequence[Span],
+    predictions: Sequence[Any],
+    limit: float,
+    *,
+    alone: bool,
+) -> list[Finding]:
+    """Find the factors with which the losses of the micro-batches add up to that of the big batch."""
+    shares: Shares | None = None
+    batches = [rehearsal.piece(start, stop) for start, stop in spans]
+    try:
+        if all(p is not None for p in predictions):
+            targets = [rehearsal.piece(0, rehearsal.total)[1], *(y for _, y in batches)]
+            with Still(lambda: None):
+                seed()
+                shares = by_predictions(lambda: rehearsal.fresh()[1], predictions, targets, spans, rehearsal.total)
+        if shares is None and alone:
+            ones = [rehearsal.gradients([span], weight=lambda *_: 1) for span in [(0, rehearsal.total), *spans]]
+            whole, *parts = (_vector(gradients, ones[0]) for gradients in ones)
+            shares = by_parameters(whole, parts)
+    except Exception as err:  # noqa: BLE001 - the big batch went through
+        why = f"it fails on a micro-batch: {type(err).__name__}: {err}"
+        return [Finding("loss_fn", _kind(rehearsal.loss_fn), why, "")] if alone else []
+    if shares is None:
+        return []
+    return _judge_loss(rehearsal, batches, shares, limit)
+
+
+def _vector(gradients: Gradients, like: Gradients) -> torch.Tensor:
+    found = [gradients.get(name, torch.zeros_like(gradient)) for name, gradient in like.items()]
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+def _judge_loss(
+    rehearsal: Rehearsal, batches: Sequence[tuple[Any, Any]], shares: Shares, limit: float
+) -> list[Finding]:
+    """Say what the loss is, if not what weights and *loss_reduction* take it for."""
+    kind, total = _kind(rehearsal.loss_fn), rehearsal.total
+    given = [float(rehearsal.weight(x, y)) for x, y in batches]
+    summed = rehearsal.reduction == "sum"
+    whole = float(rehearsal.weight(*rehearsal.piece(0, total))) if summed else 0.0
+    if sum(given) > 0 and shares.apart([(whole if summed else w) / sum(given) for w in given]) <= limit:
+        return []
+    if shares.apart([1.0] * len(batches)) <= limit:
+        mend = (
+            "reduce it with a mean; or say so: Optimizer(..., loss_reduction='sum'), and here loss_reduction='sum', "
+            "with weight= the number of items that the step is to be the mean over"
+        )
+        return [Finding("loss_fn", kind, "it is a sum over the batch, not a mean", mend)]
+    sizes = [float(samples(x, y)) for x, y in batches]
+    default = Weights(sizes, "", "the samples")
+    for weights in (default, *candidates(batches, rehearsal.loss_fn)):
+        part = sum(weights.values)
+        if part > 0 and shares.apart([w / part for w in weights.values]) <= limit:
+            return [_weighed_finding(kind, weights, given, summed=summed)]
+    if shares.implied is not None and shares.apart(shares.implied) <= limit:
+        found = ", ".join(f"{factor:.3g}" for factor in shares.implied)
+        why = f"it is a mean over something of which the micro-batches of {_numbers(sizes)} samples hold {found}"
+        return [Finding("loss_fn", kind, why, "pass weight= the number that it divides by, here and to create_trainer")]
+    why = "what it gives for a sample depends on the other samples of its batch, as a contrastive loss does"
+    mend = (
+        "no weights mend this: compute it over the whole window at once, from outputs that were kept, or against a "
+        "queue of earlier ones"
+    )
+    return [Finding("loss_fn", kind, why, mend)]
+
+
+def _weighed_finding(kind: str, weights: Weights, given: Sequence[float], *, summed: bool) -> Finding:
+    why = f"it is a mean over {weights.words} ({_numbers(weights.values)} in the micro-batches)"
+    why += ", not a sum" if summed else f", weighed with {_numbers(given)}"
+    mend = [
+        "take out loss_reduction='sum'" if summed else "",
+        f"pass weight=lambda x, y: {weights.expression}, here and to create_trainer" if weights.expression else "",
+    ]
+    return Finding("loss_fn", kind, why, ", and ".join(filter(None, mend)) or "leave out weight=: it is the samples")
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _kind(loss_fn: Any) -> str:
+    inner = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def _notes(rehearsal: Rehearsal) -> tuple[Finding, ...]:
+    model, notes = rehearsal.model, []
+    for path, operation in rehearsal.drawing.items():
+        kind = _kind(rehearsal.loss_fn) if path == "loss_fn" else type(model.get_submodule(path)).__name__
+        why = (
+            f"draws at random ({operation}), anew for every micro-batch; held still here. One batch and its "
+            "micro-batches then agree in expectation, not number by number"
+        )
+        notes.append(Finding(path, kind, why, ""))
+    asleep = [name for name, module in model.named_modules() if not module.training] if model.training else []
+    if asleep:
+        kind = type(model.get_submodule(asleep[0])).__name__
+        why = (
+            f"is in evaluation mode (of all: {few(asleep)}) and was left in it; create_trainer calls model.train(), "
+            "which would end that"
+        )
+        notes.append(Finding(asleep[0], kind, why, "override train() in the model to keep it"))
+    if any(p.grad is not None for p in model.parameters()):
+        why = "it differentiates the model itself, not only y_pred; the gradient of that part was not compared"
+        mend = "bind the model with functools.partial or in a module, which are copied together with it"
+        notes.append(Finding("loss_fn", _kind(rehearsal.loss_fn), why, mend))
+    return tuple(notes)
