@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -46,19 +47,31 @@ def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
             yield from tensors(getattr(value, field.name, None), f"{path}.{field.name}")
 
 
-def replaced(value: Any, function: Callable[[torch.Tensor, str], torch.Tensor], path: str = "") -> Any:
-    """Return *value* with ``function(tensor, path)`` in the place of every tensor; containers are new."""
+def replaced(
+    value: Any,
+    function: Callable[[torch.Tensor, str], torch.Tensor],
+    path: str = "",
+    *,
+    strings: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Return *value* with ``function(tensor, path)`` in the place of every tensor; containers are new.
+
+    Lists of nothing but strings become ``strings(list)``, where that is given.
+    """
+    inner = functools.partial(replaced, function=function, strings=strings)
     if isinstance(value, torch.Tensor):
         return function(value, path)
     if isinstance(value, Mapping):
-        return _rebuilt(value, {key: replaced(item, function, f"{path}[{key!r}]") for key, item in value.items()})
+        return _rebuilt(value, {key: inner(item, path=f"{path}[{key!r}]") for key, item in value.items()})
     if isinstance(value, list | tuple):
-        parts = [replaced(item, function, f"{path}[{index}]") for index, item in enumerate(value)]
+        if strings is not None and value and all(isinstance(item, str) for item in value):
+            return strings(value)
+        parts = [inner(item, path=f"{path}[{index}]") for index, item in enumerate(value)]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         new = copy.copy(value)
         for field in dataclasses.fields(value):
-            item = replaced(getattr(value, field.name, None), function, f"{path}.{field.name}")
+            item = inner(getattr(value, field.name, None), path=f"{path}.{field.name}")
             object.__setattr__(new, field.name, item)
         return new
     return value
@@ -102,13 +115,11 @@ def samples(x: Any, y: Any) -> int:
 
 def cut(value: Any, start: int, stop: int, total: int) -> Any:
     """Return samples *start* to *stop* of a batch of *total*; a list of as many strings is cut too."""
-    if isinstance(value, list | tuple) and len(value) == total and all(isinstance(item, str) for item in value):
-        return value[start:stop]
-    if isinstance(value, Mapping) and type(value) is dict:
-        return {key: cut(item, start, stop, total) for key, item in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(cut(item, start, stop, total) for item in value)
-    return replaced(value, lambda tensor, _: tensor[start:stop] if tensor.dim() > 0 else tensor)
+
+    def strings(texts: Any) -> Any:
+        return texts[start:stop] if len(texts) == total else texts
+
+    return replaced(value, lambda tensor, _: tensor[start:stop] if tensor.dim() > 0 else tensor, strings=strings)
 
 
 def rows(whole: torch.Tensor, shape: torch.Size, start: int, stop: int, total: int) -> list[torch.Tensor]:

@@ -392,7 +392,7 @@ def _loss_finding(
             whole, *parts = (_vector(gradients, ones[0]) for gradients in ones)
             shares = by_parameters(whole, parts)
     except Exception as err:  # noqa: BLE001 - the big batch went through
-        why = f"it fails on a micro-batch: {type(err).__name__}: {err}"
+        why = textwrap.shorten(f"it fails on a micro-batch: {type(err).__name__}: {err}", 200)
         return [Finding("loss_fn", _kind(rehearsal.loss_fn), why, "")] if alone else []
     if shares is None:
         return []
@@ -422,7 +422,7 @@ def _judge_loss(
         return [Finding("loss_fn", kind, "it is a sum over the batch, not a mean", mend)]
     sizes = [float(samples(x, y)) for x, y in batches]
     default = Weights(sizes, "", "the samples")
-    for weights in (default, *candidates(batches, rehearsal.loss_fn)):
+    for weights in (default, *candidates(batches, rehearsal.fresh()[1])):
         part = sum(weights.values)
         if part > 0 and shares.apart([w / part for w in weights.values]) <= limit:
             return [_weighed_finding(kind, weights, given, summed=summed)]

@@ -51,6 +51,14 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+def drawn_outside() -> bool:
+    """Whether Python's or numpy's generator has moved since :func:`seed`; torch's are held still by :class:`Still`."""
+    numpy = sys.modules.get("numpy")
+    now = random.getstate(), numpy.random.random() if numpy is not None else None
+    seed()
+    return now != (random.getstate(), numpy.random.random() if numpy is not None else None)
+
+
 class Still(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Replaces what torch draws at random by one value, the same for all samples: dropout keeps everything.
 
@@ -87,9 +95,8 @@ class Still(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._note(func)
                 return func(**{**given, chance: 0.0})
         self._note(func)
-        for mode in ("train", "training"):
-            if mode in names:
-                return func(**{**given, mode: False})
+        if "train" in names:
+            return func(**{**given, "train": False})
         if given.get("generator") is not None:
             given["generator"] = None  # the caller's: not to be moved on
         return _settled(func, given)
@@ -106,6 +113,9 @@ def _settled(func: Any, given: dict[str, Any]) -> Any:
     chance = given.get("p", given["self"] if name == "bernoulli" else 0.5)  # arguments at their defaults are left out
     if isinstance(chance, torch.Tensor):
         chance = chance.clone()  # may be what is drawn into
+    if kind == "rrelu_with_noise":
+        middle = (given.get("lower", 1 / 8) + given.get("upper", 1 / 3)) / 2
+        return func(**{**given, "lower": middle, "upper": middle})
     first = given.get("self")
     out = func(**given)
     if kind == "randperm":

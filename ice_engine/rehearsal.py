@@ -11,7 +11,7 @@ import torch
 from ice_engine.batches import copied, cut, tensors
 from ice_engine.errors import ArgumentValueError, IceEngineError, NoGradientsError, NonFiniteGradientError
 from ice_engine.optimizer import Optimizer
-from ice_engine.randomness import Still, seed
+from ice_engine.randomness import Still, drawn_outside, seed
 from ice_engine.tracing import Watch, record
 from ice_engine.window import Reduction
 
@@ -102,8 +102,13 @@ class Rehearsal:
                 x, y = self.piece(start, stop)
                 watch.outside = "loss_fn"
                 loss = loss_fn(model(x), y)
+                if drawn_outside():
+                    still.drawing.setdefault("", "Python's or numpy's generator")
                 watch.outside = None  # backward may run parts of the forward again
-                optimizer.backward(loss, weight=weight(x, y))
+                items = weight(x, y)
+                if isinstance(items, torch.Tensor) and items.is_floating_point():
+                    still.narrowed.add(items.dtype)
+                optimizer.backward(loss, weight=items)
                 optimizer.update()
         self.narrowed |= still.narrowed
         self.drawing = {**still.drawing, **self.drawing}

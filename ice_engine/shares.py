@@ -1,5 +1,7 @@
 """What share of a big batch's loss each micro-batch's has: which weights make accumulation exact, if any do."""
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -111,35 +113,46 @@ def candidates(batches: Sequence[tuple[Any, Any]], loss_fn: Any) -> Iterator[Wei
 
 Counter = Callable[[Any, Any], Any]
 
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def _counters(batch: tuple[Any, Any], loss_fn: Any) -> Iterator[tuple[str, tuple[Counter, str]]]:
     bound = getattr(loss_fn, "keywords", {})  # of functools.partial
-    ignored = dict.fromkeys([bound.get("ignore_index", getattr(loss_fn, "ignore_index", -100)), -100, 0, -1])
+    ignored = dict.fromkeys([bound.get("ignore_index", getattr(loss_fn, "ignore_index", -100)), -100])
     class_weights = bound.get("weight", getattr(loss_fn, "weight", None))
-    x, y = batch
-    for path, tensor in (*tensors(y, "y"), *tensors(x, "x")):
-        if not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
-            if isinstance(class_weights, torch.Tensor) and path.startswith("y"):
-                count = _counter(path, lambda t: class_weights[t].sum())
+    sides = [[*tensors(batch[1], "y")], [*tensors(batch[0], "x")]]
+    for index in ignored:
+        for path, tensor in itertools.chain(*sides):
+            yield from _others(path, tensor, index)
+            if isinstance(class_weights, torch.Tensor) and tensor.dtype in _WHOLE:
+                count = _counter(path, functools.partial(_class_weights, class_weights, index))
                 yield f"class_weights[{path}].sum()", (count, f"the class weights of {path}")
-            for index in ignored:
-                yield _others(path, index, "")
-                if tensor.dim() == 2:  # noqa: PLR2004 - samples and tokens, which a language model shifts by one
-                    yield _others(path, index, "[:, 1:]")
-        if tensor.dtype == torch.bool:
-            yield f"(~{path}).sum()", (_counter(path, lambda t: (~t).sum()), f"the entries of {path} that are not set")
-        if not tensor.is_complex():
-            yield f"{path}.sum()", (_counter(path, torch.sum), f"the sum of {path}")
+    for side in sides:  # masks before what may be told from padding by chance
+        for path, tensor in sorted(side, key=lambda found: found[1].dtype != torch.bool):
+            if not tensor.is_complex():
+                yield f"{path}.sum()", (_counter(path, torch.sum), f"the sum of {path}")
+            if tensor.dtype == torch.bool:
+                yield f"(~{path}).sum()", (_counter(path, _unset), f"the entries of {path} that are not set")
+            for index in (0, -1):
+                yield from _others(path, tensor, index)
 
 
-def _others(path: str, index: int, shift: str) -> tuple[str, tuple[Counter, str]]:
-    def others(tensor: torch.Tensor) -> torch.Tensor:
-        return ((tensor[:, 1:] if shift else tensor) != index).sum()
+def _unset(mask: torch.Tensor) -> torch.Tensor:
+    return (~mask).sum()
 
-    return f"({path}{shift} != {index}).sum()", (
-        _counter(path, others),
-        f"the entries of {path}{shift} that are not {index}",
-    )
+
+def _class_weights(weights: torch.Tensor, ignored: int, tensor: torch.Tensor) -> torch.Tensor:
+    valid = tensor != ignored
+    return torch.where(valid, weights[torch.where(valid, tensor, 0).long()], 0.0).sum()
+
+
+def _others(path: str, tensor: torch.Tensor, index: int) -> Iterator[tuple[str, tuple[Counter, str]]]:
+    """Yield how many entries are not *index*; of samples and tokens also with the shift of a language model."""
+    if tensor.dtype in _WHOLE:
+        for shift in ("", "[:, 1:]") if tensor.dim() == 2 else ("",):  # noqa: PLR2004
+            first = 1 if shift else 0
+            count = _counter(path, lambda t, first=first: (t[:, first:] if first else t).ne(index).sum())
+            yield f"({path}{shift} != {index}).sum()", (count, f"the entries of {path}{shift} that are not {index}")
 
 
 def _counter(path: str, function: Callable[[torch.Tensor], Any]) -> Counter:

@@ -1,5 +1,6 @@
 """What the modules of a model get and give: recorded for one batch, and compared with those of another."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
@@ -119,7 +120,8 @@ class Comparison:
             try:
                 return model(x)
             except Exception as err:  # noqa: BLE001 - the big batch went through
-                message = f"it fails on a micro-batch of {stop - start}: {type(err).__name__}: {err}"
+                what = textwrap.shorten(f"{type(err).__name__}: {err}", 200)
+                message = f"it fails on a micro-batch of {stop - start}: {what}"
                 self.failed.setdefault(watch.current or "", message)
                 return None
 
