@@ -150,9 +150,12 @@ def _others(path: str, tensor: torch.Tensor, index: int) -> Iterator[tuple[str, 
     """Yield how many entries are not *index*; of samples and tokens also with the shift of a language model."""
     if tensor.dtype in _WHOLE:
         for shift in ("", "[:, 1:]") if tensor.dim() == 2 else ("",):  # noqa: PLR2004
-            first = 1 if shift else 0
-            count = _counter(path, lambda t, first=first: (t[:, first:] if first else t).ne(index).sum())
+            count = _counter(path, functools.partial(_valid, index, bool(shift)))
             yield f"({path}{shift} != {index}).sum()", (count, f"the entries of {path}{shift} that are not {index}")
+
+
+def _valid(ignored: int, shifted: bool, tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor[:, 1:] if shifted else tensor).ne(ignored).sum()
 
 
 def _counter(path: str, function: Callable[[torch.Tensor], Any]) -> Counter:
