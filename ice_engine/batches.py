@@ -80,11 +80,11 @@ def replaced(
 def _rebuilt(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if type(mapping) is dict:
         return items
-    new: Any = copy.copy(mapping)
     try:
+        new: Any = copy.copy(mapping)
         for key, item in items.items():
             new[key] = item
-    except TypeError:  # a mapping that cannot be written
+    except TypeError:  # one that cannot be copied or written
         return items
     return new
 
@@ -161,6 +161,6 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     if bool(same.all()):
         return 0.0
     apart = torch.where(same, 0.0, (a - b).abs()).max()
-    finite = torch.stack([t.abs()[t.isfinite()].max() for t in (a, b) if bool(t.isfinite().any())])
-    value = float(apart / finite.max()) if len(finite) else math.inf
+    largest = max((float(t.abs()[t.isfinite()].max()) for t in (a, b) if bool(t.isfinite().any())), default=0.0)
+    value = float(apart) / largest if largest > 0 else math.inf
     return value if math.isfinite(value) else math.inf

@@ -20,6 +20,7 @@ from ice_engine.rehearsal import Gradients, Rehearsal, Span, gap
 from ice_engine.window import Reduction
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_SHOWN = 4  # modules of one kind in a printed report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,8 @@ class AccumulationReport:
         for title, findings in (("broken by", self.culprits), ("note:", self.notes)):
             for why, mend in dict.fromkeys((finding.why, finding.mend) for finding in findings):
                 same = [finding.place for finding in findings if (finding.why, finding.mend) == (why, mend)]
-                lines.append(f"{title} {', '.join(same)}")
+                more = f" and {len(same) - _SHOWN} more" if len(same) > _SHOWN else ""
+                lines.append(f"{title} {', '.join(same[:_SHOWN])}{more}")
                 lines += [line for text in (why, mend) for line in _wrap(text)]
         return "\n".join(lines)
 
@@ -103,7 +105,7 @@ def check_accumulation(
 
     Args:
         model: Called as ``model(x)``. In evaluation mode, all of it is checked in training mode; in training mode,
-            modules that are in evaluation mode stay so.
+            modules that are in evaluation mode stay so. Its hooks run for the copies, too.
         loss_fn: ``loss_fn(y_pred, y)``, shape ().
         batch: What a loader gives: of at least *accumulation_steps* samples, in the first dimension of each
             tensor of the ``x`` and ``y`` that *prepare_batch* makes of it.
@@ -115,7 +117,7 @@ def check_accumulation(
             float32, 0.02 in float16 and 0.1 in bfloat16, by the least precise type that is computed in.
 
     Returns:
-        A report: true if equal; printed, it tells the differences, the culprits, and what to do.
+        The report. It is true if equal; printed, it tells the differences, the culprits, and what to do.
 
     Raises:
         ArgumentTypeError: If an argument has the wrong type, or *model* cannot be called with *x* alone.
@@ -177,6 +179,9 @@ def _bare(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _check_trainable(model: torch.nn.Module) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        message = "a scripted model cannot be looked into; give the model as it was before torch.jit.script or trace"
+        raise ArgumentTypeError(message)
     lazy = [name for name, p in model.named_parameters() if torch.nn.parameter.is_lazy(p)]
     if lazy:
         message = f"parameter {lazy[0]!r} has no shape yet; run one batch through the model first: model(x)"

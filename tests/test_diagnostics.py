@@ -283,6 +283,12 @@ def test_every_batch_norm_of_a_convolutional_network_is_named():
     assert report.ragged > 1e-3
 
 
+def test_a_printed_report_lists_few_of_many():
+    report = check(mlp(*[nn.BatchNorm1d(8) for _ in range(6)]))
+    assert len(report.culprits) == 6
+    assert "'4' (BatchNorm1d) and 2 more" in str(report)
+
+
 def test_the_same_network_with_group_norm_is_exact():
     exact(check(Convolutional(lambda: nn.GroupNorm(2, 8)), images(), F.cross_entropy, 4))
 
@@ -382,6 +388,25 @@ def test_a_module_with_state_is_named_as_such(kind):
     assert culprits(report) == ["1"]
     assert "state" in report.culprits[0].why
     assert "once per step" in report.culprits[0].mend
+
+
+def test_a_module_that_catches_the_failure_of_another_is_followed():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise ValueError
+
+    class Catches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fails, self.norm = Fails(), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            try:
+                return self.fails(x)
+            except ValueError:
+                return self.norm(x)
+
+    assert culprits(check(mlp(Catches()))) == ["1.norm"]
 
 
 def test_spectral_norm_is_named():
@@ -934,6 +959,12 @@ def test_a_model_that_cannot_be_copied_is_refused():
     model.kept = model[0].weight * 2
     with pytest.raises(ArgumentValueError, match="a copy of Sequential is what is checked, and it cannot be copied"):
         check(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model_is_refused():
+    with pytest.raises(ArgumentTypeError, match=r"before torch.jit.script"):
+        check(nn.Sequential(torch.jit.script(nn.Linear(4, 1))))
 
 
 @pytest.mark.parametrize(
