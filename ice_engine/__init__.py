@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from ice_engine.checkpoint import Checkpoint
 from ice_engine.clipping import clip_adaptive, clip_norm, clip_value
+from ice_engine.diagnostics import AccumulationReport, check_accumulation
 from ice_engine.errors import IceEngineError, IceEngineWarning, NonFiniteGradientError
 from ice_engine.events import OptimizerEvents, StepRecord, optimizer_events
 from ice_engine.hooks import HookRegistry
@@ -19,6 +20,7 @@ from ice_engine.typing import DictProcessor
 __version__ = version("ice-engine")
 
 __all__ = [
+    "AccumulationReport",
     "Checkpoint",
     "Collect",
     "Compose",
@@ -34,6 +36,7 @@ __all__ = [
     "Processor",
     "StepRecord",
     "TensorBoard",
+    "check_accumulation",
     "clip_adaptive",
     "clip_norm",
     "clip_value",

@@ -7,25 +7,9 @@ from typing import Any
 import torch
 from ignite.engine import Engine, _prepare_batch
 
+from ice_engine.batches import batch_size
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.optimizer import Optimizer
-
-
-def batch_size(x: Any, y: Any) -> int:
-    """Return the number of samples: the first dimension of *y*, or of *x* where *y* has none.
-
-    Raises:
-        ArgumentTypeError: If neither is a tensor or array; the length of a tuple or dict need not be that of the batch.
-    """
-    for value in (y, x):
-        shape: Any = getattr(value, "shape", ())
-        if len(shape) > 0:
-            return int(shape[0])
-    message = (
-        f"cannot tell how many samples are in a batch of {type(x).__name__} and {type(y).__name__}; "
-        "say so: create_trainer(..., weight=lambda x, y: ...)"
-    )
-    raise ArgumentTypeError(message)
 
 
 def _loss_value(x: Any, y: Any, y_pred: Any, loss: torch.Tensor) -> float:  # noqa: ARG001 - Ignite's signature

@@ -9,8 +9,9 @@ from ignite.engine import Engine, Events
 from torch.nn.functional import cross_entropy, mse_loss
 
 import ice_engine as ice
+from ice_engine.batches import batch_size
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError
-from ice_engine.trainer import batch_size, create_trainer
+from ice_engine.trainer import create_trainer
 
 
 def network(dtype=torch.float32):
