@@ -157,6 +157,10 @@ class StepRecord:
         loss_scale: Scale the window's losses were multiplied with; None without a GradScaler.
         values: Per param group name, ``lr`` and every key that a processor writes.
         skipped: Why the step was skipped; None if it was not.
+        noise_scale: Batch size, in items, from which on a larger one brings little; None unless it is measured.
+        update_ratio: Per param group name, how far the step moved it, as a part of its length, shape (); None unless
+            it is measured, and before the step.
+        times: Seconds of this window by ``data``, ``compute`` (forward and backward) and ``step``; likewise.
     """
 
     step: int
@@ -170,3 +174,6 @@ class StepRecord:
     loss_scale: float | None = None
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: str | None = None
+    noise_scale: float | None = None
+    update_ratio: dict[str, Any] | None = None
+    times: dict[str, float] | None = None

@@ -1,19 +1,20 @@
 """The optimizer that steps itself: composes window, precision, clipping, processors and events."""
 
 import copy
+import dataclasses
 import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ignite.engine import Engine, Events
 
 from ice_engine import sharding as ranks
-from ice_engine.arguments import count
+from ice_engine.arguments import choice, count
 from ice_engine.clipping import ClipNorm
 from ice_engine.clocks import Clocks
 from ice_engine.errors import (
@@ -31,6 +32,7 @@ from ice_engine.gradients import Gradient
 from ice_engine.hooks import HookRegistry
 from ice_engine.horizon import Course, OnChange, Terms
 from ice_engine.matching import LoadReport, fit, shapes
+from ice_engine.measures import MEASURES, NoiseScale, Stopwatch, Strides
 from ice_engine.plan import Plan
 from ice_engine.precision import Policy, Precision, describe_nonfinite
 from ice_engine.processors.group import (
@@ -156,7 +158,11 @@ class Optimizer(OptimizerFacade):
         self._stepping: bool = False
         self._closing: bool = False
         self._overflowed: bool | None = None
-        self._measured: set[str] = set()
+        self._measured: frozenset[str] = frozenset()
+        self._noise = NoiseScale()
+        self._watch = Stopwatch()
+        self._first: tuple[torch.Tensor, float] | None = None
+        self._length: torch.Tensor | None = None
         self._size: int = accumulation_steps
         self._epoch_began: int = 0
         self._parameter_names: dict[int, str] = {}
@@ -213,6 +219,42 @@ class Optimizer(OptimizerFacade):
         """What happened in the last closed window; None before the first."""
         return self._last_record
 
+    def measure(self, *what: str) -> "Optimizer":
+        """Let the record of every step say more.
+
+        Args:
+            what: ``"grad_norm"``, if nothing else computes it (one more pass over the gradients); ``"noise_scale"``,
+                the batch size, in items, from which on a larger one brings little (one more pass over the gradients
+                of the first micro-batch); ``"update_ratio"``, how far the step moves each param group, as a part of
+                its length (a copy of the parameters); ``"times"``, the seconds of the window spent on data, on
+                forward and backward, and on the step (on a GPU, of the host; in an attached run).
+
+        Returns:
+            This optimizer.
+
+        Raises:
+            ArgumentValueError: If there is no such measure.
+
+        Examples:
+            >>> weight = torch.nn.Parameter(torch.tensor(2.0))
+            >>> optimizer = Optimizer(torch.optim.SGD([weight], lr=0.1)).measure("grad_norm", "update_ratio")
+            >>> optimizer.backward(weight * 3.0)
+            >>> stepped = optimizer.update()
+            >>> float(optimizer.record.grad_norm), round(float(optimizer.record.update_ratio["group_0"]), 4)
+            (3.0, 0.15)
+        """
+        for measure in what:
+            choice("measure()", measure, MEASURES)
+        timed = "times" in self._measured
+        self._measured |= {*what}
+        if self._engine is not None and "times" in self._measured and not timed:
+            self._start_watch(self._engine)
+        return self
+
+    def _start_watch(self, engine: Engine) -> None:
+        name = f"{self._name}.iteration_started"
+        HookRegistry(engine).add(Events.ITERATION_STARTED, self._on_iteration_started, name=name, order=_FIRST)
+
     # -- engine -------------------------------------------------------------------------------------------
 
     def attach(self, engine: Engine, model: torch.nn.Module | None = None) -> "Optimizer":
@@ -252,6 +294,8 @@ class Optimizer(OptimizerFacade):
             (Events.TERMINATE | Events.COMPLETED, self._on_run_ended),
         ):
             registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=_FIRST)
+        if "times" in self._measured:
+            self._start_watch(engine)
         vars(engine).setdefault("_ice_optimizers", []).append(self)
         return self
 
@@ -322,7 +366,12 @@ class Optimizer(OptimizerFacade):
         self.zero_grad()
         self._publish()
 
+    def _on_iteration_started(self, _: Engine) -> None:
+        self._watch.lap("data")
+
     def _on_iteration_completed(self, _: Engine) -> None:
+        if "times" in self._measured:
+            self._watch.lap("compute")
         if self._window.pending:
             self.update()
         elif not (self._window.is_open or self.needs_closure) and any(p.grad is not None for p in self._parameters()):
@@ -341,6 +390,7 @@ class Optimizer(OptimizerFacade):
                 stacklevel=2,
             )
         self._epoch_began = engine.state.iteration
+        self._watch.stop()  # what comes now, such as validation, is none of a window's
 
     def _on_epoch_ended(self, *_: Any, **__: Any) -> None:
         if self._window.tail == "step":
@@ -508,6 +558,8 @@ class Optimizer(OptimizerFacade):
             current_epoch=current_epoch, epoch_steps=epoch_steps, global_steps=global_steps, epoch_size=epoch_size
         )
         self._window.end_micro_batch()
+        if "noise_scale" in self._measured and size > 1:
+            self._note_first()
         if self._window.micro_batches >= size:
             return self._close(size)
         if self._clocks.epoch_ends:
@@ -684,6 +736,9 @@ class Optimizer(OptimizerFacade):
     def _decide(self, gradient: Gradient, parameters: list[torch.Tensor]) -> bool:
         precision, clip = self._precision, self._folded_clip
         norm, found_inf = self._measure(gradient, parameters)
+        if self._first is not None:
+            # A clip's norm may be another one than the length.
+            self._length = norm if clip is None or clip.norm_type == 2.0 else gradient.norm()  # noqa: PLR2004
         reason = precision.judge(norm, found_inf)
         if reason is not None:
             # Perhaps only the norm of the scaled sum was beyond its type, and that of the mean is not.
@@ -712,7 +767,7 @@ class Optimizer(OptimizerFacade):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the norm before clipping and, without a norm, whether an entry is infinite or NaN."""
         clip = self._folded_clip
-        if clip is not None or (self._clip is None and "grad_norm" in self._measured):
+        if clip is not None or (self._clip is None and self._measured & {"grad_norm", "noise_scale"}):
             return gradient.norm(2.0 if clip is None else clip.norm_type), None
         if self._clip is not None:
             gradient.multiply()
@@ -739,14 +794,44 @@ class Optimizer(OptimizerFacade):
             if self._fire("STEP_STARTED"):
                 self._note(norm, None)  # again: torch's and Ignite's schedulers sit there
             self._stepping = True
+            strides = self._strides()
             self.step()
         except BaseException:
             self._count("step", -1)
             raise
         finally:
             self._stepping = False
+        if self._measured:
+            self._add_measures(strides)
         self._end_window("STEP_COMPLETED")
         return True
+
+    def _strides(self) -> Strides | None:
+        if "update_ratio" not in self._measured:
+            return None
+        return Strides({group_name(group, i): group["params"] for i, group in enumerate(self.param_groups)})
+
+    def _add_measures(self, strides: Strides | None) -> None:
+        if self._first is not None and self._length is not None and self._window.weight > self._first[1]:
+            square, items = self._first
+            self._noise.add(float(square), items, float(self._length) ** 2, self._window.weight)
+        record = cast("StepRecord", self._last_record)
+        self._watch.lap("step")
+        self._publish_record(
+            dataclasses.replace(
+                record,
+                noise_scale=self._noise.value if "noise_scale" in self._measured else None,
+                update_ratio=None if strides is None else strides.ratios(),
+                times=self._watch.split() if "times" in self._measured else None,
+            )
+        )
+
+    def _note_first(self) -> None:
+        """Keep the squared norm of the first micro-batch's mean gradient; the window's comes at its end."""
+        parameters = [p for p in self._parameters() if p.grad is not None]
+        if self._window.micro_batches == 1 and self._window.weight and parameters:
+            multiplier = self._precision.multiplier(self._window.scale, parameters[0].device)
+            self._first = (Gradient(parameters, multiplier).norm().square(), self._window.weight)
 
     def _owners(self) -> dict[str, Any]:
         measurements = MappingProxyType(self._measurements)
@@ -805,7 +890,7 @@ class Optimizer(OptimizerFacade):
 
     def _note(self, norm: torch.Tensor | None, reason: str | None) -> None:
         keys = dict.fromkeys(["lr", *(key.partition(".")[0] for _, key in written_keys(self._processors))])
-        self._last_record = StepRecord(
+        record = StepRecord(
             step=self._clocks.counts["step"],
             attempt=self._clocks.counts["attempt"],
             iteration=self._clocks.counts["iteration"],
@@ -821,13 +906,18 @@ class Optimizer(OptimizerFacade):
             },
             skipped=reason,
         )
+        self._publish_record(record)
+
+    def _publish_record(self, record: StepRecord) -> None:
+        self._last_record = record
         if self._engine is not None:
-            setattr(self._engine.state, f"{self._name}_record", self._last_record)
+            setattr(self._engine.state, f"{self._name}_record", record)
 
     def _clear(self) -> None:
         # Whatever was raised: the loss scale must not stay in the middle of a window.
         self._precision.close(overflowed=self._overflowed)
         self._overflowed = None
+        self._first = self._length = None
         self._window.reset()
         self.zero_grad()
 
@@ -889,6 +979,7 @@ class Optimizer(OptimizerFacade):
             "clocks": dict(self._clocks.counts),
             "horizon": self._course.state_dict(self._terms()),
             "measurements": {metric: list(values) for metric, values in self._measurements.items()},
+            "noise": self._noise.state_dict(),
             "window": {"micro_batches": self._window.micro_batches, "weight": self._window.weight},
             **self._precision.state_dict(),
         }
@@ -938,6 +1029,7 @@ class Optimizer(OptimizerFacade):
             self._course.load_state_dict(extra.get("horizon"), before)
             self._measurements = {metric: tuple(values) for metric, values in extra.get("measurements", {}).items()}
             self._precision.load_state_dict(extra)
+            self._noise.load_state_dict(extra.get("noise", (0.0, 0.0, 0.0)))
             self._loaded = True
             self._publish()
             if extra["window"]["micro_batches"]:

@@ -158,14 +158,6 @@ def test_a_parameter_in_two_optimizers_does_not_attach():
         sgd(parameter(), shared, name="other").attach(engine)
 
 
-def test_a_shared_grad_scaler_does_not_attach():
-    engine, scaler = Engine(lambda e, b: None), torch.amp.GradScaler("cpu")
-    sgd(grad_scaler=scaler).attach(engine)
-
-    with pytest.raises(AttachError, match="share a GradScaler"):
-        sgd(name="other", grad_scaler=scaler).attach(engine)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
