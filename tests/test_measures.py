@@ -50,14 +50,14 @@ def noise(windows):
 )
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_noise_scale_is_that_of_the_definition_for_ragged_windows(clip, scaled):
-    batches = [torch.randn(n, 3, dtype=torch.float64) + 1.0 for n in (2, 5, 1, 3, 4, 4, 4, 4, 1, 7)]
+    batches = [2 * torch.randn(n, 3, dtype=torch.float64) + 1.5 for n in (2, 5, 1, 3, 4, 4, 4, 4, 1, 7)]
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
     records, _ = run(batches, "noise_scale", weights=True, clip=clip, scaler=scaler)
 
     windows = [batches[:4], batches[4:8], batches[8:]]
     found = [NONE if record.noise_scale is None else record.noise_scale for record in records]
     assert found == pytest.approx(noise(windows), rel=1e-9)
-    assert found[-1] > 0
+    assert max(found) > 0
 
 
 def test_the_noise_scale_finds_the_noise_that_was_put_in():
