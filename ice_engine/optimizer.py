@@ -36,6 +36,7 @@ from ice_engine.processors.group import (
     check_names,
     check_processors,
     frozen,
+    rewind,
     run_processors,
     set_initial_values,
     written_keys,
@@ -117,7 +118,7 @@ class Optimizer(OptimizerFacade):
         on_change: OnChange = "error",
     ) -> None:
         self._name = check_name(name)
-        self._processors = check_processors(processors)
+        self._given = self._processors = check_processors(processors)
         self._window = Window(accumulation_steps, tail, loss_reduction)
         if clip is not None and not callable(clip):
             message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({clip!r})"
@@ -264,6 +265,7 @@ class Optimizer(OptimizerFacade):
             if getattr(hook.hook, "__self__", None) is self:
                 hook.remove()
         self._discard("detach()")
+        self._clocks.leave()
         vars(self._engine)["_ice_optimizers"].remove(self)
         self._engine = None
 
@@ -302,6 +304,8 @@ class Optimizer(OptimizerFacade):
             self._clocks.counts = dict.fromkeys(self._clocks.counts, 0)
             self._clocks.plan = {}
             self._course.start_afresh()
+            self._processors = self._given
+            rewind(self._processors, self.param_groups if self._processors else ())
             self._measurements.clear()
         elif engine.state.iteration == 0 and self._clocks.counts["step"]:
             step = self._clocks.counts["step"]
@@ -319,8 +323,8 @@ class Optimizer(OptimizerFacade):
                 IceEngineWarning,
                 stacklevel=2,
             )
-        self._loaded = False
         self._settle()
+        self._loaded = False
         self._epoch_began = engine.state.iteration
         self.zero_grad()
         self._publish()
@@ -355,6 +359,7 @@ class Optimizer(OptimizerFacade):
             self._clear()
 
     def _on_run_ended(self, *_: Any) -> None:
+        self._loaded = False  # what was loaded in the middle of this run says nothing about the next
         self._on_epoch_ended()
         self.flush()
 
@@ -710,8 +715,9 @@ class Optimizer(OptimizerFacade):
     def _step(self, norm: torch.Tensor | None, loss_scale: float | None) -> bool:
         if self._processors:
             set_initial_values(self._processors, self.param_groups)
-            if self._course.configured is not None:  # a loop without an engine
-                self._settle()
+            # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed.
+            if self._course.configured is not None or self._course.outdated(self._clocks):
+                self._settle(self._window.micro_batches)
             context = {**self._clocks.context(self._size, self._window.tail), **self._owners()}
             run_processors(self._processors, self.param_groups, context, ranks.gatherer())
         self._count("step")
@@ -742,7 +748,7 @@ class Optimizer(OptimizerFacade):
     def _terms(self) -> Terms:
         return Terms.of(self._clocks, self._size, self._window.tail, self._processors)
 
-    def _settle(self) -> None:
+    def _settle(self, pending: int = 0) -> None:
         self._processors = self._course.settle(
             self._name,
             self._terms(),
@@ -750,6 +756,7 @@ class Optimizer(OptimizerFacade):
             groups=self.param_groups,
             clocks=self._clocks,
             owners=self._owners(),
+            pending=pending,
         )
 
     def _skip(self, norm: torch.Tensor | None, loss_scale: float | None, reason: str) -> bool:
@@ -840,7 +847,11 @@ class Optimizer(OptimizerFacade):
         """
         super().add_param_group(param_group)
         if self._processors:
-            set_initial_values(self._processors, self.param_groups)
+            try:
+                set_initial_values(self._processors, self.param_groups)
+            except BaseException:
+                self.param_groups.pop()
+                raise
 
     def state_dict(self, rank: int = 0) -> dict[str, Any]:
         """Return torch's own state dict with parameter names and one key more, ``ice_engine``.
@@ -898,6 +909,8 @@ class Optimizer(OptimizerFacade):
         # What processors start from; without them it is a scheduler's own, and goes as in a plain optimizer.
         kept = "initial_" if self._processors else ()
         before = [{k: v for k, v in g.items() if k.startswith(kept)} for g in self.param_groups]
+        # Loaded twice before the run: what the script asked for is what it had before the first time.
+        configured = before if self._course.configured is None else self._course.configured
         names = [group.get("param_names") for group in self.param_groups]
         self._inner.load_state_dict(plain)
         for group, initial, own in zip(self.param_groups, before, names, strict=True):
@@ -909,7 +922,7 @@ class Optimizer(OptimizerFacade):
                 group["param_names"] = own
         if extra is not None:
             self._clocks.counts.update({clock: int(value) for clock, value in extra["clocks"].items()})
-            self._course.load_state_dict(extra.get("horizon"), before)
+            self._course.load_state_dict(extra.get("horizon"), configured)
             self._measurements = {metric: tuple(values) for metric, values in extra.get("measurements", {}).items()}
             self._precision.load_state_dict(extra)
             self._loaded = True

@@ -11,7 +11,7 @@ import torch
 
 from ice_engine.clocks import Clocks
 from ice_engine.errors import ArgumentTypeError
-from ice_engine.processors.group import run_processors, set_initial_values, written_keys
+from ice_engine.processors.group import rewind, run_processors, set_initial_values, written_keys
 from ice_engine.processors.group_mapping import GroupMapping, group_name
 from ice_engine.processors.processor import name_of
 from ice_engine.processors.schedule import Schedule
@@ -123,7 +123,7 @@ class Rehearsal:
         # Only a schedule says all that it writes.
         self._all_known = all(isinstance(processor, Schedule) for processor in processors)
         set_initial_values(processors, self.groups)
-        self._rewind()
+        rewind(processors, self.groups)
         self._clocks = Clocks()
         self._clocks.run = run
         self._name = name
@@ -149,16 +149,6 @@ class Rehearsal:
         self._noted: list[list[tuple[Callable[[float], None], str, int | None]]] = [[] for _ in self.groups]
         for i, group in enumerate(self.groups):
             self._follow(i, [key for key in ("lr",) if key in group], 0)
-
-    def _rewind(self) -> None:
-        for i, group in enumerate(self.groups):
-            mapping = GroupMapping(group, {}, i)
-            for key, value in group.items():
-                entry = key.removeprefix("initial_")
-                # What no processor changes stays as it is now, in a fresh run as well.
-                if entry != key and entry in mapping and (entry in self._written or not self._all_known):
-                    mapping[entry] = value
-            mapping.commit()
 
     def play(self, iterations: Sequence[int], epochs: Sequence[int]) -> None:
         """Take all steps, after these iterations and in these epochs.
