@@ -41,9 +41,7 @@ def number(argument: str, value: Any) -> float:
     except OverflowError:  # an int beyond every float
         plain = math.inf
     if not math.isfinite(plain):
-        message = (
-            f"{argument} must be finite, got {value!r}" if isinstance(value, float) else f"{argument} must be finite"
-        )
+        message = f"{argument} must be finite, got {plain if isinstance(value, int) else value!r}"
         raise ArgumentValueError(message)
     return plain
 

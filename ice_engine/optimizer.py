@@ -1,6 +1,7 @@
 """The optimizer that steps itself: composes window, precision, clipping, processors and events."""
 
 import copy
+import difflib
 import logging
 import warnings
 import weakref
@@ -35,6 +36,7 @@ from ice_engine.precision import Policy, Precision, describe_nonfinite, total_no
 from ice_engine.processors.group import (
     check_names,
     check_processors,
+    followed_metrics,
     frozen,
     rewind,
     run_processors,
@@ -544,6 +546,7 @@ class Optimizer(OptimizerFacade):
 
         Raises:
             ArgumentTypeError: If a value is not a number.
+            ArgumentValueError: If no schedule follows it, and one follows a metric of almost this name.
 
         Examples:
             >>> optimizer = Optimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(()))], lr=0.1))
@@ -557,6 +560,10 @@ class Optimizer(OptimizerFacade):
             if isinstance(plain, bool) or not isinstance(plain, Real):
                 message = f"report({metric}=...) must be a number, got {value!r} ({type(value).__name__})"
                 raise ArgumentTypeError(message)
+            followed = followed_metrics(self._processors)
+            if metric not in followed and (close := difflib.get_close_matches(metric, followed, n=1)):
+                message = f"report({metric}=...): no schedule follows {metric!r}; did you mean {close[0]!r}?"
+                raise ArgumentValueError(message)
             self._measurements[metric] = (*self._measurements.get(metric, ()), float(plain))
 
     # -- before the run -----------------------------------------------------------------------------------

@@ -38,8 +38,7 @@ def require_agreement(
         for processor in processors:
             mapping.absorb(processor, processor(mapping))
             mapping.check()
-            found = {key: _exact(value) for key, value in mapping.staged.items()}
-            steps.append([name_of(processor), mapping.label, found])
+            steps.append([name_of(processor), mapping.label, {k: _exact(v) for k, v in mapping.staged.items()}])
     ranks = [json.loads(text) for text in gather(json.dumps(steps))]
     for place, (name, label, _) in enumerate(steps):
         values = [rank[place][2] if place < len(rank) else {} for rank in ranks]

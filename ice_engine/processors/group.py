@@ -87,10 +87,8 @@ def _check_number(schedule: Schedule, key: str, value: Any, label: str) -> None:
         raise ProcessorValueError(message)
     whole = isinstance(value, torch.Tensor) and not value.is_floating_point()
     if isinstance(value, bool) or whole or not isinstance(value, int | float | torch.Tensor):
-        found = (
-            f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else f"{value!r} ({type(value).__name__})"
-        )
-        message = f"{schedule!r}: {key!r} of {label} is {found}; a schedule needs a number, such as a float"
+        found = f"of {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
+        message = f"{schedule!r}: {key!r} of {label} is a {type(value).__name__} {found}; a schedule needs a float"
         raise ProcessorValueError(message)
 
 
@@ -138,6 +136,12 @@ def _limits(processor: Callable[..., Any]) -> Iterator[str]:
 def written_keys(processors: Sequence[Callable[..., Any]]) -> list[tuple[Callable[..., Any], str]]:
     """Return each processor with each key that it is known to write."""
     return [(p, key) for p in processors if isinstance(p, Processor) for key in p.writes]
+
+
+def followed_metrics(processors: Sequence[Callable[..., Any]]) -> set[str]:
+    """Return the metrics that schedules among *processors* follow."""
+    curves = (curve for p in processors if isinstance(p, Schedule) for curve, _ in p.curves())
+    return {str(dict(curve.settings)["metric"]) for curve in curves if "measurements" in curve.reads}
 
 
 def check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor, ...]:
