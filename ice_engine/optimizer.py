@@ -621,6 +621,7 @@ class Optimizer(OptimizerFacade):
                 "write optimizer.plan(epoch_length=len(loader), max_epochs=...)"
             )
             raise ArgumentValueError(message)
+        asked = {"epoch_length": epoch_length, "max_epochs": max_epochs, "max_iters": max_iters}
         return Plan(
             self.param_groups,
             self._processors,
@@ -631,6 +632,8 @@ class Optimizer(OptimizerFacade):
             tail=self._window.tail,
             name=self._name,
             optimizer=self._stand_in,
+            # The plan that on_change keeps or stretches, if it is this run that is asked for.
+            resumed=self._clocks.plan if asked == self._clocks.run_lengths() else None,
         )
 
     def _stand_in(self, groups: list[dict[str, Any]], clocks: Clocks, engine: Any) -> tuple[Any, dict[int, Any]]:

@@ -93,6 +93,7 @@ class Rehearsal:
         window: Its size and tail give the length of the run.
         name: The optimizer's name.
         optimizer: Makes what stands for it; None for nothing.
+        resumed: What a resumed run shows its processors instead of the run's own lengths.
 
     Attributes:
         groups: The copies.
@@ -116,6 +117,7 @@ class Rehearsal:
         window: Window,
         name: str,
         optimizer: StandIn | None,
+        resumed: Mapping[str, Any],
     ) -> None:
         self.groups = [{key: _copy(value) for key, value in group.items()} for group in param_groups]
         self.names = _different([group_name(group, i) for i, group in enumerate(self.groups)])
@@ -135,6 +137,7 @@ class Rehearsal:
         self._processors = tuple(_copied(processor, memo) for processor in processors)
         self._fixed = {
             **self._clocks.lengths(window.size, window.tail),
+            **resumed,
             "optimizer": stand_in,
             "engine": engine,
             "n": stand_in,

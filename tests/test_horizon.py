@@ -621,3 +621,13 @@ def test_groups_of_one_name_are_told_apart() -> None:
 
     with pytest.raises(ScheduleChangedError, match=r"lr of 'x' at step 1: 1 -> 0\.1"):
         second.update()
+
+
+@pytest.mark.parametrize("policy", ["keep", "stretch", "replan"])
+def test_the_plan_of_a_resumed_run_is_what_it_does(policy: Any) -> None:
+    resumed = Run(cosine(), state=interrupted(cosine()), on_change=policy)(8)
+    plan = resumed.optimizer.plan()
+
+    assert list(plan.series["lr/group_0"])[20:] == resumed.lr
+    # Of a run that is asked for in so many words, it is that run's.
+    assert list(resumed.optimizer.plan(10, 2).series["lr/group_0"]) == exactly([half(t, 20) for t in range(20)])
