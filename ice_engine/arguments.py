@@ -36,10 +36,14 @@ def number(argument: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         message = f"{argument} must be a number, got {value!r} ({type(value).__name__})"
         raise ArgumentTypeError(message)
-    if not math.isfinite(value):
-        message = f"{argument} must be finite, got {value!r}"
+    try:
+        plain = float(value)
+    except OverflowError:  # an int beyond every float
+        plain = math.inf
+    if not math.isfinite(plain):
+        message = f"{argument} must be finite, got {plain if isinstance(value, int) else value!r}"
         raise ArgumentValueError(message)
-    return float(value)
+    return plain
 
 
 def positive(argument: str, value: Any) -> float:

@@ -166,10 +166,12 @@ class Checkpoint(IgniteCheckpoint):
             state = torch.load(self._folder / newest, map_location="cpu", weights_only=True)
             self._load(state)
         except Exception as err:
-            others = ", ".join(item.filename for item in found[:-1]) or "none"
+            others = ", ".join(item.filename for item in found[:-1])
+            mend = f"Move it away to resume from one of the others there: {others}" if others else "It is the only one"
             message = (
-                f"{self._folder / newest} cannot be loaded: {err}. Other checkpoints there: {others}; "
-                "move it away to resume from those"
+                f"{self._folder / newest} cannot be loaded: {str(err).rstrip('. ')}. {mend}. To load what fits into a "
+                "model that changed: state = torch.load(file, weights_only=True), then model.load_state_dict(..., "
+                "strict=False) and optimizer.load_state_dict(..., strict=False)"
             )
             raise CheckpointError(message) from err
         if self.include_self and "checkpointer" in state:

@@ -48,6 +48,10 @@ class Clocks:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "run": None}
 
+    def leave(self) -> None:
+        """Forget the engine, whose clocks say nothing about what comes."""
+        self.run, self._given = None, {}
+
     def micro_batch(self, **given: int | None) -> None:
         """Count a micro-batch; *given* is what the caller of ``update()`` knows of the run.
 

@@ -1,7 +1,7 @@
 """What schedules count on besides the clocks, and what becomes of them when a resumed run brings something else.
 
 A schedule without a ``total`` of its own lasts the whole run; so its values change when a run is resumed with more
-epochs, another window or another data set, and any schedule's do when its arguments or its initial value were edited.
+epochs or another window, and any schedule's do when its arguments, its code or its initial value were edited.
 :class:`Course` remembers what was in force, compares the values, and decides by a declared policy. Nothing changes
 silently: every policy but ``"error"`` says in one line what the next value becomes.
 """
@@ -13,13 +13,11 @@ from typing import Any, Literal
 
 from ice_engine.arguments import choice
 from ice_engine.clocks import Clocks, count_steps
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError, ScheduleChangedError
+from ice_engine.errors import MissingKeyError, ScheduleChangedError
 from ice_engine.processors.clocks import UNITS, run_length
-from ice_engine.processors.dictprocess import Configured, Decorated
-from ice_engine.processors.group_mapping import group_name
-from ice_engine.processors.processor import Processor, name_of
-from ice_engine.processors.schedule import Schedule
-from ice_engine.processors.schedules import from_spec
+from ice_engine.processors.description import as_text, describe, made, reads_lengths, same, schedules_in
+from ice_engine.processors.group_mapping import GroupMapping, group_name
+from ice_engine.processors.processor import name_of
 from ice_engine.typing import DictProcessor
 
 logger = logging.getLogger(__name__)
@@ -27,8 +25,8 @@ logger = logging.getLogger(__name__)
 OnChange = Literal["error", "replan", "stretch", "keep"]
 """What a changed schedule means on resuming; to stop, take the new one, stretch the saved one, or keep it."""
 
-_LENGTHS = ("epoch_length", "max_epochs", "max_iters", "total_steps", "epoch_size")
 _PROBES = 64  # times between now and the end at which the values are compared
+_FINE = 1000  # steps at most, before the first time that differs, among which the very first is looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Terms:
     def of(cls, clocks: Clocks, size: int, tail: str, processors: Sequence[DictProcessor]) -> "Terms":
         """Return those of the run that *clocks* count, as if it were fresh."""
         run = {**clocks.run_lengths(), "accumulation_steps": size, "tail": tail}
-        return cls(run, cls.own_plan(run), [_describe(processor) for processor in processors])
+        return cls(run, cls.own_plan(run), [describe(processor) for processor in processors])
 
     @staticmethod
     def own_plan(run: Mapping[str, Any], step: int = 0, since: int = 0) -> dict[str, Any]:
@@ -105,8 +103,18 @@ class Course:
         groups: Sequence[dict[str, Any]],
         clocks: Clocks,
         owners: Mapping[str, Any],
+        pending: int = 0,
     ) -> tuple[DictProcessor, ...]:
-        """Decide what holds from now on, and set *clocks* and *groups* to it.
+        """Decide what holds from now on, and set *clocks* and *groups* to it; if it cannot, nothing has changed.
+
+        Args:
+            name: The optimizer's.
+            terms: Of the run as it is.
+            processors: That the optimizer was given.
+            groups: Its param groups.
+            clocks: Its clocks.
+            owners: What processors see besides.
+            pending: Micro-batches of the window that is being closed, which are counted already.
 
         Returns:
             The processors that hold.
@@ -114,23 +122,21 @@ class Course:
         Raises:
             ScheduleChangedError: By the policy, or if it cannot be followed.
         """
-        before, configured = self.terms, self.configured
-        self.terms, self.configured = terms, None
-        clocks.plan = {}
+        before = self.terms
         if before is None:
+            self.terms, self.configured, clocks.plan = terms, None, {}
             return processors
-        new = _Side(terms, processors, configured)
+        scene = _Scene(groups, clocks, owners, pending)
+        new = _Side(terms, processors, self.configured)
         old = _Side(before, _restore(before, terms, processors), None)
         if terms.run == before.run:
             new = new.with_plan(before.plan)
         else:
-            counts = clocks.counts
-            new = new.with_plan(Terms.own_plan(terms.run, counts["step"], counts["iteration"]))
+            new = new.with_plan(Terms.own_plan(terms.run, clocks.counts["step"], scene.iteration))
         chosen = new
-        change = _first_change(old, new, groups, clocks, owners)
+        change = _first_change(old, new, scene)
         if change is not None:
             if self.policy == "error":
-                self.terms, self.configured = before, configured
                 message = (
                     f"the schedule of optimizer {name!r} would change as the run goes on: {change}. Say which you "
                     "want: Optimizer(..., on_change='replan') takes the new values, 'keep' stays with the saved ones, "
@@ -138,16 +144,56 @@ class Course:
                 )
                 raise ScheduleChangedError(message)
             if self.policy != "replan":
-                chosen = old.kept(terms, new, clocks, stretch=self.policy == "stretch")
-                change = change.declined(chosen, groups, owners)
-            logger.warning("optimizer %r, on_change=%r: %s", name, self.policy, change)
+                chosen = old.kept(terms, new, scene, stretch=self.policy == "stretch")
+                change = change.declined(chosen, scene)
+        holds = chosen.require_processors()
+        # Only now, when nothing can fail any more: whoever catches the error and runs again gets it again.
         self.terms = dataclasses.replace(terms, plan=chosen.terms.plan, processors=chosen.terms.processors)
-        if chosen.terms.plan != Terms.own_plan(terms.run):
-            clocks.plan = dict(chosen.terms.plan)
+        self.configured = None
+        clocks.plan = {} if chosen.terms.plan == Terms.own_plan(terms.run) else dict(chosen.terms.plan)
         if change is not None:
+            logger.warning("optimizer %r, on_change=%r: %s", name, self.policy, change)
             for group, initial in zip(groups, chosen.initial or [], strict=False):
                 group.update(initial)
-        return chosen.require_processors()
+        return holds
+
+    def outdated(self, clocks: Clocks) -> bool:
+        """Whether the run became longer or shorter since it was settled, such as by ``engine.state.max_epochs = 8``."""
+        if self.terms is None:
+            return False
+        known = self.terms.run
+        return any(
+            value != known[key] and None not in (value, known[key]) for key, value in clocks.run_lengths().items()
+        )
+
+
+class _Scene:
+    """Where the run is, and what processors see there."""
+
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], clocks: Clocks, owners: Mapping[str, Any], pending: int
+    ) -> None:
+        self.groups = groups
+        self.clocks = clocks
+        self.owners = owners
+        self.iteration: int = clocks.counts["iteration"] - pending  # before the window that is being closed
+        self.step: int = clocks.counts["step"]
+
+    def ahead(self, steps: int, size: int, length: int | None) -> dict[str, Any]:
+        """Return the clocks as they will be *steps* steps from the next one."""
+        iteration = self.iteration + (steps + 1) * size
+        if steps == 0 and length is not None:  # a short window ends with its epoch
+            iteration = min(iteration, self.iteration // length * length + length)
+        epoch = self.clocks.epoch if length is None else (iteration - 1) // length + 1
+        return {
+            "step": self.step + steps,
+            "attempt": self.clocks.counts["attempt"] + steps,
+            "iteration": iteration,
+            "global_steps": iteration,
+            "epoch": epoch,
+            "current_epoch": epoch,
+            "epoch_steps": None if length is None else (iteration - 1) % length + 1,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,84 +201,71 @@ class _Side:
     """The schedules of one side of a comparison, and all that they read."""
 
     terms: Terms
-    processors: tuple[DictProcessor, ...] | None
+    processors: tuple[DictProcessor | None, ...]
     initial: list[dict[str, float]] | None
 
     def with_plan(self, plan: Mapping[str, Any]) -> "_Side":
         return dataclasses.replace(self, terms=dataclasses.replace(self.terms, plan=plan))
 
     def require_processors(self) -> tuple[DictProcessor, ...]:
-        if self.processors is None:
-            lost = [_text(described) for described in self.terms.processors if _made(described) is None]
+        pairs = zip(self.terms.processors, self.processors, strict=True)
+        lost = [as_text(described) for described, processor in pairs if processor is None]
+        if lost:
             message = (
                 f"the saved processors cannot be kept, as {', '.join(lost)} cannot be made from a checkpoint: it is "
                 "not of ice.schedules, or holds a function. Give the optimizer the processors it was saved with, or "
                 "on_change='replan'"
             )
             raise ScheduleChangedError(message)
-        return self.processors
+        return tuple(processor for processor in self.processors if processor is not None)
 
-    def kept(self, run: Terms, new: "_Side", clocks: Clocks, *, stretch: bool) -> "_Side":
+    def kept(self, run: Terms, new: "_Side", scene: _Scene, *, stretch: bool) -> "_Side":
         """Return this side for a run of other *run* terms: its own lengths, stretched to the run's if asked for."""
-        self.require_processors()
+        processors = self.require_processors()
         plan = dict(self.terms.plan)
         if stretch and run.run != self.terms.run:
-            plan["stretch"] = _stretch(plan, new.terms.plan, clocks)
+            rigid = [name_of(processor) for processor in processors if reads_lengths(processor)]
+            if rigid:
+                message = (
+                    f"on_change='stretch' stretches schedules, and {', '.join(rigid)} is a function that reads how "
+                    "long the run is; take 'replan' or 'keep', or make it a schedule"
+                )
+                raise ScheduleChangedError(message)
+            plan["stretch"] = _stretch(plan, new.terms.plan, scene)
         return self.with_plan(plan)
 
-    def values(
-        self, groups: Sequence[dict[str, Any]], clocks: Mapping[str, Any], owners: Mapping[str, Any]
-    ) -> dict[tuple[str, str], float]:
-        """Return what the schedules give at *clocks*, by key and group."""
+    def values(self, scene: _Scene, clocks: Mapping[str, Any]) -> dict[tuple[str, int], float]:
+        """Return what the schedules give at *clocks*, by key and group; without those that cannot say yet."""
         found = {}
-        for index, group in enumerate(groups):
+        context = {**scene.clocks.context(1, "step"), **self.terms.plan, **clocks, **scene.owners}
+        for index, group in enumerate(scene.groups):
             initial = self.initial[index] if self.initial is not None and index < len(self.initial) else {}
-            label = group_name(group, index)
-            mapping = {**clocks, **owners, **self.terms.plan, **group, **initial}
-            mapping.update(group_index=index, group_name=label)
-            for processor in self.processors or ():
-                if isinstance(processor, Schedule) and processor.applies(mapping):
-                    found[processor.dst, label] = float(processor(mapping)[processor.dst])
+            for schedule in (schedule for processor in self.processors for schedule in schedules_in(processor)):
+                mapping = GroupMapping({**group, **initial}, context, index)
+                try:
+                    if schedule.applies(mapping):
+                        found[schedule.dst, index] = float(schedule(mapping)[schedule.dst])
+                except Exception:  # noqa: BLE001, S112 - a length not known yet, a user's function at a far time: the step will say
+                    continue
         return found
 
 
-def _describe(processor: DictProcessor) -> Any:
-    if isinstance(processor, Schedule):
-        try:
-            return processor.spec
-        except ArgumentTypeError:  # it holds a function
-            return repr(processor)
-    return repr(processor) if isinstance(processor, Processor) else name_of(processor)
-
-
-def _restore(before: Terms, now: Terms, processors: tuple[DictProcessor, ...]) -> tuple[DictProcessor, ...] | None:
+def _restore(before: Terms, now: Terms, processors: tuple[DictProcessor, ...]) -> tuple[DictProcessor | None, ...]:
     """Return the processors of *before*: the present ones where they are the same, else made from their data."""
-    found: list[DictProcessor] = []
+    found: list[DictProcessor | None] = []
+    left = list(zip(processors, now.processors, strict=True))
     for saved in before.processors:
-        same = [p for p, text in zip(processors, now.processors, strict=True) if text == saved]
-        if same:
-            found.append(same[0])
-        elif (made := _made(saved)) is not None:
-            found.append(made)
-        else:
-            return None
+        place = next((i for i, (_, described) in enumerate(left) if same(described, saved)), None)
+        found.append(made(saved) if place is None else left.pop(place)[0])
     return tuple(found)
 
 
-def _made(described: Any) -> Schedule | None:
-    """Return the schedule that plain data describe; None if it is none of the catalogue, such as one of the user's."""
-    try:
-        return from_spec(described)
-    except (ArgumentTypeError, ArgumentValueError):
-        return None
-
-
-def _stretch(old: Mapping[str, Any], new: Mapping[str, Any], clocks: Clocks) -> dict[str, list[float]]:
+def _stretch(old: Mapping[str, Any], new: Mapping[str, Any], scene: _Scene) -> dict[str, list[float]]:
     """Return, per unit, since when, from which time and how fast its clock runs to end where the run does."""
-    counts, found = clocks.counts, {}
     length = new["epoch_length"]
-    inside = length is not None and counts["iteration"] % length
-    done = {"step": counts["step"], "iteration": counts["iteration"], "epoch": (clocks.epoch or 0) - bool(inside)}
+    epochs = (scene.clocks.epoch or 0) if length is None else scene.iteration // length
+    done = {"step": scene.step, "iteration": scene.iteration, "epoch": epochs}
+    found, left = {}, False
     for unit in UNITS:
         try:
             planned, total = (run_length(lengths, unit, "stretch") for lengths in (old, new))  # type: ignore[arg-type]
@@ -240,10 +273,17 @@ def _stretch(old: Mapping[str, Any], new: Mapping[str, Any], clocks: Clocks) -> 
             continue
         since, begin, speed = (old.get("stretch") or {}).get(unit, (0, 0, 1))
         now = begin + (done[unit] - since) * speed
-        if total > done[unit] and planned > now:
-            found[unit] = [done[unit], now, (planned - now) / (total - done[unit])]
+        rest = max(planned - now, 0)
+        left = left or rest > 0
+        found[unit] = [done[unit], now, rest / max(total - done[unit], 1)]
     if not found:
         message = "on_change='stretch' needs to know how long the run is; pass run(..., epoch_length=), or take 'keep'"
+        raise ScheduleChangedError(message)
+    if not left:
+        message = (
+            "on_change='stretch': nothing is left of the saved schedule, which has ended; take 'replan' for a new one "
+            "over the longer run, or 'keep' to stay at its last value"
+        )
         raise ScheduleChangedError(message)
     return found
 
@@ -260,17 +300,17 @@ class _Change:
     """
 
     why: str
-    place: tuple[str, str] | None = None
+    place: tuple[str, int] | None = None
     clocks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     text: str = ""
     label: str = ""
     new: float | None = None
 
-    def declined(self, chosen: "_Side", groups: Sequence[dict[str, Any]], owners: Mapping[str, Any]) -> "_Change":
+    def declined(self, chosen: "_Side", scene: _Scene) -> "_Change":
         """Return it as what the new value does not become, because *chosen* holds."""
         if self.place is None:
             return self
-        value = chosen.values(groups, self.clocks, owners).get(self.place)
+        value = chosen.values(scene, self.clocks).get(self.place)
         return dataclasses.replace(self, text=f"{_number(value)} instead of {_number(self.new)}")
 
     def __str__(self) -> str:
@@ -279,35 +319,43 @@ class _Change:
         return f"{self.label} at step {self.clocks['step'] + 1}: {self.text} ({self.why})"
 
 
-def _first_change(
-    old: _Side, new: _Side, groups: Sequence[dict[str, Any]], clocks: Clocks, owners: Mapping[str, Any]
-) -> _Change | None:
-    why = ", ".join(_reasons(old, new, groups))
+def _first_change(old: _Side, new: _Side, scene: _Scene) -> _Change | None:
+    why = ", ".join(_reasons(old, new, scene.groups))
     if not why:
         return None
-    steps, size = clocks.counts["step"], new.terms.run["accumulation_steps"]
-    end = max(side.terms.plan["total_steps"] or 0 for side in (old, new))
-    for ahead in sorted({round(part * max(end - steps, 0) / _PROBES) for part in range(_PROBES + 1)}):
-        at = _clocks_at(clocks, ahead, size, new.terms.plan["epoch_length"])
-        try:
-            before, after = (side.values(groups, at, owners) for side in (old, new))
-        except MissingKeyError:  # of a length that is not known yet; the step itself will say so
-            break
-        for place in {**before, **after}:
-            pair = before.get(place), after.get(place)
+
+    def first(ahead: int) -> _Change | None:
+        at = scene.ahead(ahead, new.terms.run["accumulation_steps"], new.terms.plan["epoch_length"])
+        before, after = (side.values(scene, at) for side in (old, new))
+        for key, index in {**before, **after}:
+            pair = before.get((key, index)), after.get((key, index))
             if pair[0] != pair[1]:
-                label = place[0] if len(groups) == 1 else f"{place[0]} of {place[1]!r}"
-                return _Change(why, place, at, " -> ".join(map(_number, pair)), label, pair[1])
-    changed = old.terms.processors != new.terms.processors
-    return _Change(why) if changed or any(map(_reads_lengths, new.processors or ())) else None
+                group = "" if len(scene.groups) == 1 else f" of {group_name(scene.groups[index], index)!r}"
+                return _Change(why, (key, index), at, " -> ".join(map(_number, pair)), key + group, pair[1])
+        return None
+
+    equal_until = -1
+    for ahead in _probes(old, new, scene):
+        if (change := first(ahead)) is not None:
+            between = (first(step) for step in range(max(equal_until + 1, ahead - _FINE), ahead))
+            return next((earlier for earlier in between if earlier is not None), change)
+        equal_until = ahead
+    functions = [name_of(p) for p in new.processors if p is not None and reads_lengths(p)]
+    if functions:
+        why += f", which {', '.join(functions)} reads"
+    return _Change(why) if functions or not _same_processors(old, new) else None
 
 
-def _clocks_at(clocks: Clocks, ahead: int, size: int, length: int | None) -> dict[str, Any]:
-    iteration = clocks.counts["iteration"] + (ahead + 1) * size
-    if ahead == 0 and length is not None:  # a short window ends with its epoch
-        iteration = min(iteration, clocks.counts["iteration"] // length * length + length)
-    epoch = clocks.epoch if length is None else (iteration - 1) // length + 1
-    return {"step": clocks.counts["step"] + ahead, "attempt": 0, "iteration": iteration, "epoch": epoch}
+def _probes(old: _Side, new: _Side, scene: _Scene) -> list[int]:
+    """Return steps ahead at which values are compared: spread over what is left, and close before both ends."""
+    ends = [max((side.terms.plan["total_steps"] or 0) - scene.step - 1, 0) for side in (old, new)]
+    spread = {round(part * max(ends) / _PROBES) for part in range(_PROBES + 1)}
+    return sorted(spread | {max(end - 2**i, 0) for end in ends for i in range(10)} | {*ends})
+
+
+def _same_processors(old: _Side, new: _Side) -> bool:
+    pairs = zip(old.terms.processors, new.terms.processors, strict=False)
+    return len(old.terms.processors) == len(new.terms.processors) and all(same(a, b) for a, b in pairs)
 
 
 def _reasons(old: _Side, new: _Side, groups: Sequence[dict[str, Any]]) -> list[str]:
@@ -320,9 +368,9 @@ def _reasons(old: _Side, new: _Side, groups: Sequence[dict[str, Any]]) -> list[s
     else:
         pairs = [(key, runs[0].get(key), value) for key, value in runs[1].items()]
         found += [f"{key} {a} -> {b}" for key, a, b in pairs if a != b and a is not None and b is not None]
-    texts = [", ".join(map(_text, side.terms.processors)) for side in (old, new)]
-    if old.terms.processors != new.terms.processors:
-        found.append(f"processors [{texts[0]}] -> [{texts[1]}]")
+    if not _same_processors(old, new):
+        before, after = (", ".join(map(as_text, side.terms.processors)) for side in (old, new))
+        found.append(f"processors [{before}] -> [{after}]" if before != after else f"other code in [{after}]")
     for index, initial in enumerate(new.initial or []):
         saved = groups[index]
         found += [
@@ -333,18 +381,5 @@ def _reasons(old: _Side, new: _Side, groups: Sequence[dict[str, Any]]) -> list[s
     return found
 
 
-def _text(described: Any) -> str:
-    return str(_made(described) or described)
-
-
 def _number(value: Any) -> str:
     return "unscheduled" if value is None else f"{value:.4g}"
-
-
-def _reads_lengths(processor: DictProcessor) -> bool:
-    """Whether a function of the user's own is known to read how long the run is."""
-    if isinstance(processor, Configured):
-        given = [value for value in processor.arguments.values() if isinstance(value, str)]
-        named = [name for name in processor.decorated.parameters if name not in processor.arguments]
-        return not set(_LENGTHS).isdisjoint([*given, *named])
-    return isinstance(processor, Decorated) and not set(_LENGTHS).isdisjoint(processor.parameters)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import difflib
 import logging
 import warnings
 import weakref
@@ -38,7 +39,9 @@ from ice_engine.precision import Policy, Precision, describe_nonfinite
 from ice_engine.processors.group import (
     check_names,
     check_processors,
+    followed_metrics,
     frozen,
+    rewind,
     run_processors,
     set_initial_values,
     written_keys,
@@ -120,7 +123,7 @@ class Optimizer(OptimizerFacade):
         on_change: OnChange = "error",
     ) -> None:
         self._name = check_name(name)
-        self._processors = check_processors(processors)
+        self._given = self._processors = check_processors(processors)
         self._window = Window(accumulation_steps, tail, loss_reduction)
         if clip is not None and not callable(clip):
             message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({clip!r})"
@@ -311,6 +314,7 @@ class Optimizer(OptimizerFacade):
             if getattr(hook.hook, "__self__", None) is self:
                 hook.remove()
         self._discard("detach()")
+        self._clocks.leave()
         vars(self._engine)["_ice_optimizers"].remove(self)
         self._engine = None
 
@@ -343,6 +347,8 @@ class Optimizer(OptimizerFacade):
             self._clocks.counts = dict.fromkeys(self._clocks.counts, 0)
             self._clocks.plan = {}
             self._course.start_afresh()
+            self._processors = self._given
+            rewind(self._processors, self.param_groups if self._processors else ())
             self._measurements.clear()
         elif engine.state.iteration == 0 and self._clocks.counts["step"]:
             step = self._clocks.counts["step"]
@@ -360,8 +366,8 @@ class Optimizer(OptimizerFacade):
                 IceEngineWarning,
                 stacklevel=2,
             )
-        self._loaded = False
         self._settle()
+        self._loaded = False
         self._epoch_began = engine.state.iteration
         self.zero_grad()
         self._publish()
@@ -402,6 +408,7 @@ class Optimizer(OptimizerFacade):
             self._clear()
 
     def _on_run_ended(self, *_: Any) -> None:
+        self._loaded = False  # what was loaded in the middle of this run says nothing about the next
         self._on_epoch_ended()
         self.flush()
 
@@ -588,6 +595,7 @@ class Optimizer(OptimizerFacade):
 
         Raises:
             ArgumentTypeError: If a value is not a number.
+            ArgumentValueError: If no schedule follows it, and one follows a metric of almost this name.
 
         Examples:
             >>> optimizer = Optimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(()))], lr=0.1))
@@ -601,6 +609,10 @@ class Optimizer(OptimizerFacade):
             if isinstance(plain, bool) or not isinstance(plain, Real):
                 message = f"report({metric}=...) must be a number, got {value!r} ({type(value).__name__})"
                 raise ArgumentTypeError(message)
+            followed = followed_metrics(self._processors)
+            if metric not in followed and (close := difflib.get_close_matches(metric, followed, n=1)):
+                message = f"report({metric}=...): no schedule follows {metric!r}; did you mean {close[0]!r}?"
+                raise ArgumentValueError(message)
             self._measurements[metric] = (*self._measurements.get(metric, ()), float(plain))
 
     # -- before the run -----------------------------------------------------------------------------------
@@ -658,6 +670,7 @@ class Optimizer(OptimizerFacade):
                 "write optimizer.plan(epoch_length=len(loader), max_epochs=...)"
             )
             raise ArgumentValueError(message)
+        asked = {"epoch_length": epoch_length, "max_epochs": max_epochs, "max_iters": max_iters}
         return Plan(
             self.param_groups,
             self._processors,
@@ -668,6 +681,8 @@ class Optimizer(OptimizerFacade):
             tail=self._window.tail,
             name=self._name,
             optimizer=self._stand_in,
+            # The plan that on_change keeps or stretches, if it is this run that is asked for.
+            resumed=self._clocks.plan if asked == self._clocks.run_lengths() else None,
         )
 
     def _stand_in(self, groups: list[dict[str, Any]], clocks: Clocks, engine: Any) -> tuple[Any, dict[int, Any]]:
@@ -784,8 +799,9 @@ class Optimizer(OptimizerFacade):
     def _step(self, norm: torch.Tensor | None) -> bool:
         if self._processors:
             set_initial_values(self._processors, self.param_groups)
-            if self._course.configured is not None:  # a loop without an engine
-                self._settle()
+            # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed.
+            if self._course.configured is not None or self._course.outdated(self._clocks):
+                self._settle(self._window.micro_batches)
             context = {**self._clocks.context(self._size, self._window.tail), **self._owners()}
             run_processors(self._processors, self.param_groups, context, ranks.gatherer())
         self._count("step")
@@ -846,7 +862,7 @@ class Optimizer(OptimizerFacade):
     def _terms(self) -> Terms:
         return Terms.of(self._clocks, self._size, self._window.tail, self._processors)
 
-    def _settle(self) -> None:
+    def _settle(self, pending: int = 0) -> None:
         self._processors = self._course.settle(
             self._name,
             self._terms(),
@@ -854,6 +870,7 @@ class Optimizer(OptimizerFacade):
             groups=self.param_groups,
             clocks=self._clocks,
             owners=self._owners(),
+            pending=pending,
         )
 
     def _skip(self, reason: str, norm: torch.Tensor | None = None) -> bool:
@@ -956,7 +973,11 @@ class Optimizer(OptimizerFacade):
         """
         super().add_param_group(param_group)
         if self._processors:
-            set_initial_values(self._processors, self.param_groups)
+            try:
+                set_initial_values(self._processors, self.param_groups)
+            except BaseException:
+                self.param_groups.pop()
+                raise
 
     def state_dict(self, rank: int = 0) -> dict[str, Any]:
         """Return torch's own state dict with parameter names and one key more, ``ice_engine``.
@@ -1015,6 +1036,8 @@ class Optimizer(OptimizerFacade):
         # What processors start from; without them it is a scheduler's own, and goes as in a plain optimizer.
         kept = "initial_" if self._processors else ()
         before = [{k: v for k, v in g.items() if k.startswith(kept)} for g in self.param_groups]
+        # Loaded twice before the run: what the script asked for is what it had before the first time.
+        configured = before if self._course.configured is None else self._course.configured
         names = [group.get("param_names") for group in self.param_groups]
         self._inner.load_state_dict(plain)
         for group, initial, own in zip(self.param_groups, before, names, strict=True):
@@ -1026,7 +1049,7 @@ class Optimizer(OptimizerFacade):
                 group["param_names"] = own
         if extra is not None:
             self._clocks.counts.update({clock: int(value) for clock, value in extra["clocks"].items()})
-            self._course.load_state_dict(extra.get("horizon"), before)
+            self._course.load_state_dict(extra.get("horizon"), configured)
             self._measurements = {metric: tuple(values) for metric, values in extra.get("measurements", {}).items()}
             self._precision.load_state_dict(extra)
             self._noise.load_state_dict(extra.get("noise", (0.0, 0.0, 0.0)))

@@ -63,6 +63,7 @@ def param_groups(
         rules: Regular expression to the group's own entries, such as ``{r"^head\.": {"lr": 1e-3}}``. The group
             is called by its entry ``"name"``, else by the pattern.
         default: Entries of the group, called ``"default"``, of all that no rule takes; None: there must be none left.
+            Rules take nothing from it but ``lr`` under *layer_decay*: what one leaves out is the optimizer's own.
         no_weight_decay: True gives biases, what belongs to a normalisation and what has at most one dimension
             weight decay 0, in groups of their own called ``"<name>.no_weight_decay"``; or a predicate
             ``(name, parameter, module) -> bool``, where *module* is the one that owns the parameter.

@@ -42,6 +42,7 @@ class Plan:
         tail: What becomes of a short last window of an epoch: ``"step"``, ``"carry"`` or ``"drop"``.
         name: The optimizer's name, which prefixes attributes of ``engine.state``.
         optimizer: Makes what processors see as ``optimizer``; None where there is none.
+        resumed: Lengths, and ``stretch``, that a resumed run shows its processors instead of its own.
 
     Attributes:
         series: By ``key/group`` such as ``lr/group_0`` or ``betas.0/group_0``, one value per step: for each group, its
@@ -95,13 +96,16 @@ class Plan:
         tail: Tail = "step",
         name: str = "optimizer",
         optimizer: StandIn | None = None,
+        resumed: Mapping[str, Any] | None = None,
     ) -> None:
         window = Window(accumulation_steps, tail)
         length = count("epoch_length", epoch_length, 1)
         run = _run(length, max_epochs, max_iters)
         iterations = run.max_iters or length * run.max_epochs
         originals = check_processors(processors)
-        rehearsal = Rehearsal(param_groups, originals, run=run, window=window, name=name, optimizer=optimizer)
+        rehearsal = Rehearsal(
+            param_groups, originals, run=run, window=window, name=name, optimizer=optimizer, resumed=resumed or {}
+        )
         windows = list(closing_windows(window.size, tail, length, iterations))
         self.steps: Sequence[int] = range(1, len(windows) + 1)
         self.iterations, self.epochs, self.micro_batches = (array("q", [w[i] for w in windows]) for i in range(3))

@@ -243,12 +243,14 @@ def _too_long(course: Course, at: _Length) -> list[str]:
     unit, end = at.curve.unit, at.start + at.length
     run, has = course.length(unit), _count(course, unit)
     if at.role == "warm-up":
-        if end < run:
+        if end < run or not at.length:
             return []
         when = f"reaches its peak after {end} {_UNITS[unit]}, and the run has {has}"
         return [f"warm-up longer than the run: {at} {when}. Shorten it, or train longer"]
     if end <= run:
         return []
+    if at.setting == "decay":  # at the end of the run, wherever that is
+        return [f"schedule longer than the run: {at} needs {at.length} {_UNITS[unit]}, and the run has {has}"]
     if at.role == "milestones" and len(at.given) > 1:
         late = sum(at.start + milestone > run for milestone in at.given)
         return [f"schedule longer than the run: {late} of the {len(at.given)} times in {at} come after its {has}"]

@@ -11,7 +11,7 @@ import torch
 
 from ice_engine.clocks import Clocks
 from ice_engine.errors import ArgumentTypeError
-from ice_engine.processors.group import run_processors, set_initial_values, written_keys
+from ice_engine.processors.group import rewind, run_processors, set_initial_values, written_keys
 from ice_engine.processors.group_mapping import GroupMapping, group_name
 from ice_engine.processors.processor import name_of
 from ice_engine.processors.schedule import Schedule
@@ -93,6 +93,7 @@ class Rehearsal:
         window: Its size and tail give the length of the run.
         name: The optimizer's name.
         optimizer: Makes what stands for it; None for nothing.
+        resumed: What a resumed run shows its processors instead of the run's own lengths.
 
     Attributes:
         groups: The copies.
@@ -116,6 +117,7 @@ class Rehearsal:
         window: Window,
         name: str,
         optimizer: StandIn | None,
+        resumed: Mapping[str, Any],
     ) -> None:
         self.groups = [{key: _copy(value) for key, value in group.items()} for group in param_groups]
         self.names = _different([group_name(group, i) for i, group in enumerate(self.groups)])
@@ -123,7 +125,7 @@ class Rehearsal:
         # Only a schedule says all that it writes.
         self._all_known = all(isinstance(processor, Schedule) for processor in processors)
         set_initial_values(processors, self.groups)
-        self._rewind()
+        rewind(processors, self.groups)
         self._clocks = Clocks()
         self._clocks.run = run
         self._name = name
@@ -135,6 +137,7 @@ class Rehearsal:
         self._processors = tuple(_copied(processor, memo) for processor in processors)
         self._fixed = {
             **self._clocks.lengths(window.size, window.tail),
+            **resumed,
             "optimizer": stand_in,
             "engine": engine,
             "n": stand_in,
@@ -149,16 +152,6 @@ class Rehearsal:
         self._noted: list[list[tuple[Callable[[float], None], str, int | None]]] = [[] for _ in self.groups]
         for i, group in enumerate(self.groups):
             self._follow(i, [key for key in ("lr",) if key in group], 0)
-
-    def _rewind(self) -> None:
-        for i, group in enumerate(self.groups):
-            mapping = GroupMapping(group, {}, i)
-            for key, value in group.items():
-                entry = key.removeprefix("initial_")
-                # What no processor changes stays as it is now, in a fresh run as well.
-                if entry != key and entry in mapping and (entry in self._written or not self._all_known):
-                    mapping[entry] = value
-            mapping.commit()
 
     def play(self, iterations: Sequence[int], epochs: Sequence[int]) -> None:
         """Take all steps, after these iterations and in these epochs.

@@ -58,11 +58,13 @@ def _check_extra(extra: Any) -> None:
         raise StateDictError(message)
     try:
         whole = set(extra["clocks"]) == {"step", "attempt", "skipped", "iteration"}
-        whole = whole and all(isinstance(count, int) for count in extra["clocks"].values())
+        whole = whole and all(isinstance(count, int) and count >= 0 for count in extra["clocks"].values())
+        whole = whole and (extra["grad_scaler"] is None or {"scale", "_growth_tracker"} <= set(extra["grad_scaler"]))
         whole = whole and isinstance(extra["window"]["micro_batches"], int)
         whole = whole and isinstance(extra["consecutive_skips"], int) and "grad_scaler" in extra
         whole = whole and all(isinstance(shape, list | tuple) for shape in extra.get("shapes", {}).values())
-        whole = whole and all(isinstance(values, list | tuple) for values in extra.get("measurements", {}).values())
+        measured = [value for values in extra.get("measurements", {}).values() for value in values]
+        whole = whole and all(isinstance(value, int | float) for value in measured)
         whole = whole and ("horizon" not in extra or _is_horizon(extra["horizon"]))
     except (TypeError, KeyError, AttributeError):
         whole = False
@@ -76,4 +78,7 @@ def _is_horizon(horizon: Any) -> bool:
     run, plan = set(horizon["run"]), set(horizon["plan"])
     lengths = {"epoch_length", "max_epochs", "max_iters"}
     shown = lengths | {"epoch_size", "total_steps"}
-    return lengths | {"accumulation_steps", "tail"} <= run and shown <= plan and isinstance(horizon["processors"], list)
+    whole = lengths | {"accumulation_steps", "tail"} <= run and shown <= plan
+    whole = whole and isinstance(horizon["processors"], list)
+    counts = [part[key] for part in (horizon["run"], horizon["plan"]) for key in shown if key in part]
+    return whole and all(count is None or (isinstance(count, int) and count > 0) for count in counts)

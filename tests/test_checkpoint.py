@@ -417,7 +417,7 @@ def test_a_truncated_file_is_named_with_what_else_is_there(tmp_path, size):
     with pytest.raises(CheckpointError) as caught:
         run.checkpoint.resume(run.trainer)
     assert str(file) in str(caught.value)
-    assert "Other checkpoints there: checkpoint_5.pt; move it away to resume from those" in str(caught.value)
+    assert "Move it away to resume from one of the others there: checkpoint_5.pt" in str(caught.value)
     file.unlink()
     assert run.checkpoint.resume(run.trainer).name == "checkpoint_5.pt"
 

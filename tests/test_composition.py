@@ -8,7 +8,7 @@ import torch
 from ignite.engine import Engine
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError, ProcessorValueError
 from ice_engine.processors.schedules import (
     constant,
     cosine,
@@ -88,6 +88,54 @@ def test_only_a_group_is_also_what_was_split_from_it() -> None:
     optimizer.attach(Engine(lambda engine, batch: None))
     row = optimizer.plan(1, 1).rows[0]
     assert [row[f"lr/{group['name']}"] for group in groups] == [0.5, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("limited", [constant(0.5).only("head").scale(0.1), constant(0.5).only("head").clamp(max=0.3)])
+def test_what_is_limited_is_one_as_a_factor_whatever_wraps_it(limited: Any) -> None:
+    product = limited * constant(1.0)
+
+    assert product(at(0, group_name="body"))["lr"] == 1.0
+    assert product(at(0, group_name="head"))["lr"] == limited(at(0, group_name="head"))["lr"]
+    rebased = limited.then(constant(), at=1, rebase=True)
+    assert rebased(at(1, group_name="body"))["lr"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        constant().only("haed") * cosine(),
+        ice.Compose(constant().only("haed")),
+        constant().only("haed").only("head"),
+        constant().then(constant().only("haed"), at=1),
+    ],
+    ids=repr,
+)
+def test_a_wrong_name_is_found_however_deep_it_is(processor: Any) -> None:
+    optimizer = ice.Optimizer(torch.optim.SGD(groups_of("head", "body"), lr=1.0), processors=[processor])
+
+    with pytest.raises(MissingKeyError, match="a param group 'haed', which there is not"):
+        optimizer.attach(Engine(lambda engine, batch: None))
+
+
+def test_a_schedule_of_a_tuple_or_of_no_number_is_refused_when_made() -> None:
+    def make(cls: Any, dst: str, **settings: Any) -> None:
+        ice.Optimizer(cls([torch.nn.Parameter(torch.ones(()))], **settings), processors=[linear(dst=dst)])
+
+    with pytest.raises(ProcessorValueError, match=r"'betas' of param group 0 .* has 2 elements; .* dst='betas\.0'"):
+        make(torch.optim.AdamW, "betas")
+    with pytest.raises(ProcessorValueError, match=r"'amsgrad' of .* is a bool False; a schedule needs a float"):
+        make(torch.optim.AdamW, "amsgrad")
+    with pytest.raises(ProcessorValueError, match=r"'lr' of .* is a Tensor of torch\.int64; a schedule needs a float"):
+        make(torch.optim.SGD, "lr", lr=torch.tensor(1))
+
+
+def test_a_param_group_that_a_schedule_cannot_follow_is_not_added() -> None:
+    group = {**groups_of("head")[0], "rate": 1.0}
+    optimizer = ice.Optimizer(torch.optim.SGD([group], lr=1.0), processors=[linear(dst="rate")])
+
+    with pytest.raises(MissingKeyError, match="writes 'rate'"):
+        optimizer.add_param_group(groups_of("body")[0])
+    assert [g["name"] for g in optimizer.param_groups] == ["head"]
 
 
 def groups_of(*names: str) -> list[dict[str, Any]]:
@@ -217,6 +265,8 @@ def test_a_predicate_prints_by_its_name_and_is_no_data() -> None:
         ({"schedule": "cosine", "total": 0}, ArgumentValueError, "must be at least 1, got 0"),
         ({"product": 3}, ArgumentTypeError, "'product' of a schedule's spec cannot be made of 3"),
         ({"then": [{"schedule": "constant"}]}, ArgumentTypeError, "'then' of a schedule's spec cannot be made of"),
+        ({"product": [], "dst": "lr"}, ArgumentTypeError, "'product' of a schedule's spec does not take 'dst'"),
+        ({"only": {"schedule": "constant"}, "names": "head"}, ArgumentTypeError, "needs a list of names, got 'head'"),
         ({"scale": {"schedule": "constant"}}, ArgumentTypeError, "'scale' of a schedule's spec cannot be made of"),
     ],
 )

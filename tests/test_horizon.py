@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 import ice_engine as ice
 from ice_engine.errors import ArgumentValueError, ScheduleChangedError, StateDictError
 from ice_engine.processors.curve import build
-from ice_engine.processors.schedules import constant, cosine, exponential, linear, step, warmup
+from ice_engine.processors.schedules import constant, cosine, exponential, function, linear, step, warmup, wsd
 
 LENGTH = 10
 
@@ -422,3 +422,212 @@ def test_stretch_says_what_the_next_value_is_and_what_it_would_have_been(caplog:
 
     (line,) = lines(caplog)
     assert line == "optimizer 'optimizer', on_change='stretch': lr at step 21: 0.5 instead of 0.8536 (total 40 -> 80)"
+
+
+# -- processors that are no schedules, and code that changed --------------------------------------------------
+
+
+class Halve(ice.Processor):
+    """As the documentation teaches it: without a repr, so that its default one is an address."""
+
+    def __init__(self, by: float = 2.0) -> None:
+        self.by = by
+
+    def __call__(self, mapping: Any) -> Any:
+        mapping["lr"] = mapping["initial_lr"] / self.by
+        return mapping
+
+
+@pytest.mark.parametrize("wrap", [lambda p: p, lambda p: ice.Compose(p)], ids=["alone", "composed"])
+@pytest.mark.parametrize("policy", ["error", "keep", "stretch"])
+def test_a_class_of_ones_own_is_the_same_in_the_next_process(wrap: Any, policy: Any, caplog: Any) -> None:
+    state = interrupted(wrap(Halve()))
+
+    assert Run(wrap(Halve()), state=state, on_change=policy)(4).lr == [0.5] * 20
+    assert lines(caplog) == []
+    with pytest.raises(ScheduleChangedError, match=r"Halve\(by=2\.0\).* -> .*Halve\(by=4\.0\)"):
+        Run(wrap(Halve(4.0)), state=state)(4)
+
+
+def plain(group: Any) -> Any:
+    group["lr"] = group["initial_lr"] * max(1 - group["step"] / group["total_steps"], 0)
+    return group
+
+
+def test_a_plain_function_that_reads_the_length_follows_the_policy() -> None:
+    state = interrupted(plain)
+
+    with pytest.raises(ScheduleChangedError, match="total 40 -> 80, which plain reads"):
+        Run(plain, state=state)(8)
+    assert Run(plain, state=state, on_change="keep")(8).lr == exactly([max(1 - t / 40, 0) for t in range(20, 80)])
+    assert Run(plain, state=state, on_change="replan")(8).lr == exactly([1 - t / 80 for t in range(20, 80)])
+    with pytest.raises(ScheduleChangedError, match="'stretch' stretches schedules, and plain is a function that reads"):
+        Run(plain, state=state, on_change="stretch")(8)
+
+
+def test_a_composed_schedule_follows_the_policy() -> None:
+    state = interrupted(ice.Compose(cosine()))
+
+    with pytest.raises(ScheduleChangedError, match=r"lr at step 21: 0\.5 -> 0\.8536 \(total 40 -> 80\)"):
+        Run(ice.Compose(cosine()), state=state)(8)
+    kept = Run(ice.Compose(cosine()), state=state, on_change="keep")(8)
+    assert kept.lr == exactly([half(t, 40) for t in range(20, 80)])
+
+
+def test_a_function_whose_code_changed_is_another_schedule() -> None:
+    def of(base: float) -> Any:
+        # Of one name, so that only their code differs.
+        return (lambda t: 0.99**t) if base == 0.99 else (lambda t: 0.9**t)
+
+    state = interrupted(function(of(0.99)))
+
+    assert Run(function(of(0.99)), state=state)(4).lr == exactly([0.99**t for t in range(20, 40)])
+    with pytest.raises(ScheduleChangedError, match=r"other code in \[function\(f=<lambda>\)\]"):
+        Run(function(of(0.9)), state=state)(4)
+
+
+def test_of_two_functions_of_one_name_each_is_kept() -> None:
+    first, second = (lambda g: {"lr": g["lr"] * 0.5 + 0.1}), (lambda g: {"lr": g["initial_lr"] * 0.25})
+    resumed = Run(first, second, constant(), state=interrupted(first, second), on_change="keep")
+
+    assert resumed(4).lr == [0.25] * 20
+    assert resumed.optimizer.processors == (first, second)
+
+
+def starts_an_epoch(group: Any) -> bool:
+    return bool(group["epoch_steps"] <= 5 and group["param_group"] is not None and group["current_epoch"] > 0)
+
+
+@pytest.mark.parametrize("policy", ["replan", "keep", "stretch"])
+def test_a_predicate_may_read_all_that_it_sees_in_a_run(policy: Any) -> None:
+    schedule = linear().when(starts_an_epoch)
+
+    assert len(Run(schedule, state=interrupted(schedule), on_change=policy)(8).lr) == 60
+
+
+def test_a_function_that_knows_only_the_run_s_own_steps_is_not_asked_for_others() -> None:
+    def table(t: float) -> float:
+        return ([1.0] * 40)[int(t)]
+
+    schedule = function(table) * linear(total=40)
+    state = interrupted(schedule, accumulation_steps=2)
+
+    assert len(Run(schedule, state=state, accumulation_steps=4, on_change="replan")(4).lr) == 6
+
+
+# -- errors leave nothing half done ---------------------------------------------------------------------------
+
+
+def test_after_an_error_the_next_run_gets_it_again() -> None:
+    state = interrupted(linear(), halve(dst="lr"))
+    resumed = Run(linear(), state=state, on_change="keep")
+    for _ in range(3):
+        resumed.trainer._internal_run_generator = None  # Ignite's next run() would be a silent no-op
+        with pytest.raises(ScheduleChangedError, match="cannot be kept"):
+            resumed(4)
+
+    only = Run(cosine())
+    only.optimizer.load_state_dict(interrupted(cosine())["optimizer"])
+    for _ in range(2):
+        only.trainer._internal_run_generator = None
+        with pytest.warns(ice.IceEngineWarning, match="goes on at step 20"), pytest.raises(ScheduleChangedError):
+            only(8)
+    assert only.lr == resumed.lr == []
+
+
+def test_loaded_twice_the_script_s_lr_is_still_what_it_asked_for() -> None:
+    state = interrupted(cosine())
+    resumed = Run(cosine(), state=state, lr=0.1, on_change="replan")
+    resumed.optimizer.load_state_dict(state["optimizer"])
+
+    assert resumed(4).lr == exactly([half(t, 40, 0.1) for t in range(20, 40)])
+
+
+# -- the clocks of a stretched run ----------------------------------------------------------------------------
+
+
+def test_stretch_inside_an_epoch_goes_on_from_the_saved_value() -> None:
+    first = Run(linear(unit="epoch"))
+    first.trainer.add_event_handler(
+        ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED(once=15), lambda: first.trainer.terminate()
+    )
+    first(4)
+    second = Run(linear(unit="epoch"), state=first.state(), on_change="stretch")(8)
+
+    assert first.lr[-1] == second.lr[0] == 0.75
+    assert second.lr == sorted(second.lr, reverse=True)
+
+
+def test_a_complete_run_has_nothing_left_to_stretch_and_says_so() -> None:
+    with pytest.raises(ScheduleChangedError, match="nothing is left of the saved schedule, which has ended; take 'rep"):
+        Run(cosine(), state=Run(cosine())(4).state(), on_change="stretch")(8)
+
+
+def test_a_change_between_the_probes_of_a_long_run_is_found_with_its_first_step() -> None:
+    state = interrupted(wsd(decay=20), epochs=100, after=50)
+
+    with pytest.raises(ScheduleChangedError, match=r"lr at step 982: 0\.7764 -> 1 \(total 1000 -> 1010\)"):
+        Run(wsd(decay=20), state=state)(101)
+
+
+# -- lengths that change in a run, runs that start afresh -----------------------------------------------------
+
+
+def test_a_length_changed_during_the_run_is_a_change_as_well(caplog: Any) -> None:
+    def run(policy: Any) -> Run:
+        found = Run(cosine(), on_change=policy)
+        found.trainer.add_event_handler(
+            Events.EPOCH_COMPLETED(once=2), lambda engine: setattr(engine.state, "max_epochs", 8)
+        )
+        return found
+
+    with pytest.raises(ScheduleChangedError, match=r"lr at step 21: 0\.5 -> 0\.8536 \(total 40 -> 80\)"):
+        run("error")(4)
+    assert run("stretch")(4).lr[20:] == exactly([half(20 + (t - 20) / 3, 40) for t in range(20, 80)])
+    assert len(lines(caplog)) == 1
+
+
+def test_a_fresh_run_starts_from_the_initial_values_and_its_own_processors() -> None:
+    late = constant(0.1).when(lambda group: group["epoch"] > 2)
+    run = Run(late)(4)
+    run.trainer.state.max_epochs = None
+    assert run(4).lr == [1.0] * 20 + [0.1] * 20 + [1.0] * 20 + [0.1] * 20
+
+    kept = Run(linear(), state=interrupted(constant()), on_change="keep")(4)
+    kept.trainer.state.max_epochs = None
+    assert kept(4).lr == exactly([1.0] * 20 + [1 - t / 40 for t in range(40)])
+
+
+def test_a_detached_optimizer_counts_for_itself() -> None:
+    run = Run(linear(total=20, unit="iteration"))(1)
+    run.optimizer.detach()
+    rates = []
+    for _ in range(3):
+        run.optimizer.backward(run.weight * 1e-3)
+        run.optimizer.update()
+        rates.append(run.optimizer.param_groups[0]["lr"])
+
+    assert rates == exactly([0.5, 0.45, 0.4])
+
+
+def test_groups_of_one_name_are_told_apart() -> None:
+    def make(lr: float) -> ice.Optimizer:
+        groups = [{"params": [torch.nn.Parameter(torch.ones(()))], "name": "x", "lr": r} for r in (lr, 0.5)]
+        return ice.Optimizer(torch.optim.SGD(groups), processors=[constant()])
+
+    first, second = make(1.0), make(0.1)
+    second.load_state_dict(first.state_dict())
+    second.backward(second.param_groups[0]["params"][0] * 1)
+
+    with pytest.raises(ScheduleChangedError, match=r"lr of 'x' at step 1: 1 -> 0\.1"):
+        second.update()
+
+
+@pytest.mark.parametrize("policy", ["keep", "stretch", "replan"])
+def test_the_plan_of_a_resumed_run_is_what_it_does(policy: Any) -> None:
+    resumed = Run(cosine(), state=interrupted(cosine()), on_change=policy)(8)
+    plan = resumed.optimizer.plan()
+
+    assert list(plan.series["lr/group_0"])[20:] == resumed.lr
+    # Of a run that is asked for in so many words, it is that run's.
+    assert list(resumed.optimizer.plan(10, 2).series["lr/group_0"]) == exactly([half(t, 20) for t in range(20)])

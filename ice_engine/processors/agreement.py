@@ -5,6 +5,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ice_engine.errors import ProcessorDivergenceError
 from ice_engine.processors.group_mapping import GroupMapping
 from ice_engine.processors.processor import name_of
@@ -25,7 +27,8 @@ def require_agreement(
     Raises:
         ProcessorDivergenceError: On every rank, if not; names processor, group, key and the ranks' values.
     """
-    digest = hashlib.sha256(repr([mapping.staged for mapping in staged]).encode()).hexdigest()
+    written = [{key: _exact(value) for key, value in sorted(mapping.staged.items())} for mapping in staged]
+    digest = hashlib.sha256(repr(written).encode()).hexdigest()
     if len(set(gather(digest))) == 1:
         return
     # They differ, and every rank knows it: run them again, one at a time, to find the first that does.
@@ -35,8 +38,7 @@ def require_agreement(
         for processor in processors:
             mapping.absorb(processor, processor(mapping))
             mapping.check()
-            written = {key: repr(value) for key, value in mapping.staged.items()}
-            steps.append([name_of(processor), mapping.label, written])
+            steps.append([name_of(processor), mapping.label, {k: _exact(v) for k, v in mapping.staged.items()}])
     ranks = [json.loads(text) for text in gather(json.dumps(steps))]
     for place, (name, label, _) in enumerate(steps):
         values = [rank[place][2] if place < len(rank) else {} for rank in ranks]
@@ -54,3 +56,8 @@ def require_agreement(
         f"a state of its own or draws random numbers; they are: {', '.join(map(name_of, processors))}"
     )
     raise ProcessorDivergenceError(message)
+
+
+def _exact(value: Any) -> str:
+    # The repr of a tensor rounds.
+    return repr(value.tolist() if isinstance(value, torch.Tensor) else value)

@@ -44,7 +44,8 @@ class Product(Schedule):
 
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
         for factor in reversed(self.factors):
-            base = factor.value(base, mapping, start=start)
+            if not factor.conditional or factor.applies(mapping, start=start):
+                base = factor.value(base, mapping, start=start)
         return base
 
     def __repr__(self) -> str:
@@ -88,7 +89,7 @@ class Sequence(Schedule):
             return self.first.value(base, mapping, start=start)
         if self.rebase:
             then: Any = ChainMap(at_clock(self._unit, change), mapping)  # type: ignore[arg-type] # only read
-            base = self.first.value(base, then, start=start)
+            base = self.first.value(base, then, start=start) if self.first.applies(then, start=start) else base
         return self.second.value(base, mapping, start=change)
 
     @property
@@ -180,6 +181,7 @@ class Only(_Wrapped):
     """``a.only("head")``: in the groups of these names alone."""
 
     names: tuple[str, ...]
+    conditional = True
 
     @property
     def call(self) -> str:
@@ -208,6 +210,7 @@ class When(_Wrapped):
     """``a.when(predicate)``: in the steps and groups for which a function of the mapping is true."""
 
     predicate: Callable[[Mapping[str, Any]], bool]
+    conditional = True
 
     @property
     def call(self) -> str:

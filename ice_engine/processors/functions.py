@@ -50,7 +50,7 @@ def function(f: Callable[[Any], SupportsFloat], *, unit: Unit = "step", dst: str
     return build(function, _function, unit=unit, dst=dst, f=_check_callable("function", f))
 
 
-class _Products:
+class Products:
     """``f(1) * ... * f(t)`` as a function of ``t``, which remembers what it has multiplied.
 
     Equal to another one of the same *f*, and pickled as *f* alone: what it remembers is no part of its value.
@@ -63,6 +63,7 @@ class _Products:
         self._lock = threading.Lock()
 
     def __call__(self, t: int) -> float:
+        """Return the product of the first *t*."""
         products = self._products
         with self._lock:
             for i in range(len(products), t + 1):
@@ -70,16 +71,16 @@ class _Products:
         return products[t]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Products) and self.f == other.f
+        return isinstance(other, Products) and self.f == other.f
 
     def __hash__(self) -> int:
         return hash(self.f)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Products, (self.f,)
+        return Products, (self.f,)
 
 
-def _multiplicative(base: float, t: float, *, f: _Products) -> float:
+def _multiplicative(base: float, t: float, *, f: Products) -> float:
     return _finite(base * f(int(t)))
 
 
@@ -114,7 +115,7 @@ def multiplicative(f: Callable[[int], SupportsFloat], *, unit: Unit = "step", ds
 
     .. versionadded:: 0.1.0
     """
-    return build(multiplicative, _multiplicative, unit=unit, dst=dst, f=_Products(_check_callable("multiplicative", f)))
+    return build(multiplicative, _multiplicative, unit=unit, dst=dst, f=Products(_check_callable("multiplicative", f)))
 
 
 def _check_callable(name: str, f: Any) -> Callable[[Any], Any]:

@@ -2,13 +2,15 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ice_engine.errors import ArgumentTypeError, MissingKeyError
+from ice_engine.errors import ArgumentTypeError, MissingKeyError, ProcessorValueError
 from ice_engine.processors.agreement import Gather, require_agreement
+from ice_engine.processors.compose import Compose
+from ice_engine.processors.composition import Only
 from ice_engine.processors.group_mapping import GroupMapping, group_name
 from ice_engine.processors.processor import Processor, belongs, name_of
 from ice_engine.processors.schedule import Schedule
@@ -73,8 +75,36 @@ def set_initial_values(processors: Sequence[Callable[..., Any]], groups: Sequenc
                 continue
             mapping.require(key, processor)
             value = mapping[key]
-            if isinstance(value, int | float | torch.Tensor):
+            if isinstance(processor, Schedule):
+                _check_number(processor, key, value, mapping.label)
+            if isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1):
                 group.setdefault(f"initial_{key}", float(value))
+
+
+def _check_number(schedule: Schedule, key: str, value: Any, label: str) -> None:
+    if isinstance(value, tuple | list):
+        message = f"{schedule!r}: {key!r} of {label} has {len(value)} elements; schedule one, such as dst='{key}.0'"
+        raise ProcessorValueError(message)
+    whole = isinstance(value, torch.Tensor) and not value.is_floating_point()
+    if isinstance(value, bool) or whole or not isinstance(value, int | float | torch.Tensor):
+        found = f"of {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
+        message = f"{schedule!r}: {key!r} of {label} is a {type(value).__name__} {found}; a schedule needs a float"
+        raise ProcessorValueError(message)
+
+
+def rewind(processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Set what *processors* changed back to its initial value, for a run that starts afresh."""
+    written = {key for _, key in written_keys(processors)}
+    # Only a schedule says all that it writes.
+    all_known = all(isinstance(processor, Schedule) for processor in processors)
+    for index, group in enumerate(groups):
+        mapping = GroupMapping(group, {}, index)
+        for key, value in group.items():
+            entry = key.removeprefix("initial_")
+            # What no processor changes stays as it is now.
+            if entry != key and entry in mapping and (entry in written or not all_known):
+                mapping[entry] = value
+        mapping.commit()
 
 
 def check_names(processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]]) -> None:
@@ -85,8 +115,7 @@ def check_names(processors: Sequence[Callable[..., Any]], groups: Sequence[dict[
     """
     names = [group_name(group, index) for index, group in enumerate(groups)]
     for processor in processors:
-        limit = (isinstance(processor, Schedule) and processor.only_groups) or frozenset()
-        for missing in sorted(name for name in limit if not any(belongs(group, (name,)) for group in names)):
+        for missing in [n for n in _limits(processor) if not any(belongs(group, (n,)) for group in names)]:
             close = difflib.get_close_matches(missing, names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "ice.param_groups() gives groups their names"
             message = (
@@ -96,9 +125,23 @@ def check_names(processors: Sequence[Callable[..., Any]], groups: Sequence[dict[
             raise MissingKeyError(message)
 
 
+def _limits(processor: Callable[..., Any]) -> Iterator[str]:
+    """Yield every name that a schedule in *processor* is limited to, however deep in it."""
+    if isinstance(processor, Only):
+        yield from processor.names
+    for part in getattr(processor, "processors" if isinstance(processor, Compose) else "parts", ()):
+        yield from _limits(part)
+
+
 def written_keys(processors: Sequence[Callable[..., Any]]) -> list[tuple[Callable[..., Any], str]]:
     """Return each processor with each key that it is known to write."""
     return [(p, key) for p in processors if isinstance(p, Processor) for key in p.writes]
+
+
+def followed_metrics(processors: Sequence[Callable[..., Any]]) -> set[str]:
+    """Return the metrics that schedules among *processors* follow."""
+    curves = (curve for p in processors if isinstance(p, Schedule) for curve, _ in p.curves())
+    return {str(dict(curve.settings)["metric"]) for curve in curves if "measurements" in curve.reads}
 
 
 def check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor, ...]:

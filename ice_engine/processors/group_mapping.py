@@ -125,7 +125,7 @@ class GroupMapping(MutableMapping[str, Any]):
         if "." not in key:
             return None, 0
         entry, _, index = key.rpartition(".")
-        value = self._group.get(entry) if index.isdigit() else None
+        value = self._group.get(entry) if index.isdecimal() else None
         if isinstance(value, tuple | list) and int(index) < len(value):
             return entry, int(index)
         return None, 0

@@ -6,6 +6,7 @@ factory, see :func:`ice_engine.processors.curve.build`; what combines them is in
 :mod:`ice_engine.processors.composition`.
 """
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ class Schedule(Processor):
         found = [limit for limit in limits if limit is not None]
         return frozenset().union(*found) if found and len(found) == len(limits) else None
 
+    @functools.cached_property
+    def conditional(self) -> bool:
+        """Whether there are groups or steps in which it may have nothing to say."""
+        return any(part.conditional for part in self.parts)
+
     def curves(self, start: int = 0) -> Iterator[tuple["Curve", int]]:
         """Yield every curve in it, each with the time at which its own clock starts, in its unit."""
         for part in self.parts:
@@ -74,7 +80,7 @@ class Schedule(Processor):
 
     def applies(self, mapping: Mapping[str, Any], *, start: int = 0) -> bool:
         """Whether it has something to say in this group, now; if not, the entry stays as it is."""
-        return any(part.applies(mapping, start=start) for part in self.parts)
+        return not self.conditional or any(part.applies(mapping, start=start) for part in self.parts)
 
     @property
     @abstractmethod
@@ -92,7 +98,7 @@ class Schedule(Processor):
             MissingKeyError: If the mapping lacks the initial value, the clock, or the length of the run.
         """
         mapping = require_mapping(mapping, self.name)
-        if self.applies(mapping):
+        if not self.conditional or self.applies(mapping):
             initial = f"initial_{self.dst}"
             base = require_key(mapping, initial, self.name, f"Attach the optimizer first, or set {initial} yourself.")
             mapping[self.dst] = self.value(base, mapping)

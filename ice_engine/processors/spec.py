@@ -8,7 +8,14 @@ from typing import Any
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.processors.schedule import Schedule
 
-_COMBINED = ("product", "then", "clamp", "scale", "only")
+# What combines schedules, and what each takes besides them.
+_COMBINED: dict[str, set[str]] = {
+    "product": set(),
+    "then": {"at", "rebase"},
+    "clamp": {"min", "max"},
+    "scale": {"by"},
+    "only": {"names"},
+}
 
 
 def from_spec(spec: Mapping[str, Any]) -> Schedule:
@@ -46,6 +53,10 @@ def from_spec(spec: Mapping[str, Any]) -> Schedule:
         raise ArgumentValueError(message)
     value = settings.pop(kind)
     if kind != "schedule":
+        unknown = sorted(settings.keys() - _COMBINED[kind])
+        if unknown:
+            message = f"{kind!r} of a schedule's spec does not take {', '.join(map(repr, unknown))}, got {dict(spec)!r}"
+            raise ArgumentTypeError(message)
         return _combine(kind, value, settings)
     from ice_engine.processors import schedules  # which offers this function
 
@@ -71,6 +82,9 @@ def _combine(kind: str, parts: Any, settings: dict[str, Any]) -> Schedule:
         schedule = from_spec(parts)
         if kind == "scale":
             return schedule.scale(settings["by"])
+        if isinstance(settings.get("names"), str):
+            message = f"'only' of a schedule's spec needs a list of names, got {settings['names']!r}"
+            raise ArgumentTypeError(message)
         return schedule.only(*settings["names"]) if kind == "only" else schedule.clamp(**settings)
     except (TypeError, ValueError, KeyError) as error:
         message = f"{kind!r} of a schedule's spec cannot be made of {parts!r} and {settings!r}: {error}"
