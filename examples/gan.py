@@ -1,0 +1,216 @@
+"""Train a conditional GAN on scikit-learn's 1,797 handwritten digits: two optimizers on one engine.
+
+Each has its own name, and so its own clocks, events, schedule, clipping and records; both share one loss scale. A
+classifier that was trained on the real digits then says how many of the drawn ones it reads as what they are to be.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler, ProgressBar, global_step_from_engine
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.svm import SVC
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import DataLoader, TensorDataset
+
+import ice_engine as ice
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run is made of."""
+
+    epochs: int = 200
+    """Epochs of the whole run, of 28 iterations each."""
+    batch_size: int = 64
+    """Real digits, and drawn ones, in an iteration."""
+    lr: float = 1e-3
+    """Learning rate of both optimizers at the top of their schedules."""
+    clip: float = 5.0
+    """Largest gradient norm of the generator."""
+    average: float = 0.005
+    """Share of the newest weights in the generator's running average, which draws the picture."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """Type that autocast computes in."""
+    seed: int = 0
+    """Seed of the weights, the noise and the order of the digits."""
+    out: Path = Path("runs/gan")
+    """Folder for checkpoints, TensorBoard's files and the picture; a run replaces the one that is there."""
+    resume: bool = False
+    """Go on from the last checkpoint in that folder."""
+
+
+class Generator(torch.nn.Module):
+    """Draws images of shape (1, 8, 8), from 0 to 1, out of noise and a label."""
+
+    noise = 24
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = torch.nn.Embedding(10, 24)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(self.noise + 24, 256),
+            torch.nn.LeakyReLU(0.2),
+            torch.nn.Linear(256, 256),
+            torch.nn.LeakyReLU(0.2),
+            torch.nn.Linear(256, 64),
+            torch.nn.Sigmoid(),
+        )
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(len(labels), self.noise)
+        return self.layers(torch.cat([noise, self.label(labels)], 1)).view(-1, 1, 8, 8)
+
+
+class Discriminator(torch.nn.Module):
+    """Says how real an image with its label is; the higher, the more so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Flatten(),
+            spectral_norm(torch.nn.Linear(64, 256)),
+            torch.nn.LeakyReLU(0.2),
+            spectral_norm(torch.nn.Linear(256, 256)),
+            torch.nn.LeakyReLU(0.2),
+        )
+        self.score = spectral_norm(torch.nn.Linear(256, 1))
+        self.label = spectral_norm(torch.nn.Embedding(10, 256))
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        features = self.layers(2 * images - 1)
+        return (self.score(features)[:, 0] + (self.label(labels) * features).sum(1)).float()
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the real images, of shape (1, 8, 8), and their labels."""
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
+
+
+def train(config: Config) -> torch.nn.Module:
+    """Train both networks and return the average of the generator's weights."""
+    torch.set_num_threads(1)  # for so small a network, a second thread costs more than it brings
+    torch.manual_seed(config.seed)
+    generator, discriminator = Generator(), Discriminator()
+    loader = DataLoader(TensorDataset(*digits()), config.batch_size, shuffle=True, drop_last=True)
+
+    adam = functools.partial(torch.optim.Adam, lr=config.lr, betas=(0.5, 0.99))
+    scaler = torch.amp.GradScaler("cpu")  # one loss scale: it adapts once an iteration, after both have stepped
+    draw = ice.Optimizer(
+        adam,
+        generator.named_parameters(),
+        name="generator",
+        clip=ice.clip_norm(config.clip),
+        grad_scaler=scaler,
+        processors=[ice.schedules.linear()],
+    )
+    judge = ice.Optimizer(
+        adam,
+        discriminator.named_parameters(),
+        name="discriminator",
+        grad_scaler=scaler,
+        processors=[ice.schedules.linear()],
+    )
+
+    def train_step(engine: Engine, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
+        real, labels = batch
+        with torch.autocast("cpu", AUTOCAST[config.precision], enabled=config.precision != "fp32"):
+            with judge.toggle(generator):
+                scores = discriminator(real, labels), discriminator(generator(labels), labels)
+                judged = functional.relu(1 - scores[0]).mean() + functional.relu(1 + scores[1]).mean()
+                judge.backward(judged)
+            with draw.toggle(discriminator):
+                drawn = -discriminator(generator(labels), labels).mean()
+                draw.backward(drawn)
+        return {"discriminator": judged.item(), "generator": drawn.item()}
+
+    trainer = Engine(train_step)
+    judge.attach(trainer, discriminator)
+    draw.attach(trainer, generator)
+
+    # The average moves when the generator does, and not on a step that was skipped.
+    average = EMAHandler(generator, momentum=config.average)
+    average.attach(trainer, event=draw.events.GENERATOR_STEP_COMPLETED)
+    ProgressBar(disable=None).attach(trainer, output_transform=lambda output: output)  # None: only on a terminal
+    ice.TensorBoard(config.out / "tensorboard").attach(trainer, draw, judge, every=10)
+    saved = {"trainer": trainer, "generator": generator, "discriminator": discriminator, "average": average.ema_model}
+    checkpoint = ice.Checkpoint(
+        {**saved, "draw": draw, "judge": judge},
+        config.out / "checkpoints",
+        "gan",
+        n_saved=1,
+        global_step_transform=global_step_from_engine(trainer),
+    ).attach(trainer, Events.EPOCH_COMPLETED(every=20) | Events.COMPLETED)
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def seed(engine: Engine) -> None:
+        torch.manual_seed(config.seed + engine.state.epoch)  # so a resumed run gives the same numbers
+
+    if not config.resume:
+        for file in [*config.out.glob("checkpoints/gan_*.pt"), *config.out.glob("tensorboard/events.out.*")]:
+            file.unlink()
+    elif file := checkpoint.resume(trainer):
+        print(f"resumed from {file}")
+
+    started = time.perf_counter()
+    trainer.run(loader, max_epochs=config.epochs)
+    print(
+        f"{trainer.state.epoch} epochs in {time.perf_counter() - started:.1f} s: "
+        f"{trainer.state.generator_step} generator steps, {trainer.state.discriminator_step} discriminator steps, "
+        f"loss scale {scaler.get_scale():g}"
+    )
+    return average.ema_model.eval()
+
+
+def judge_digits(drawn: torch.Tensor, labels: torch.Tensor) -> None:
+    """Print how many of the drawn digits a classifier of real ones reads as their labels, and how they vary."""
+    real, truth = (tensor.flatten(1).numpy() if tensor.ndim > 1 else tensor.numpy() for tensor in digits())
+    x, held_out, y, y_held_out = train_test_split(real, truth, test_size=0.2, stratify=truth, random_state=0)
+    classifier = SVC(gamma=0.02 * 16, C=10).fit(x, y)
+    images, wanted = drawn.flatten(1).numpy(), labels.numpy()
+    right = classifier.predict(images) == wanted
+    shares = [right[wanted == digit].mean() for digit in range(10)]
+    spread = [images[wanted == d].std(0).mean() / real[truth == d].std(0).mean() for d in range(10)]
+    print(f"classifier      {classifier.score(held_out, y_held_out):.4f} of 360 held-out real digits")
+    print(f"drawn digits    {right.mean():.4f} of {len(images)} read as their labels; by digit {np.round(shares, 2)}")
+    print(f"their variety   {np.mean(spread):.2f} of the real digits'; by digit {np.round(spread, 2)}")
+
+
+def draw_grid(drawn: torch.Tensor, file: Path) -> None:
+    """Draw ten of each digit, a row for each."""
+    grid = drawn.view(10, -1, 8, 8)[:, :10]
+    canvas = functional.pad(grid, (1, 1, 1, 1)).permute(0, 2, 1, 3).reshape(100, 100).repeat_interleave(6, 0)
+    plt.imsave(file, canvas.repeat_interleave(6, 1).numpy(), cmap="gray_r", vmin=0, vmax=1)
+
+
+def main() -> None:
+    """Train, then draw and judge a thousand digits."""
+    mpl.use("Agg")  # a file, never a window
+    config = tyro.cli(Config, description=__doc__)
+    generator = train(config)
+    torch.manual_seed(config.seed)
+    labels = torch.arange(10).repeat_interleave(100)
+    with torch.no_grad():
+        drawn = generator(labels)
+    judge_digits(drawn, labels)
+    draw_grid(drawn, config.out / "gan.png")
+    print(f"picture         {config.out / 'gan.png'}")
+    print(f"curves          tensorboard --logdir {config.out / 'tensorboard'}")
+
+
+if __name__ == "__main__":
+    main()
