@@ -130,8 +130,9 @@ def train(config: Config) -> torch.nn.Module:
         real, labels = batch
         with torch.autocast("cpu", AUTOCAST[config.precision], enabled=config.precision != "fp32"):
             with judge.toggle(generator):
-                scores = discriminator(real, labels), discriminator(generator(labels), labels)
-                judged = functional.relu(1 - scores[0]).mean() + functional.relu(1 + scores[1]).mean()
+                images = torch.cat([real, generator(labels)])
+                of_real, of_drawn = discriminator(images, labels.repeat(2)).chunk(2)
+                judged = functional.relu(1 - of_real).mean() + functional.relu(1 + of_drawn).mean()
                 judge.backward(judged)
             with draw.toggle(discriminator):
                 drawn = -discriminator(generator(labels), labels).mean()
