@@ -21,8 +21,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch.nn import functional
-from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import ice_engine as ice
 
@@ -33,14 +32,16 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 class Config:
     """What a run is made of."""
 
-    epochs: int = 200
+    epochs: int = 100
     """Epochs of the whole run, of 28 iterations each."""
     batch_size: int = 64
     """Real digits, and drawn ones, in an iteration."""
     lr: float = 1e-3
     """Learning rate of both optimizers at the top of their schedules."""
-    clip: float = 5.0
+    clip: float = 1.0
     """Largest gradient norm of the generator."""
+    flatness: float = 1.0
+    """Weight of the penalty on the slope of the discriminator's score (R1)."""
     average: float = 0.005
     """Share of the newest weights in the generator's running average, which draws the picture."""
     precision: Literal["bf16", "fp32"] = "fp32"
@@ -67,32 +68,31 @@ class Generator(torch.nn.Module):
             torch.nn.Linear(256, 256),
             torch.nn.LeakyReLU(0.2),
             torch.nn.Linear(256, 64),
-            torch.nn.Sigmoid(),
         )
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        """Draw an image for each label."""
         noise = torch.randn(len(labels), self.noise)
-        return self.layers(torch.cat([noise, self.label(labels)], 1)).view(-1, 1, 8, 8)
+        return self.layers(torch.cat([noise, self.label(labels)], 1)).float().sigmoid().view(-1, 1, 8, 8)
 
 
 class Discriminator(torch.nn.Module):
-    """Says how real an image with its label is; the higher, the more so."""
+    """Says how real an image is as one of its label; above 0 if it thinks so."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = torch.nn.Sequential(
             torch.nn.Flatten(),
-            spectral_norm(torch.nn.Linear(64, 256)),
+            torch.nn.Linear(64, 256),
             torch.nn.LeakyReLU(0.2),
-            spectral_norm(torch.nn.Linear(256, 256)),
+            torch.nn.Linear(256, 256),
             torch.nn.LeakyReLU(0.2),
+            torch.nn.Linear(256, 10),
         )
-        self.score = spectral_norm(torch.nn.Linear(256, 1))
-        self.label = spectral_norm(torch.nn.Embedding(10, 256))
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        features = self.layers(2 * images - 1)
-        return (self.score(features)[:, 0] + (self.label(labels) * features).sum(1)).float()
+        """Score each image."""
+        return self.layers(2 * images - 1).float().gather(1, labels[:, None])[:, 0]
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,9 +106,11 @@ def train(config: Config) -> torch.nn.Module:
     torch.set_num_threads(1)  # for so small a network, a second thread costs more than it brings
     torch.manual_seed(config.seed)
     generator, discriminator = Generator(), Discriminator()
-    loader = DataLoader(TensorDataset(*digits()), config.batch_size, shuffle=True, drop_last=True)
+    dataset = TensorDataset(*digits())
+    batches = BatchSampler(RandomSampler(dataset), config.batch_size, drop_last=True)
+    loader = DataLoader(dataset, sampler=batches, batch_size=None)  # a batch at once: the digits are in memory anyway
 
-    adam = functools.partial(torch.optim.Adam, lr=config.lr, betas=(0.5, 0.99))
+    adam = functools.partial(torch.optim.Adam, lr=config.lr, betas=(0.5, 0.99), fused=True)
     scaler = torch.amp.GradScaler("cpu")  # one loss scale: it adapts once an iteration, after both have stepped
     draw = ice.Optimizer(
         adam,
@@ -130,12 +132,15 @@ def train(config: Config) -> torch.nn.Module:
         real, labels = batch
         with torch.autocast("cpu", AUTOCAST[config.precision], enabled=config.precision != "fp32"):
             with judge.toggle(generator):
-                images = torch.cat([real, generator(labels)])
-                of_real, of_drawn = discriminator(images, labels.repeat(2)).chunk(2)
-                judged = functional.relu(1 - of_real).mean() + functional.relu(1 + of_drawn).mean()
-                judge.backward(judged)
+                real.requires_grad_()
+                scores = discriminator(torch.cat([real, generator(labels)]), labels.repeat(2))
+                of_real, of_drawn = scores.chunk(2)
+                (slope,) = torch.autograd.grad(of_real.sum(), real, create_graph=True)
+                steep = slope.square().sum((1, 2, 3)).mean()  # near the real digits, its score is to be flat
+                judged = (functional.softplus(-of_real) + functional.softplus(of_drawn)).mean()
+                judge.backward(judged + config.flatness / 2 * steep)
             with draw.toggle(discriminator):
-                drawn = -discriminator(generator(labels), labels).mean()
+                drawn = functional.softplus(-discriminator(generator(labels), labels)).mean()
                 draw.backward(drawn)
         return {"discriminator": judged.item(), "generator": drawn.item()}
 
@@ -155,7 +160,7 @@ def train(config: Config) -> torch.nn.Module:
         "gan",
         n_saved=1,
         global_step_transform=global_step_from_engine(trainer),
-    ).attach(trainer, Events.EPOCH_COMPLETED(every=20) | Events.COMPLETED)
+    ).attach(trainer, Events.EPOCH_COMPLETED(every=10) | Events.COMPLETED)
 
     @trainer.on(Events.EPOCH_STARTED)
     def seed(engine: Engine) -> None:
@@ -165,10 +170,11 @@ def train(config: Config) -> torch.nn.Module:
         for file in [*config.out.glob("checkpoints/gan_*.pt"), *config.out.glob("tensorboard/events.out.*")]:
             file.unlink()
     elif file := checkpoint.resume(trainer):
-        print(f"resumed from {file}")
+        print(f"resumed from {file}: epoch {trainer.state.epoch}")
 
     started = time.perf_counter()
-    trainer.run(loader, max_epochs=config.epochs)
+    if trainer.state.epoch < config.epochs:
+        trainer.run(loader, max_epochs=config.epochs)
     print(
         f"{trainer.state.epoch} epochs in {time.perf_counter() - started:.1f} s: "
         f"{trainer.state.generator_step} generator steps, {trainer.state.discriminator_step} discriminator steps, "
