@@ -158,9 +158,9 @@ def train(config: Config) -> torch.nn.Module:
         {**saved, "draw": draw, "judge": judge},
         config.out / "checkpoints",
         "gan",
-        n_saved=1,
+        n_saved=2,
         global_step_transform=global_step_from_engine(trainer),
-    ).attach(trainer, Events.EPOCH_COMPLETED(every=10) | Events.COMPLETED)
+    ).attach(trainer)
 
     @trainer.on(Events.EPOCH_STARTED)
     def seed(engine: Engine) -> None:

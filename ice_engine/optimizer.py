@@ -64,7 +64,9 @@ class Optimizer(OptimizerFacade):
         optimizer: A torch optimizer, or a factory of one such as ``functools.partial(AdamW, lr=3e-3)``.
         params: With a factory: parameters, ``(name, parameter)`` pairs or param groups.
         name: Identifier that prefixes events, ``engine.state`` attributes and tags; unique per engine.
-        processors: Functions from dict to dict, run in this order once per step and param group.
+        processors: Functions from dict to dict, run in this order once per step and param group. A schedule over the
+            whole run takes every iteration for a micro-batch; for an optimizer that gets a loss in some of them only,
+            give it ``unit="iteration"`` or a ``total=`` of its own.
         accumulation_steps: Micro-batches per window, at least 1.
         tail: What becomes of a short last window of an epoch: ``"step"`` with its own mean,
             ``"carry"`` into the next epoch (and step at the run's end), or ``"drop"``.

@@ -15,6 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DIGITS, GAN = EXAMPLES / "digits.py", EXAMPLES / "gan.py"
 EPOCH = re.compile(r"^epoch +(\d+) +step +(\d+) ", re.MULTILINE)
+GAN_STEPS = re.compile(
+    r"^(\d+) epochs in .* s: (\d+) generator steps, (\d+) discriminator steps, loss scale 65536$", re.MULTILINE
+)
 DRAWN = re.compile(r"^drawn digits +(\d\.\d+) of 1000 read as their labels; by digit \[(.*)\]", re.MULTILINE)
 VARIETY = re.compile(r"^their variety +(\d\.\d+) of the real digits'; by digit \[(.*)\]", re.MULTILINE)
 ACCURACY = re.compile(r"^held-out accuracy +(\d\.\d+) of 360 digits", re.MULTILINE)
@@ -120,17 +123,21 @@ def test_digits_learns(tmp_path):
     assert float(ACCURACY.search(output)[1]) >= 0.97
 
 
-def test_gan_writes_its_files_and_prints_a_summary(tmp_path):
-    output = run(GAN, tmp_path, "--epochs", "2", "--precision", "bf16")
-    assert re.search(
-        r"^2 epochs in \d+\.\d s: 56 generator steps, 56 discriminator steps, loss scale 65536$", output, re.MULTILINE
-    )
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gan")
+    return folder, run(GAN, folder, "--epochs", "2")
+
+
+def test_gan_writes_its_files_and_prints_a_summary(two_epochs):
+    folder, output = two_epochs
+    assert GAN_STEPS.search(output).groups() == ("2", "56", "56")
     assert DRAWN.search(output)
     assert VARIETY.search(output)
     assert len(output.splitlines()) < 10
-    out = tmp_path / "runs/gan"
+    out = folder / "runs/gan"
     assert (out / "gan.png").read_bytes().startswith(b"\x89PNG")
-    assert [file.name for file in out.glob("checkpoints/*")] == ["gan_checkpoint_2.pt"]
+    assert {file.name for file in out.glob("checkpoints/*")} == {"gan_checkpoint_1.pt", "gan_checkpoint_2.pt"}
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
     names = ("generator", "discriminator")
@@ -139,15 +146,21 @@ def test_gan_writes_its_files_and_prints_a_summary(tmp_path):
     assert [event.step for event in events.Scalars("discriminator/lr/group_0")] == [10, 20, 30, 40, 50]
 
 
-def test_gan_is_decided_by_its_seed_and_resumes(tmp_path):
-    def summary(*arguments):
-        output = run(GAN, tmp_path, "--epochs", "2", *arguments)
-        return DRAWN.search(output)[0], VARIETY.search(output)[0]
+def test_interrupted_gan_draws_the_same_digits(two_epochs, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_epochs[0], folder)
+    (folder / "runs/gan/checkpoints/gan_checkpoint_2.pt").unlink()
+    output = run(GAN, folder, "--epochs", "2", "--resume")
+    assert "gan_checkpoint_1.pt: epoch 1" in output
+    for summary in (GAN_STEPS, DRAWN, VARIETY):
+        assert summary.search(output).groups() == summary.search(two_epochs[1]).groups()
+    assert (folder / "runs/gan/gan.png").read_bytes() == (two_epochs[0] / "runs/gan/gan.png").read_bytes()
 
-    first = summary()
-    assert summary("--resume") == first  # complete: the average is that of the checkpoint
-    assert summary("--out", "again") == first
-    assert summary("--seed", "1") != first
+
+def test_gan_draws_others_with_another_seed_and_in_bf16(two_epochs, tmp_path):
+    output = run(GAN, tmp_path, "--epochs", "1", "--seed", "1", "--precision", "bf16")
+    assert GAN_STEPS.search(output).groups() == ("1", "28", "28")
+    assert VARIETY.search(output)[0] != VARIETY.search(two_epochs[1])[0]
 
 
 @pytest.mark.soak
