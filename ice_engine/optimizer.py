@@ -1,5 +1,6 @@
 """The optimizer that steps itself: composes window, precision, clipping, processors and events."""
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -68,13 +69,16 @@ class Optimizer(OptimizerFacade):
         optimizer: A torch optimizer, or a factory of one such as ``functools.partial(AdamW, lr=3e-3)``.
         params: With a factory: parameters, ``(name, parameter)`` pairs or param groups.
         name: Identifier that prefixes events, ``engine.state`` attributes and tags; unique per engine.
-        processors: Functions from dict to dict, run in this order once per step and param group.
+        processors: Functions from dict to dict, run in this order once per step and param group. A schedule over the
+            whole run takes every iteration for a micro-batch; for an optimizer that gets a loss in some of them only,
+            give it ``unit="iteration"`` or a ``total=`` of its own.
         accumulation_steps: Micro-batches per window, at least 1.
         tail: What becomes of a short last window of an epoch: ``"step"`` with its own mean,
             ``"carry"`` into the next epoch (and step at the run's end), or ``"drop"``.
         loss_reduction: What ``backward(loss, weight=n)`` is given: a ``"mean"`` over n items or their ``"sum"``.
         clip: Called with the parameters; limits their gradients and returns the norm before.
-        grad_scaler: A ``torch.amp.GradScaler`` for any device; used by this optimizer alone.
+        grad_scaler: A ``torch.amp.GradScaler`` for any device. Optimizers may share one: its scale adapts once, when
+            none of their windows is open that it entered.
         nonfinite: What an infinite or NaN gradient means: ``"skip"`` the step, ``"raise"``, or ``"off"``;
             None for ``"skip"`` where a norm or a scaler is at hand, else ``"off"``.
         max_consecutive_skips: Skips in a row after which training stops with an error; at least 1.
@@ -271,8 +275,8 @@ class Optimizer(OptimizerFacade):
             This optimizer.
 
         Raises:
-            AttachError: If it is attached, or another optimizer of the engine has its name, one of its
-                parameters or its GradScaler.
+            AttachError: If it is attached, or another optimizer of the engine has its name or one of its
+                parameters.
         """
         registry = HookRegistry(engine)
         if model is not None and not isinstance(model, torch.nn.Module):
@@ -484,6 +488,68 @@ class Optimizer(OptimizerFacade):
         finally:
             for parameter, gradient in others:
                 parameter.grad = gradient
+
+    def toggle(self, *modules: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which parameters that other optimizers train require no grad.
+
+        A loss that passes through them leaves no gradient there, and no time is spent on it; gradients of this
+        optimizer's own parameters are the same. Compute the loss and call :meth:`backward` inside. At its end, also on
+        an exception, every flag is as it was at its beginning. What an outer context turned off stays off.
+
+        Args:
+            *modules: Modules of which only the parameters that belong to this optimizer keep their flags, such as the
+                discriminator in a generator's step. Without any: the parameters of all other optimizers of the engine.
+
+        Returns:
+            A context manager, for one ``with``.
+
+        Raises:
+            ArgumentTypeError: If one of *modules* is not a module.
+            AttachError: If there are none, and this is not attached to an engine.
+
+        Examples:
+            >>> generator, discriminator = torch.nn.Linear(2, 4), torch.nn.Linear(4, 1)
+            >>> optimizer = Optimizer(torch.optim.Adam(generator.parameters()), name="generator")
+            >>> with optimizer.toggle(discriminator):
+            ...     optimizer.backward(-discriminator(generator(torch.randn(8, 2))).mean())
+            >>> discriminator.weight.grad is None, generator.weight.grad is None
+            (True, False)
+            >>> discriminator.weight.requires_grad
+            True
+
+        .. versionadded:: 0.1.0
+        """
+        for module in modules:
+            if not isinstance(module, torch.nn.Module):
+                message = (
+                    f"toggle() takes modules, got {type(module).__name__}; such as generator.toggle(discriminator), or "
+                    "generator.toggle() for all that the other optimizers of its engine train"
+                )
+                raise ArgumentTypeError(message)
+        if not modules and self._engine is None:
+            message = (
+                f"toggle() without modules means those of the other optimizers of the engine, but optimizer "
+                f"{self._name!r} is attached to none; write {self._name}.toggle(module), or attach it"
+            )
+            raise AttachError(message)
+        return self._toggled(modules)
+
+    @contextlib.contextmanager
+    def _toggled(self, modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+        mine = {id(p) for p in self._parameters()}
+        reached = (
+            [p for module in modules for p in module.parameters()]
+            if modules
+            else [p for other in self._others() for p in other._parameters()]  # noqa: SLF001 - own class
+        )
+        before = [(p, p.requires_grad) for p in reached if id(p) not in mine]
+        try:
+            for parameter, _ in before:
+                parameter.requires_grad = False
+            yield
+        finally:
+            for parameter, required in before:
+                parameter.requires_grad = required
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Step the wrapped optimizer, always; by hand in an attached run with a warning.

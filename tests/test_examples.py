@@ -12,25 +12,35 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits.py"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+DIGITS, GAN = EXAMPLES / "digits.py", EXAMPLES / "gan.py"
 EPOCH = re.compile(r"^epoch +(\d+) +step +(\d+) ", re.MULTILINE)
+GAN_STEPS = re.compile(
+    r"^(\d+) epochs in .* s: (\d+) generator steps, (\d+) discriminator steps, loss scale 65536$", re.MULTILINE
+)
+DRAWN = re.compile(r"^drawn digits +(\d\.\d+) of 1000 read as their labels; by digit \[(.*)\]", re.MULTILINE)
+VARIETY = re.compile(r"^their variety +(\d\.\d+) of the real digits'; by digit \[(.*)\]", re.MULTILINE)
 ACCURACY = re.compile(r"^held-out accuracy +(\d\.\d+) of 360 digits", re.MULTILINE)
 
 
-def digits(folder: Path, *arguments: str) -> str:
+def run(example: Path, folder: Path, *arguments: str, timeout: float = 100) -> str:
     done = subprocess.run(
-        [sys.executable, str(DIGITS), *arguments],
+        [sys.executable, str(example), *arguments],
         cwd=folder,
         env={**os.environ, "COLUMNS": "100"},
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) < 10  # no progress bar where nobody watches
     return done.stdout
+
+
+def digits(folder: Path, *arguments: str) -> str:
+    return run(DIGITS, folder, *arguments)
 
 
 def epochs(output: str) -> list[tuple[int, int]]:
@@ -98,11 +108,12 @@ def test_digits_resumes_from_nothing(tmp_path):
     assert epochs(output) == [(1, 12)]
 
 
-def test_digits_explains_every_option(tmp_path):
-    spec = importlib.util.spec_from_file_location("digits", DIGITS)
+@pytest.mark.parametrize("example", [DIGITS, GAN], ids=lambda example: example.stem)
+def test_an_example_explains_every_option(example, tmp_path):
+    spec = importlib.util.spec_from_file_location(example.stem, example)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    shown = digits(tmp_path, "--help")
+    shown = run(example, tmp_path, "--help")
     options = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(module.Config)]
     assert [option for option in options if option not in shown] == []
 
@@ -110,3 +121,55 @@ def test_digits_explains_every_option(tmp_path):
 def test_digits_learns(tmp_path):
     output = digits(tmp_path)
     assert float(ACCURACY.search(output)[1]) >= 0.97
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gan")
+    return folder, run(GAN, folder, "--epochs", "2")
+
+
+def test_gan_writes_its_files_and_prints_a_summary(two_epochs):
+    folder, output = two_epochs
+    assert GAN_STEPS.search(output).groups() == ("2", "56", "56")
+    assert DRAWN.search(output)
+    assert VARIETY.search(output)
+    assert len(output.splitlines()) < 10
+    out = folder / "runs/gan"
+    assert (out / "gan.png").read_bytes().startswith(b"\x89PNG")
+    assert {file.name for file in out.glob("checkpoints/*")} == {"gan_checkpoint_1.pt", "gan_checkpoint_2.pt"}
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    tags = set(events.Tags()["scalars"])
+    names = ("generator", "discriminator")
+    assert tags >= {f"{name}/{key}" for name in names for key in ("lr/group_0", "loss_scale", "skipped", "weight")}
+    assert tags >= {"training/generator", "training/discriminator", "generator/grad_norm", "generator/clipped_norm"}
+    assert [event.step for event in events.Scalars("discriminator/lr/group_0")] == [10, 20, 30, 40, 50]
+
+
+def test_interrupted_gan_draws_the_same_digits(two_epochs, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_epochs[0], folder)
+    (folder / "runs/gan/checkpoints/gan_checkpoint_2.pt").unlink()
+    output = run(GAN, folder, "--epochs", "2", "--resume")
+    assert "gan_checkpoint_1.pt: epoch 1" in output
+    for summary in (GAN_STEPS, DRAWN, VARIETY):
+        assert summary.search(output).groups() == summary.search(two_epochs[1]).groups()
+    assert (folder / "runs/gan/gan.png").read_bytes() == (two_epochs[0] / "runs/gan/gan.png").read_bytes()
+
+
+def test_gan_draws_others_with_another_seed_and_in_bf16(two_epochs, tmp_path):
+    output = run(GAN, tmp_path, "--epochs", "1", "--seed", "1", "--precision", "bf16")
+    assert GAN_STEPS.search(output).groups() == ("1", "28", "28")
+    assert VARIETY.search(output)[0] != VARIETY.search(two_epochs[1])[0]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_gan_draws_digits_that_a_classifier_reads(tmp_path):
+    output = run(GAN, tmp_path, timeout=500)
+    share, by_digit = DRAWN.search(output).groups()
+    assert float(share) >= 0.97
+    assert min(map(float, by_digit.split())) >= 0.85
+    share, by_digit = VARIETY.search(output).groups()
+    assert float(share) >= 0.8
+    assert min(map(float, by_digit.split())) >= 0.6
