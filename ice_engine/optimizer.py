@@ -503,6 +503,7 @@ class Optimizer(OptimizerFacade):
         ranks.require_one_process("update()")
         size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
         self._require_window()
+        self._window.require_weight()  # before the iteration is counted: a refused call changes nothing
         self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
         self._clocks.micro_batch(
             current_epoch=current_epoch, epoch_steps=epoch_steps, global_steps=global_steps, epoch_size=epoch_size
