@@ -652,8 +652,15 @@ class Optimizer(OptimizerFacade):
 
     def _close(self, size: int) -> bool:
         self._closing, self._size = True, size
+        counts = self._clocks.counts
+        before = counts["step"] + counts["skipped"]
         try:
             return self._attempt()
+        except BaseException:
+            # Of what raised before it was a step or a skip nothing is left: attempt = step + skipped stays true.
+            if counts is self._clocks.counts and counts["step"] + counts["skipped"] == before:
+                self._count("attempt", -1)
+            raise
         finally:
             self._closing = False
             self._clear()
