@@ -155,6 +155,7 @@ class Optimizer(OptimizerFacade):
         self._loaded: bool = False
         self._stepping: bool = False
         self._closing: bool = False
+        self._counts_before: dict[str, int] = {}
         self._overflowed: bool | None = None
         self._measured: set[str] = set()
         self._size: int = accumulation_steps
@@ -652,13 +653,12 @@ class Optimizer(OptimizerFacade):
 
     def _close(self, size: int) -> bool:
         self._closing, self._size = True, size
-        counts = self._clocks.counts
-        before = counts["step"] + counts["skipped"]
+        self._counts_before = dict(self._clocks.counts)
         try:
             return self._attempt()
         except BaseException:
             # Of what raised before it was a step or a skip nothing is left: attempt = step + skipped stays true.
-            if counts is self._clocks.counts and counts["step"] + counts["skipped"] == before:
+            if self._closing:
                 self._count("attempt", -1)
             raise
         finally:
@@ -805,6 +805,10 @@ class Optimizer(OptimizerFacade):
     def _listens(self, kind: str) -> bool:
         return self._engine is not None and has_listeners(self._engine, self.event(kind))
 
+    def _whole_counts(self) -> dict[str, int]:
+        # What is saved or copied while a window is being stepped is without that window, so without its counts.
+        return dict(self._counts_before if self._closing else self._clocks.counts)
+
     def _publish(self) -> None:
         if self._engine is not None:
             for clock in ("step", "attempt", "skipped"):
@@ -894,7 +898,7 @@ class Optimizer(OptimizerFacade):
         extra = {
             "name": self._name,
             "class": type(self._inner).__name__,
-            "clocks": dict(self._clocks.counts),
+            "clocks": self._whole_counts(),
             "horizon": self._course.state_dict(self._terms()),
             "measurements": {metric: list(values) for metric, values in self._measurements.items()},
             "window": {"micro_batches": self._window.micro_batches, "weight": self._window.weight},
@@ -963,6 +967,9 @@ class Optimizer(OptimizerFacade):
         kept = dict(vars(self))
         kept.pop("step", None)  # patched in by torch's schedulers
         kept.pop("_opt_called", None)
+        if self._closing:
+            kept["_clocks"] = copy.copy(self._clocks)
+            kept["_clocks"].counts = self._whole_counts()
         return {**kept, "_engine": None, "_parameter_names": {}, "_last_record": None, "_closing": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

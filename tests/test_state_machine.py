@@ -131,7 +131,7 @@ class Reference:
         self.loaded = False
         self.window, self.pending = [], []  # micro-batches, each a list of losses; the losses of the one under way
         self.gradients = [None, None]  # of the last closed window, for its events
-        self.events = []
+        self.before = None  # the clocks before the window that is being stepped
         self.on_event = lambda kind: None
 
     # what is called
@@ -178,6 +178,14 @@ class Reference:
     def drop(self):
         self.window, self.pending = [], []
 
+    def load(self):
+        """What is left of a copy of it in a new process."""
+        if self.before:
+            self.clocks, self.before = self.before, None
+        self.drop()
+        self.record = None
+        self.loaded = True
+
     @property
     def is_open(self):
         return bool(self.window or self.pending)
@@ -212,14 +220,13 @@ class Reference:
         return result
 
     def close(self):
-        before = dict(self.clocks)
+        self.before = dict(self.clocks)
         try:
             return self.attempt()
         finally:
             self.drop()
-            self.on_record = None
-            if self.clocks["step"] + self.clocks["skipped"] != self.clocks["attempt"]:
-                self.clocks["attempt"] = before["attempt"]  # neither a step nor a skip: an exception
+            if self.before:  # neither a step nor a skip: an exception
+                self.clocks, self.before = self.before, None
 
     def attempt(self):
         setup = self.setup
@@ -233,7 +240,6 @@ class Reference:
         if self.gradients == [None, None]:
             raise Empty
         overflowed = not finite(self.gradients)
-        self.window_scale_edge = overflowed
         try:
             self.fire("GRADIENTS_READY")
             self.gradients = meddle(setup.meddle, self.gradients, self.clocks["attempt"])
@@ -269,14 +275,13 @@ class Reference:
         return True
 
     def end(self, kind, record, overflowed):
-        self.record = record
+        self.record, self.before = record, None
         self.adapt(overflowed)
         self.drop()
         self.fire(kind)
         return False
 
     def fire(self, kind):
-        self.events.append((kind, self.snapshot()))
         self.on_event(kind)
 
     def note(self, weight, micro_batches, norm, *, skipped):
@@ -312,7 +317,12 @@ class Reference:
             self.scale, self.good = self.scale * 2.0, 0
 
     def step(self, index):
-        values, gradient, state, rate = self.parameters[index], self.gradients[index], self.state[index], self.rates[index]
+        values, gradient, state, rate = (
+            self.parameters[index],
+            self.gradients[index],
+            self.state[index],
+            self.rates[index],
+        )
         if self.setup.optimizer == "sgd":
             decayed = [g + WEIGHT_DECAY * p for g, p in zip(gradient, values, strict=True)]
             old = state.get("momentum_buffer")
@@ -642,7 +652,11 @@ class Loop(RuleBasedStateMachine):
 
         loss.register_hook(fail)
         used = weight if self.setup.weighted else None
-        if any((each.weight is None) != (used is None) for m in [*self.reference.window, self.reference.pending] for each in m):
+        if any(
+            (each.weight is None) != (used is None)
+            for m in [*self.reference.window, self.reference.pending]
+            for each in m
+        ):
             return
         with pytest.warns(IceEngineWarning, match="dropped"), pytest.raises(Boom):
             self.optimizer.backward(loss, used)
@@ -669,8 +683,7 @@ class Loop(RuleBasedStateMachine):
             self.optimizer.load_state_dict(state)
         assert [w.category for w in caught] == [IceEngineWarning] * bool(reference.window), [str(w) for w in caught]
         self.reference = copy.deepcopy(reference)
-        self.reference.drop()
-        self.reference.record = None
+        self.reference.load()
 
     @rule(how=st.sampled_from(["deepcopy", "pickle"]), go_on_with_copy=st.booleans())
     def copy(self, how, go_on_with_copy):
@@ -730,7 +743,13 @@ class Program:
         self.save = lambda: None
         self.engine = Engine(self.train_step)
         self.engine.logger.disabled = True
-        for event in (Events.STARTED, Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED, Events.COMPLETED, Events.TERMINATE):
+        for event in (
+            Events.STARTED,
+            Events.ITERATION_COMPLETED,
+            Events.EPOCH_COMPLETED,
+            Events.COMPLETED,
+            Events.TERMINATE,
+        ):
             self.engine.add_event_handler(event, self.see, event.name)
         self.engine.add_event_handler(Events.ITERATION_COMPLETED, self.act, "ITERATION_COMPLETED")
         self.engine.add_event_handler(Events.ITERATION_STARTED, self.act, "ITERATION_STARTED")
@@ -776,7 +795,7 @@ class Trained(RuleBasedStateMachine):
             Events.STARTED: lambda e: reference.start_run(e.state.iteration),
             Events.ITERATION_COMPLETED: lambda e: reference.update(e.state.iteration) if reference.pending else None,
             Events.EPOCH_COMPLETED: lambda e: reference.end_epoch(),
-            Events.TERMINATE_SINGLE_EPOCH: lambda e, **_: reference.end_epoch(),
+            Events.TERMINATE_SINGLE_EPOCH: lambda *_, **__: reference.end_epoch(),
             Events.TERMINATE: lambda e: reference.end_run(),
             Events.COMPLETED: lambda e: reference.end_run(),
         }
@@ -797,8 +816,7 @@ class Trained(RuleBasedStateMachine):
                 warnings.simplefilter("always")
                 optimizer.load_state_dict(state)
             assert [w.category for w in caught] == [IceEngineWarning] * bool(reference.window)
-            reference.drop()
-            reference.loaded, reference.record = True, None
+            reference.load()
         if not self.late:
             optimizer.attach(real.engine)
         for kind in heard:
@@ -828,7 +846,9 @@ class Trained(RuleBasedStateMachine):
             st.lists(
                 st.builds(
                     lambda found, does: Batch(tuple(found), *does),
-                    st.lists(losses(self.setup.weighted), min_size=0 if draw(st.integers(0, 9)) == 9 else 1, max_size=2),
+                    st.lists(
+                        losses(self.setup.weighted), min_size=0 if draw(st.integers(0, 9)) == 9 else 1, max_size=2
+                    ),
                     st.one_of(st.just((None, "")), st.just((None, "")), action),
                 ),
                 min_size=1,
@@ -896,7 +916,12 @@ class Trained(RuleBasedStateMachine):
     def check_warnings(self, caught):
         for warning in caught:
             text = str(warning.message)
-            known = ("that an exception left open", "got no loss in epoch", "goes on at", "Data iterator can not provide")
+            known = (
+                "that an exception left open",
+                "got no loss in epoch",
+                "goes on at",
+                "Data iterator can not provide",
+            )
             assert any(part in text for part in known), text
 
     def compare_what_was_seen(self):
@@ -950,7 +975,14 @@ MACHINES = pytest.mark.parametrize("machine", [Loop, Trained])
 
 @MACHINES
 def test_random_programs_equal_the_reference(machine):
-    modest = settings(max_examples=60, stateful_step_count=20, deadline=None, suppress_health_check=SLOW, phases=[Phase.generate], report_multiple_bugs=False)
+    modest = settings(
+        max_examples=60,
+        stateful_step_count=20,
+        deadline=None,
+        suppress_health_check=SLOW,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+    )
     run_state_machine_as_test(machine, settings=modest)
 
 
