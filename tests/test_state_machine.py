@@ -2,8 +2,8 @@
 
 The reference knows nothing of ice_engine. It is plain Python in double precision, written from the definitions: a list
 of losses, their weighted mean, the formulas of clip, schedule, loss scale and optimizer. One machine drives the loop
-without an engine, the other real Ignite engines: each run happens twice, on an engine whose handlers call the reference,
-and on one whose optimizer is ours.
+without an engine, the other real Ignite engines: each run happens twice, on an engine whose handlers call the
+reference, and on one whose optimizer is ours.
 """
 
 import copy
@@ -124,11 +124,12 @@ class Reference:
         self.state = [{}, {}]
         self.rates = list(RATES)
         self.clocks = {"step": 0, "attempt": 0, "skipped": 0, "iteration": 0}
-        self.scale, self.good = setup.scaler if setup.scaler else (None, 0)
-        self.good = 0
+        self.scale = setup.scaler[0] if setup.scaler else None
+        self.good = 0  # steps since the scale changed
         self.row = 0  # skips in a row
         self.record = None
         self.loaded = False
+        self.lost = 0  # micro-batches of a window that an exception left open
         self.window, self.pending = [], []  # micro-batches, each a list of losses; the losses of the one under way
         self.gradients = [None, None]  # of the last closed window, for its events
         self.before = None  # the clocks before the window that is being stepped
@@ -139,9 +140,9 @@ class Reference:
     def backward(self, loss):
         earlier = [each for micro in [*self.window, self.pending] for each in micro]
         if any((each.weight is None) != (loss.weight is None) for each in earlier):
-            raise Refused("mixed")
+            raise Refused
         if loss.weight is None and self.setup.reduction == "sum":
-            raise Refused("a sum of how many?")
+            raise Refused
         self.pending.append(loss)
 
     def update(self, iteration=None, size=None, epoch_ends=False):
@@ -164,6 +165,7 @@ class Reference:
         self.flush()
 
     def start_run(self, iteration):
+        self.lost = len(self.window) + bool(self.pending)
         self.drop()
         if iteration == 0 and not self.loaded:
             self.clocks = dict.fromkeys(self.clocks, 0)
@@ -585,17 +587,27 @@ class Loop(RuleBasedStateMachine):
         if pair is not None:
             assert bool(pair[0]) == pair[1]
 
-    @rule(data=st.data(), calls=st.integers(1, 2))
-    def backward(self, data, calls):
-        for _ in range(calls):
-            loss = data.draw(losses(self.setup.weighted))
-            weight = loss.weight
-            if weight is not None and data.draw(st.booleans()):
-                weight = torch.tensor(weight, dtype=torch.float64)
-            both(
-                lambda loss=loss: self.reference.backward(loss),
-                lambda loss=loss, weight=weight: self.optimizer.backward(loss_of(self.optimizer, loss), weight),
-            )
+    def enter(self, loss, as_tensor):
+        weight = loss.weight
+        if weight is not None and as_tensor:
+            weight = torch.tensor(weight, dtype=torch.float64)
+        both(
+            lambda: self.reference.backward(loss),
+            lambda: self.optimizer.backward(loss_of(self.optimizer, loss), weight),
+        )
+
+    @rule(data=st.data(), as_tensor=st.booleans())
+    def backward(self, data, as_tensor):
+        self.enter(data.draw(losses(self.setup.weighted)), as_tensor)
+
+    @rule(data=st.data())
+    def train(self, data):
+        for batch in data.draw(st.lists(st.lists(losses(self.setup.weighted), min_size=1, max_size=2), max_size=9)):
+            for loss in batch:
+                self.enter(loss, as_tensor=False)
+            if self.reference.pending:
+                self.returned(self.reference.update, self.optimizer.update)
+            self.nothing_differs()
 
     @precondition(lambda self: self.reference.pending)
     @rule(size=st.one_of(st.none(), st.none(), st.integers(1, 5)), where=st.sampled_from(["", "", "inside", "end"]))
@@ -711,6 +723,27 @@ class Batch:
     losses: tuple[Loss, ...]
     action: str | None = None
     where: str = "train_step"
+
+
+@st.composite
+def programs(draw, weighted):
+    """Draw the batches of a run and what happens at some of them."""
+    where = st.sampled_from(["ITERATION_STARTED", "between losses", "train_step", "ITERATION_COMPLETED"])
+    calm = st.just((None, ""))
+    eventful = st.one_of(calm, calm, st.tuples(st.sampled_from([*ACTIONS, "raise"]), where))
+    fewest = draw(st.sampled_from([1, 1, 1, 1, 0]))
+    batch = st.builds(
+        lambda found, does: Batch(tuple(found), *does),
+        st.lists(losses(weighted), min_size=fewest, max_size=2),
+        draw(st.sampled_from([calm, eventful])),
+    )
+    return draw(st.lists(batch, min_size=1, max_size=6))
+
+
+def moments(attempt):
+    """Draw an event and which attempt's; mostly none."""
+    soon = st.one_of(st.integers(1, 4), st.integers(attempt, attempt + 4))
+    return st.one_of(st.none(), st.none(), st.none(), st.tuples(st.sampled_from(KINDS), soon))
 
 
 class Unsized:
@@ -832,97 +865,67 @@ class Trained(RuleBasedStateMachine):
                 if g is not None:
                     p.grad.copy_(torch.tensor(g, dtype=torch.float64))
 
-    @rule(data=st.data())
-    def run(self, data):
-        draw = data.draw
-        if not draw(st.integers(0, 3)):
-            action = st.tuples(
-                st.sampled_from([*ACTIONS, "raise"]),
-                st.sampled_from(["ITERATION_STARTED", "between losses", "train_step", "ITERATION_COMPLETED"]),
-            )
-        else:
-            action = st.just((None, ""))
-        batches = draw(
-            st.lists(
-                st.builds(
-                    lambda found, does: Batch(tuple(found), *does),
-                    st.lists(
-                        losses(self.setup.weighted), min_size=0 if draw(st.integers(0, 9)) == 9 else 1, max_size=2
-                    ),
-                    st.one_of(st.just((None, "")), st.just((None, "")), action),
-                ),
-                min_size=1,
-                max_size=6,
-            )
-        )
-        source = Unsized(batches) if draw(st.booleans()) else batches
-        state = self.shadow.engine.state
-        interrupted = self.shadow.engine._internal_run_generator is not None
-        arguments: dict[str, Any] = {}
-        again = draw(st.sampled_from(["anew", "go on", "as it is"]))
-        if again == "anew" and not interrupted:
-            for program in (self.shadow, self.real):
-                program.engine.state.max_epochs = program.engine.state.max_iters = None
-                program.engine.state.epoch_length = None
-        if state.max_epochs is None and state.max_iters is None:
-            arguments[draw(st.sampled_from(["max_epochs", "max_epochs", "max_iters"]))] = draw(st.integers(1, 3))
-            if "max_iters" in arguments:
-                arguments["max_iters"] += draw(st.integers(0, 6))
-        elif again == "go on" and state.max_epochs is not None and state.max_iters is None:
-            arguments["max_epochs"] = max(state.max_epochs, state.epoch) + draw(st.integers(0, 2))
-        elif again == "go on" and state.max_epochs is None:
-            arguments["max_iters"] = max(state.max_iters, state.iteration) + draw(st.integers(0, 4))
-        attempt = st.integers(0, 4).map(lambda n: self.reference.clocks["attempt"] % 10 + n)
-        chance = st.one_of(st.none(), st.none(), st.none(), st.tuples(st.sampled_from(KINDS), attempt))
-        fail, save_at = draw(chance), draw(chance)
+    @rule(
+        data=st.data(),
+        sized=st.booleans(),
+        again=st.sampled_from(["anew", "go on", "as it is"]),
+        raised_afresh=st.booleans(),
+    )
+    def run(self, data, sized, again, raised_afresh):
+        batches = data.draw(programs(self.setup.weighted))
+        source = batches if sized else Unsized(batches)
+        arguments = self.length(data.draw, again)
+        fail, save_at = (data.draw(moments(self.reference.clocks["attempt"])) for _ in range(2))
         if fail and fail[0] == "GRADIENTS_READY" and not self.listen:
             fail = None
-        note(f"{self.setup} {batches} {type(source).__name__} {arguments} {again} fail={fail} save={save_at}")
+        note(f"{arguments} {again} fail={fail} save={save_at}")
+        saved: dict[str, Any] = {}
+        self.shadow.save = lambda: saved.update(reference=self.copied(), engine=self.resumable())
+        self.real.save = lambda: saved.update(state=self.state(), values=self.values())
         for program in (self.shadow, self.real):
             program.fail, program.save_at, program.seen = fail, save_at, []
-        halves = {}
-
-        def save(half, content):
-            halves[half] = content
-
-        self.shadow.save = lambda: save("reference", (self.copied(), self.resumable(self.shadow)))
-        self.real.save = lambda: save(
-            "ours", (saved_to_disk(self.optimizer.state_dict()), [p.tolist() for p in parameters_of(self.optimizer)])
-        )
+        self.reference.lost = 0
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             _, raised = both(
                 lambda: self.shadow.engine.run(source, **arguments), lambda: self.real.engine.run(source, **arguments)
             )
-        self.check_warnings(caught)
+        self.check_warnings([str(warning.message) for warning in caught])
         self.compare_what_was_seen()
-        for key in ("iteration", "epoch", "epoch_length", "max_epochs", "max_iters"):
-            assert getattr(self.shadow.engine.state, key) == getattr(self.real.engine.state, key), key
-        if halves:
-            assert set(halves) == {"reference", "ours"}
-            if halves["reference"][1] is not None:
-                self.saved = (*halves["ours"], *halves["reference"])
+        if saved and saved["engine"] is not None:
+            self.saved = saved["state"], saved["values"], saved["reference"], saved["engine"]
         if raised is not None:
-            afresh = draw(st.booleans())
             for program in (self.shadow, self.real):
                 program.engine._internal_run_generator = None  # Ignite: the run after an exception would do nothing
-                program.engine._dataloader_iter = None
-                if afresh:
+                if raised_afresh:
                     program.engine.state.iteration = program.engine.state.epoch = 0
         elif self.shadow.engine._internal_run_generator is None:
             assert not self.reference.is_open
             assert gradients_of(self.optimizer) == [None, None], "a stale gradient is left"
 
-    def check_warnings(self, caught):
-        for warning in caught:
-            text = str(warning.message)
-            known = (
-                "that an exception left open",
-                "got no loss in epoch",
-                "goes on at",
-                "Data iterator can not provide",
-            )
-            assert any(part in text for part in known), text
+    def length(self, draw, again):
+        """Draw how long the run is, as Ignite allows it after what was before."""
+        state = self.shadow.engine.state
+        if again == "anew" and self.shadow.engine._internal_run_generator is None:
+            for program in (self.shadow, self.real):
+                own = program.engine.state
+                own.max_epochs = own.max_iters = own.epoch_length = None
+        more = draw(st.integers(0, 3))
+        if state.max_epochs is None and state.max_iters is None:
+            return draw(st.sampled_from([{"max_epochs": 1 + more % 3}, {"max_iters": 1 + 3 * more}, {}]))
+        if again != "go on":
+            return {}
+        if state.max_epochs is None:
+            return {"max_iters": max(state.max_iters, state.iteration) + 2 * more}
+        return {"max_epochs": max(state.max_epochs, state.epoch) + more} if state.max_iters is None else {}
+
+    def check_warnings(self, texts):
+        dropped = [text for text in texts if "of a window that an exception left open" in text]
+        assert [f"dropped the {self.reference.lost} micro-batches" in text for text in dropped] == [True] * bool(
+            self.reference.lost
+        )
+        known = ("got no loss in epoch", "goes on at", "Data iterator can not provide")
+        assert not [text for text in texts if text not in dropped and not any(part in text for part in known)]
 
     def compare_what_was_seen(self):
         theirs, ours = self.shadow.seen, self.real.seen
@@ -933,6 +936,15 @@ class Trained(RuleBasedStateMachine):
                 del now["gradients"], then["gradients"]
             same(now, then, f"at {mine[:3]}")
 
+        for key in ("iteration", "epoch", "epoch_length", "max_epochs", "max_iters"):
+            assert getattr(self.shadow.engine.state, key) == getattr(self.real.engine.state, key), key
+
+    def state(self):
+        return saved_to_disk(self.optimizer.state_dict())
+
+    def values(self):
+        return [p.tolist() for p in parameters_of(self.optimizer)]
+
     def copied(self):
         on_event, self.reference.on_event = self.reference.on_event, lambda kind: None
         try:
@@ -940,18 +952,18 @@ class Trained(RuleBasedStateMachine):
         finally:
             self.reference.on_event = on_event
 
-    def resumable(self, program):
-        state = program.engine.state
+    def resumable(self):
+        """What to resume an engine from, which must know its epoch's length."""
+        state = self.shadow.engine.state
         if state.epoch_length is None or (state.max_epochs is None and state.max_iters is None):
             return None
-        return dict(program.engine.state_dict())
+        return dict(self.shadow.engine.state_dict())
 
     @rule()
     def save(self):
-        state = self.resumable(self.shadow)
+        state = self.resumable()
         if state is not None:
-            values = [p.tolist() for p in parameters_of(self.optimizer)]
-            self.saved = saved_to_disk(self.optimizer.state_dict()), values, self.copied(), state
+            self.saved = self.state(), self.values(), self.copied(), state
 
     @precondition(lambda self: self.saved)
     @rule(late=st.booleans(), with_engine=st.booleans())
