@@ -989,7 +989,13 @@ MACHINES = pytest.mark.parametrize("machine", [Loop, Trained])
 @pytest.mark.timeout(900)  # what is found is shrunk, which takes minutes; where nothing is found, seconds
 @MACHINES
 def test_random_programs_equal_the_reference(machine):
-    modest = settings(max_examples=60, stateful_step_count=15, deadline=None, suppress_health_check=SLOW, phases=PHASES)
+    modest = settings(
+        max_examples=250 if machine is Loop else 80,
+        stateful_step_count=15,
+        deadline=None,
+        suppress_health_check=SLOW,
+        phases=PHASES,
+    )
     run_state_machine_as_test(machine, settings=modest)
 
 
