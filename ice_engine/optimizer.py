@@ -164,6 +164,7 @@ class Optimizer(OptimizerFacade):
         self._loaded: bool = False
         self._stepping: bool = False
         self._closing: bool = False
+        self._counts_before: dict[str, int] = {}
         self._overflowed: bool | None = None
         self._measured: frozenset[str] = frozenset()
         self._noise = NoiseScale()
@@ -626,6 +627,7 @@ class Optimizer(OptimizerFacade):
         ranks.require_one_process("update()")
         size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
         self._require_window()
+        self._window.require_weight()  # before the iteration is counted: a refused call changes nothing
         self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
         self._clocks.micro_batch(
             current_epoch=current_epoch, epoch_steps=epoch_steps, global_steps=global_steps, epoch_size=epoch_size
@@ -784,8 +786,14 @@ class Optimizer(OptimizerFacade):
 
     def _close(self, size: int) -> bool:
         self._closing, self._size = True, size
+        self._counts_before = dict(self._clocks.counts)
         try:
             return self._attempt()
+        except BaseException:
+            # Of what raised before it was a step or a skip nothing is left: attempt = step + skipped stays true.
+            if self._closing:
+                self._count("attempt", -1)
+            raise
         finally:
             self._closing = False
             self._clear()
@@ -965,6 +973,10 @@ class Optimizer(OptimizerFacade):
     def _listens(self, kind: str) -> bool:
         return self._engine is not None and has_listeners(self._engine, self.event(kind))
 
+    def _whole_counts(self) -> dict[str, int]:
+        # What is saved or copied while a window is being stepped is without that window, so without its counts.
+        return dict(self._counts_before if self._closing else self._clocks.counts)
+
     def _publish(self) -> None:
         if self._engine is not None:
             for clock in ("step", "attempt", "skipped"):
@@ -1063,7 +1075,7 @@ class Optimizer(OptimizerFacade):
         extra = {
             "name": self._name,
             "class": type(self._inner).__name__,
-            "clocks": dict(self._clocks.counts),
+            "clocks": self._whole_counts(),
             "horizon": self._course.state_dict(self._terms()),
             "measurements": {metric: list(values) for metric, values in self._measurements.items()},
             "noise": self._noise.state_dict(),
@@ -1136,6 +1148,9 @@ class Optimizer(OptimizerFacade):
         kept = dict(vars(self))
         kept.pop("step", None)  # patched in by torch's schedulers
         kept.pop("_opt_called", None)
+        if self._closing:
+            kept["_clocks"] = copy.copy(self._clocks)
+            kept["_clocks"].counts = self._whole_counts()
         return {**kept, "_engine": None, "_parameter_names": {}, "_last_record": None, "_closing": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -127,15 +127,23 @@ class Window:
             raise ArgumentValueError(message)
         return items
 
+    def require_weight(self) -> None:
+        """Refuse to end a micro-batch whose weight nobody told.
+
+        Raises:
+            BackwardError: If no loss has entered it and the window is one of weighted or summed losses.
+        """
+        if not self.pending and (self._weighted or self.reduction == "sum"):
+            message = (
+                "update() was called for a micro-batch of which backward() was not told the weight; "
+                "call optimizer.backward(loss, weight=n) instead of loss.backward()"
+            )
+            raise BackwardError(message)
+
     def end_micro_batch(self) -> None:
         """Count the micro-batch under way; one that no loss has entered was differentiated by the user."""
+        self.require_weight()
         if not self.pending:
-            if self._weighted or self.reduction == "sum":
-                message = (
-                    "update() was called for a micro-batch of which backward() was not told the weight; "
-                    "call optimizer.backward(loss, weight=n) instead of loss.backward()"
-                )
-                raise BackwardError(message)
             self._weighted = False
             self._unit = 1.0
             self.weight += 1.0
