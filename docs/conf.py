@@ -37,7 +37,7 @@ copybutton_prompt_is_regexp = True
 
 # No intersphinx: its inventories come over the network, and a failed fetch is a warning, which is an error here.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|ignite|abc|collections|typing|pathlib|os|logging|matplotlib|tensorboard|numpy)\..*"),
+    ("py:.*", r"(torch|ignite|abc|collections|contextlib|typing|pathlib|os|logging|matplotlib|tensorboard|numpy)\..*"),
     ("py:class", r"ice_engine\.(.*\.)?_\w+"),  # a private base class, named under "Bases:"
 ]
 
