@@ -169,6 +169,7 @@ class Reference:
         self.drop()
         if iteration == 0 and not self.loaded:
             self.clocks = dict.fromkeys(self.clocks, 0)
+            self.rates = list(RATES)
         self.loaded = False
 
     def flush(self):
