@@ -27,9 +27,11 @@ class TensorBoard:
                                Anything else, such as predictions, is no scalar and is left out.
     ``optimizer/lr/group_0``   and so on, for every param group and every key that a processor writes;
                                ``optimizer/betas/group_0.1`` for the second of a tuple
-    ``optimizer/grad_norm``    before clipping, if it was computed
+    ``optimizer/grad_norm``    before clipping
     ``.../clipped_norm``       after clipping, if ``clip_norm`` clips over all groups
     ``optimizer/loss_scale``   with a GradScaler
+    ``optimizer/noise_scale``  and ``update_ratio/<group>``, ``time/<part>``: what :meth:`Optimizer.measure
+                               <ice_engine.optimizer.Optimizer.measure>` was asked for
     ``optimizer/weight``       items, or micro-batches, behind the step
     ``optimizer/skipped``      steps skipped so far
     ``validation/accuracy``    metrics of an evaluator called ``validation``
@@ -102,6 +104,7 @@ class TensorBoard:
         first = optimizers[0]
         hooks.add(Events.STARTED, lambda: self._open(first), name="tensorboard.open", order=-90)
         for optimizer in optimizers:
+            optimizer.measure("grad_norm")
             name = optimizer.name
             completed, skipped = (optimizer.event(kind) for kind in ("STEP_COMPLETED", "STEP_SKIPPED"))
             hooks.add(completed(every=every), self._step_writer(optimizer), name=f"tensorboard.{name}.step")
@@ -143,7 +146,10 @@ class TensorBoard:
                 "grad_norm": record.grad_norm,
                 "clipped_norm": record.clipped_norm,
                 "loss_scale": record.loss_scale,
+                "noise_scale": record.noise_scale,
             }
+            scalars |= {f"update_ratio/{group}": ratio for group, ratio in (record.update_ratio or {}).items()}
+            scalars |= {f"time/{part}": seconds for part, seconds in (record.times or {}).items()}
             scalars |= {"weight": record.weight, "skipped": optimizer.clocks["skipped"]}
             for tag, value in scalars.items():
                 for suffix, number in _numbers(value):

@@ -307,3 +307,21 @@ def test_a_second_one_on_the_same_engine_is_refused(tmp_path):
     ice.TensorBoard(tmp_path).attach(engine, optimizer)
     with pytest.raises(HookError, match=r"'tensorboard\.open' is on this engine already"):
         ice.TensorBoard(Path(tmp_path, "other")).attach(engine, optimizer)
+
+
+def test_what_was_measured_is_written_too(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.1), accumulation_steps=2)
+    optimizer.measure("noise_scale", "update_ratio", "times")
+    trainer = Engine(lambda engine, batch: optimizer.backward((weight * batch).sum()))
+    optimizer.attach(trainer)
+    board = ice.TensorBoard(tmp_path).attach(trainer, optimizer)
+    trainer.run([2.0, 1.0, 3.0, 1.0])
+    board.flush()
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    first = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    assert first["optimizer/update_ratio/group_0"] == pytest.approx(0.15)
+    assert first["optimizer/grad_norm"] == pytest.approx(1.5 * 3**0.5)
+    assert first["optimizer/noise_scale"] == pytest.approx((12 - 6.75) / (1 - 1 / 2) / (2 * 6.75 - 12))
+    assert {"optimizer/time/data", "optimizer/time/compute", "optimizer/time/step"} <= first.keys()
