@@ -160,4 +160,6 @@ def _draw(ax: Any, title: str, lines: Mapping[str, Sequence[float]], first: int,
     for side in ("left", "bottom"):
         ax.spines[side].set_color("0.7")
     if len(lines) > 1:
-        ax.legend(frameon=False, fontsize=9, ncols=min(len(lines), 4))
+        # Above the panel, beside its title: inside, it would lie on some line or other.
+        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2}
+        ax.legend(frameon=False, fontsize=9, ncols=min(len(lines), 4), **place)
