@@ -63,6 +63,8 @@ def _check_extra(extra: Any) -> None:
         whole = whole and isinstance(extra["window"]["micro_batches"], int)
         whole = whole and isinstance(extra["consecutive_skips"], int) and "grad_scaler" in extra
         whole = whole and all(isinstance(shape, list | tuple) for shape in extra.get("shapes", {}).values())
+        noise = extra.get("noise", (0.0, 0.0, 0.0))
+        whole = whole and [isinstance(value, int | float) for value in noise] == [True] * 3
         measured = [value for values in extra.get("measurements", {}).values() for value in values]
         whole = whole and all(isinstance(value, int | float) for value in measured)
         whole = whole and ("horizon" not in extra or _is_horizon(extra["horizon"]))

@@ -8,7 +8,7 @@ import torch
 from ignite.engine import Engine
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentValueError
+from ice_engine.errors import ArgumentValueError, StateDictError
 
 
 def run(batches, *measures, k=4, weights=None, dtype=torch.float64, scaler=None, clip=None, size=3):
@@ -149,3 +149,13 @@ def test_times_may_be_asked_for_when_the_run_is_attached_already():
 def test_an_unknown_measure_is_refused():
     with pytest.raises(ArgumentValueError, match=r"measure\(\) must be one of 'grad_norm', .*; got 'noise'"):
         run([], "noise")
+
+
+@pytest.mark.parametrize("noise", [5, [1.0], [1.0, 2.0, "x"], None])
+def test_damaged_running_means_are_refused_before_anything_is_loaded(noise):
+    _, optimizer = run([torch.ones(2, 3, dtype=torch.float64)] * 4, "noise_scale")
+    state = optimizer.state_dict()
+    state["ice_engine"]["noise"] = noise
+
+    with pytest.raises(StateDictError, match="'ice_engine' is damaged"):
+        optimizer.load_state_dict(state)
