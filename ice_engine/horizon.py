@@ -182,9 +182,9 @@ class _Scene:
     def ahead(self, steps: int, size: int, length: int | None) -> dict[str, Any]:
         """Return the clocks as they will be *steps* steps from the next one."""
         iteration = self.iteration + (steps + 1) * size
-        if steps == 0 and length is not None:  # a short window ends with its epoch
+        if steps == 0 and length:  # a short window ends with its epoch
             iteration = min(iteration, self.iteration // length * length + length)
-        epoch = self.clocks.epoch if length is None else (iteration - 1) // length + 1
+        epoch = (iteration - 1) // length + 1 if length else self.clocks.epoch
         return {
             "step": self.step + steps,
             "attempt": self.clocks.counts["attempt"] + steps,
@@ -192,7 +192,7 @@ class _Scene:
             "global_steps": iteration,
             "epoch": epoch,
             "current_epoch": epoch,
-            "epoch_steps": None if length is None else (iteration - 1) % length + 1,
+            "epoch_steps": (iteration - 1) % length + 1 if length else None,
         }
 
 
@@ -263,7 +263,7 @@ def _restore(before: Terms, now: Terms, processors: tuple[DictProcessor, ...]) -
 def _stretch(old: Mapping[str, Any], new: Mapping[str, Any], scene: _Scene) -> dict[str, list[float]]:
     """Return, per unit, since when, from which time and how fast its clock runs to end where the run does."""
     length = new["epoch_length"]
-    epochs = (scene.clocks.epoch or 0) if length is None else scene.iteration // length
+    epochs = scene.iteration // length if length else (scene.clocks.epoch or 0)
     done = {"step": scene.step, "iteration": scene.iteration, "epoch": epochs}
     found, left = {}, False
     for unit in UNITS:

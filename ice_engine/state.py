@@ -83,4 +83,5 @@ def _is_horizon(horizon: Any) -> bool:
     whole = lengths | {"accumulation_steps", "tail"} <= run and shown <= plan
     whole = whole and isinstance(horizon["processors"], list)
     counts = [part[key] for part in (horizon["run"], horizon["plan"]) for key in shown if key in part]
-    return whole and all(count is None or (isinstance(count, int) and count > 0) for count in counts)
+    # 0 steps: windows longer than the epoch, with tail="drop".
+    return whole and all(count is None or (isinstance(count, int) and count >= 0) for count in counts)

@@ -631,3 +631,10 @@ def test_the_plan_of_a_resumed_run_is_what_it_does(policy: Any) -> None:
     assert list(plan.series["lr/group_0"])[20:] == resumed.lr
     # Of a run that is asked for in so many words, it is that run's.
     assert list(resumed.optimizer.plan(10, 2).series["lr/group_0"]) == exactly([half(t, 20) for t in range(20)])
+
+
+def test_a_run_without_any_step_is_saved_and_loaded() -> None:
+    state = interrupted(linear(), accumulation_steps=20, tail="drop")
+
+    assert state["optimizer"]["ice_engine"]["horizon"]["plan"]["total_steps"] == 0
+    assert Run(linear(), state=state, accumulation_steps=20, tail="drop")(4).lr == []
