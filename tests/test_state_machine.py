@@ -987,7 +987,7 @@ MACHINES = pytest.mark.parametrize("machine", [Loop, Trained])
 
 
 @pytest.mark.timeout(900)  # what is found is shrunk, which takes minutes; where nothing is found, seconds
-@MACHINES
+@pytest.mark.parametrize("machine", [Loop, pytest.param(Trained, marks=pytest.mark.soak)])  # half a minute
 def test_random_programs_equal_the_reference(machine):
     modest = settings(
         max_examples=250 if machine is Loop else 80,
