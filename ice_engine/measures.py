@@ -106,3 +106,60 @@ class Strides:
             steps = [p.detach() - old for p, old in zip(self._groups[name], before, strict=True)]
             found[name] = torch.nn.utils.get_total_norm(steps) / torch.nn.utils.get_total_norm(before)
         return found
+
+
+class Measures:
+    """What is measured of each window, and what was found.
+
+    Attributes:
+        wanted: The measures asked for, of ``MEASURES``.
+        noise: The noise scale so far.
+        watch: Where the time of the window goes.
+    """
+
+    def __init__(self) -> None:
+        self.wanted: frozenset[str] = frozenset()
+        self.noise = NoiseScale()
+        self.watch = Stopwatch()
+        self._strides: Strides | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was found of the window under way."""
+        self._first: tuple[torch.Tensor, float] | None = None
+        self._length: torch.Tensor | None = None
+
+    @property
+    def wants_norm(self) -> bool:
+        """Whether the gradient's length is needed, whoever else computes a norm."""
+        return bool(self.wanted & {"grad_norm", "noise_scale"})
+
+    @property
+    def wants_length(self) -> bool:
+        """Whether the length of this window's gradient goes with that of its first micro-batch."""
+        return self._first is not None
+
+    def first(self, norm: torch.Tensor, weight: float) -> None:
+        """Keep the norm of the first micro-batch's mean gradient, and its weight."""
+        self._first = norm.square(), weight
+
+    def whole(self, norm: torch.Tensor | None) -> None:
+        """Keep the norm of the window's gradient, before clipping."""
+        self._length = norm
+
+    def before_step(self, groups: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Look at the parameters, by group name, as they are before the step."""
+        self._strides = Strides(groups) if "update_ratio" in self.wanted else None
+
+    def after_step(self, weight: float) -> dict[str, Any]:
+        """Return what the record of a window of *weight* says besides: each entry None unless it is wanted."""
+        if self._first is not None and self._length is not None and weight > self._first[1]:
+            square, items = self._first
+            self.noise.add(float(square), items, float(self._length) ** 2, weight)
+        self.watch.lap("step")
+        strides, self._strides = self._strides, None
+        return {
+            "noise_scale": self.noise.value if "noise_scale" in self.wanted else None,
+            "update_ratio": None if strides is None else strides.ratios(),
+            "times": self.watch.split() if "times" in self.wanted else None,
+        }

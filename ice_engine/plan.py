@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 from ice_engine import pictures
 from ice_engine.arguments import count
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
-from ice_engine.problems import Course, find_problems
+from ice_engine.problems import PlannedRun, find_problems
 from ice_engine.processors.group import check_processors
 from ice_engine.rehearsal import Rehearsal, StandIn
 from ice_engine.typing import DictProcessor
@@ -111,9 +111,9 @@ class Plan:
         self.iterations, self.epochs, self.micro_batches = (array("q", [w[i] for w in windows]) for i in range(3))
         rehearsal.play(self.iterations, self.epochs)
         self.series: dict[str, array[float]] = rehearsal.series()
-        self._course = Course(window.size, tail, length, iterations, len(windows))
+        self._planned = PlannedRun(window.size, tail, length, iterations, len(windows))
         self.problems: list[str] = find_problems(
-            self._course,
+            self._planned,
             originals,
             groups=rehearsal.names,
             series=self.series,
@@ -154,12 +154,12 @@ class Plan:
         return "\n".join(lines)
 
     def _headline(self) -> str:
-        course = self._course
-        short = sum(size != course.size for size in self.micro_batches)
-        whole, rest = divmod(course.iterations, course.epoch_length)
-        epochs = f"{_many(whole, 'epoch')} of {_many(course.epoch_length, 'iteration')}" if whole else ""
+        planned = self._planned
+        short = sum(size != planned.size for size in self.micro_batches)
+        whole, rest = divmod(planned.iterations, planned.epoch_length)
+        epochs = f"{_many(whole, 'epoch')} of {_many(planned.epoch_length, 'iteration')}" if whole else ""
         more = f"{_many(rest, 'iteration')}" if rest else ""
-        windows = f"{_many(course.size, 'micro-batch')} a step"
+        windows = f"{_many(planned.size, 'micro-batch')} a step"
         if short:
             windows += f", fewer in {_many(short, 'short window')}"
         return f"{_many(len(self), 'step')} in {' and '.join(filter(None, (epochs, more)))}; {windows}"

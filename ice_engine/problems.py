@@ -32,7 +32,7 @@ _TINY = 1e-6  # factor to which no one decays by design
 
 
 @dataclass(frozen=True)
-class Course:
+class PlannedRun:
     """The run that is planned, in numbers.
 
     Attributes:
@@ -60,7 +60,7 @@ class Course:
 
 
 def find_problems(
-    course: Course,
+    planned: PlannedRun,
     processors: Sequence[Callable[..., Any]],
     *,
     groups: Sequence[str],
@@ -72,7 +72,7 @@ def find_problems(
     """Return the problems of a planned run, the worst first.
 
     Args:
-        course: The run.
+        planned: The run.
         processors: In the order they run.
         groups: Names of the param groups.
         series: Values per step, by ``key/group``.
@@ -82,8 +82,8 @@ def find_problems(
     """
     rates = {group: series[f"lr/{group}"] for group in groups if f"lr/{group}" in series}
     return [
-        *_windows(course),
-        *_lengths(course, processors, initial),
+        *_windows(planned),
+        *_lengths(planned, processors, initial),
         *_wasted_steps(rates, list(_schedules(processors))),
         *_overwritten(processors, witnesses),
         *_unscheduled(groups, scheduled),
@@ -93,8 +93,8 @@ def find_problems(
 # -- windows ------------------------------------------------------------------------------------------------
 
 
-def _windows(course: Course) -> Iterator[str]:
-    size, length, tail = course.size, course.epoch_length, course.tail
+def _windows(planned: PlannedRun) -> Iterator[str]:
+    size, length, tail = planned.size, planned.epoch_length, planned.tail
     if size > length:
         then = {
             "step": f"every step has {length} micro-batches at most",
@@ -106,16 +106,16 @@ def _windows(course: Course) -> Iterator[str]:
             f"{then}. Write accumulation_steps={length} or less"
         )
         return
-    rest, last = length % size, course.iterations % length % size
+    rest, last = length % size, planned.iterations % length % size
     if tail == "carry":
-        if short := course.iterations % size:
+        if short := planned.iterations % size:
             yield (
                 f"short tail: the run's last window has {short} of {size} micro-batches, and its step counts as much "
-                f"as any other. Train {course.iterations - short} micro-batches, or take this as it is"
+                f"as any other. Train {planned.iterations - short} micro-batches, or take this as it is"
             )
-    elif rest and course.iterations >= length:
+    elif rest and planned.iterations >= length:
         mend = f"Choose accumulation_steps that divide {length}, or tail='carry'"
-        epochs = course.iterations // length
+        epochs = planned.iterations // length
         if tail == "drop":
             yield (
                 f"short tail: tail='drop' drops the last {rest} of {length} micro-batches of each epoch, "
@@ -130,7 +130,7 @@ def _windows(course: Course) -> Iterator[str]:
         what = "is dropped" if tail == "drop" else "steps all the same"
         yield (
             f"short tail: the run ends inside an epoch; its last window has {last} of {size} micro-batches and {what}. "
-            f"Train {course.iterations - last} micro-batches, or take this as it is"
+            f"Train {planned.iterations - last} micro-batches, or take this as it is"
         )
 
 
@@ -145,14 +145,16 @@ def _schedules(processors: Iterable[Any]) -> Iterator[Schedule]:
             yield from _schedules(processor.processors)
 
 
-def _lengths(course: Course, processors: Sequence[Callable[..., Any]], initial: Mapping[str, Any]) -> Iterator[str]:
+def _lengths(
+    planned: PlannedRun, processors: Sequence[Callable[..., Any]], initial: Mapping[str, Any]
+) -> Iterator[str]:
     for schedule in _schedules(processors):
         whole = not any(isinstance(part, Then) for part in _parts(schedule))
         for curve, start in schedule.curves():
-            if start and start >= course.length(curve.unit):
+            if start and start >= planned.length(curve.unit):
                 yield (
                     f"schedule longer than the run: {curve!r} begins at {curve.unit} {start}, and the run has "
-                    f"{_count(course, curve.unit)}. Lower then(at=...), or train longer"
+                    f"{_count(planned, curve.unit)}. Lower then(at=...), or train longer"
                 )
                 continue
             for setting, value in curve.settings:
@@ -163,7 +165,7 @@ def _lengths(course: Course, processors: Sequence[Callable[..., Any]], initial: 
                 length = sum(lengths) if role == "part" else max(lengths)
                 base = initial.get(f"initial_{curve.dst}") if curve is schedule else None
                 where = _Length(curve, setting, role, lengths, length, start, base)
-                yield from _wrong_unit(course, where, whole) or _too_long(course, where)
+                yield from _wrong_unit(planned, where, whole) or _too_long(planned, where)
 
 
 @dataclass(frozen=True)
@@ -187,50 +189,50 @@ def _parts(schedule: Schedule) -> Iterator[Schedule]:
         yield from _parts(part)
 
 
-def _count(course: Course, unit: str) -> str:
-    return f"{course.length(unit)} {_UNITS[unit]}"
+def _count(planned: PlannedRun, unit: str) -> str:
+    return f"{planned.length(unit)} {_UNITS[unit]}"
 
 
 def _near(a: float, b: float) -> bool:
     return abs(a - b) <= 0.01 * b
 
 
-def _wrong_unit(course: Course, at: _Length, whole: bool) -> list[str]:
+def _wrong_unit(planned: PlannedRun, at: _Length, whole: bool) -> list[str]:
     unit, length, role = at.curve.unit, at.length, at.role
     meant = None
-    if unit != "epoch" and whole and course.length(unit) >= 2 * course.epochs and _means_epochs(course, at):
+    if unit != "epoch" and whole and planned.length(unit) >= 2 * planned.epochs and _means_epochs(planned, at):
         meant = "epoch"
     elif (
         unit == "step"
-        and course.steps < course.iterations
-        and length > course.steps
-        and _near(length, course.iterations)
+        and planned.steps < planned.iterations
+        and length > planned.steps
+        and _near(length, planned.iterations)
     ):
         meant = "iteration"
-    elif unit == "iteration" and role == "total" and whole and course.steps < course.iterations:
-        meant = "step" if _near(length, course.steps) else None
-    elif unit == "epoch" and length > course.epochs:
-        meant = next((u for u in ("step", "iteration") if _near(length, course.length(u))), None)
+    elif unit == "iteration" and role == "total" and whole and planned.steps < planned.iterations:
+        meant = "step" if _near(length, planned.steps) else None
+    elif unit == "epoch" and length > planned.epochs:
+        meant = next((u for u in ("step", "iteration") if _near(length, planned.length(u))), None)
     if meant is None:
         return []
     mend = f"Write unit={meant!r}" + (", or leave total out to last the whole run" if role == "total" else "")
     if {meant, unit} == {"step", "iteration"}:
-        mend = f"Write {at.setting}={course.length(unit)}, or unit={meant!r}" if role == "total" else mend
+        mend = f"Write {at.setting}={planned.length(unit)}, or unit={meant!r}" if role == "total" else mend
     what = {"milestones": "fit into", "part": "fits into"}.get(role, "is") if meant == "epoch" else "is"
     found = (
-        f"wrong unit: {at} {what} the number of {_UNITS[meant]} ({course.length(meant)}), but it counts "
-        f"{_UNITS[unit]}, of which the run has {course.length(unit)}. {mend}"
+        f"wrong unit: {at} {what} the number of {_UNITS[meant]} ({planned.length(meant)}), but it counts "
+        f"{_UNITS[unit]}, of which the run has {planned.length(unit)}. {mend}"
     )
     return [found]
 
 
-def _means_epochs(course: Course, at: _Length) -> bool:
-    length, units = at.length, course.length(at.curve.unit)
+def _means_epochs(planned: PlannedRun, at: _Length) -> bool:
+    length, units = at.length, planned.length(at.curve.unit)
     if at.role == "total":
-        return _near(length, course.epochs)
+        return _near(length, planned.epochs)
     if at.role == "part" and len(at.given) > 1:
-        return _near(length, course.epochs) and units >= _FAR_MORE * course.epochs
-    if at.role != "milestones" or length > course.epochs or units < _FAR_MORE * course.epochs:
+        return _near(length, planned.epochs) and units >= _FAR_MORE * planned.epochs
+    if at.role != "milestones" or length > planned.epochs or units < _FAR_MORE * planned.epochs:
         return False
     if isinstance(dict(at.curve.settings)[at.setting], tuple):
         return True
@@ -239,9 +241,9 @@ def _means_epochs(course: Course, at: _Length) -> bool:
     return isinstance(gamma, float) and gamma < 1 and gamma ** (units // length) < _TINY
 
 
-def _too_long(course: Course, at: _Length) -> list[str]:
+def _too_long(planned: PlannedRun, at: _Length) -> list[str]:
     unit, end = at.curve.unit, at.start + at.length
-    run, has = course.length(unit), _count(course, unit)
+    run, has = planned.length(unit), _count(planned, unit)
     if at.role == "warm-up":
         if end < run or not at.length:
             return []
@@ -256,12 +258,12 @@ def _too_long(course: Course, at: _Length) -> list[str]:
         return [f"schedule longer than the run: {late} of the {len(at.given)} times in {at} come after its {has}"]
     return [
         f"schedule longer than the run: {at} ends after {end} {_UNITS[unit]}, and the run has {has}"
-        + _unfinished(course, at)
+        + _unfinished(planned, at)
     ]
 
 
-def _unfinished(course: Course, at: _Length) -> str:
-    unit, run = at.curve.unit, course.length(at.curve.unit)
+def _unfinished(planned: PlannedRun, at: _Length) -> str:
+    unit, run = at.curve.unit, planned.length(at.curve.unit)
     mend = "Shorten it, or train longer"
     if at.role == "total":
         mend = f"Write {at.setting}={run - at.start}, leave it out to last the whole run, or train longer"

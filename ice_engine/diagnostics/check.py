@@ -15,7 +15,7 @@ from ice_engine.arguments import count, positive
 from ice_engine.batches import batch_size, samples
 from ice_engine.diagnostics.culprits import Finding, culprits, notes
 from ice_engine.diagnostics.randomness import nothing_left_behind
-from ice_engine.diagnostics.rehearsal import Gradients, Rehearsal, Span, gap
+from ice_engine.diagnostics.trial import Gradients, Span, Trial, gap
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.window import Reduction
 
@@ -162,8 +162,8 @@ def check_accumulation(
             )
             raise ArgumentValueError(message)
         _check_call(model, x)
-        rehearsal = Rehearsal(model, loss_fn, x, y, total=total, weight=weight, reduction=loss_reduction)
-        return _report(rehearsal, steps, tolerance)
+        trial = Trial(model, loss_fn, x, y, total=total, weight=weight, reduction=loss_reduction)
+        return _report(trial, steps, tolerance)
 
 
 def _bare(model: torch.nn.Module) -> torch.nn.Module:
@@ -220,11 +220,11 @@ def _check_call(model: torch.nn.Module, x: Any) -> None:
         raise ArgumentTypeError(message) from err
 
 
-def _report(rehearsal: Rehearsal, steps: int, tolerance: float | None) -> AccumulationReport:
-    whole = rehearsal.whole()
-    splits = [_even(rehearsal.total, steps), _ragged(rehearsal.total, steps)]
-    found = [_attempt(rehearsal, spans) if spans else None for spans in splits]
-    types = rehearsal.narrowed | {gradient.dtype for gradient in whole.values()}
+def _report(trial: Trial, steps: int, tolerance: float | None) -> AccumulationReport:
+    whole = trial.whole()
+    splits = [_even(trial.total, steps), _ragged(trial.total, steps)]
+    found = [_attempt(trial, spans) if spans else None for spans in splits]
+    types = trial.narrowed | {gradient.dtype for gradient in whole.values()}
     dtype = max((t for t in types if t in _TOLERANCES), key=_TOLERANCES.__getitem__, default=torch.float32)
     limit = tolerance or _TOLERANCES[dtype]
     # Below this, an entry is rounding of larger ones, such as in a bias before a normalisation.
@@ -240,9 +240,9 @@ def _report(rehearsal: Rehearsal, steps: int, tolerance: float | None) -> Accumu
         even_sizes=_sizes(splits[0]),
         ragged_sizes=_sizes(splits[1]),
         parameter=max((worst for worst in gaps if worst is not None), default=(0.0, ""))[1],
-        dtype=rehearsal.dtype or dtype,
-        culprits=culprits(rehearsal, broken[-1], limit) if broken else (),
-        notes=notes(rehearsal),
+        dtype=trial.dtype or dtype,
+        culprits=culprits(trial, broken[-1], limit) if broken else (),
+        notes=notes(trial),
     )
 
 
@@ -272,10 +272,10 @@ def _ragged(total: int, steps: int) -> list[Span]:
     return _spans(next((s for s in splits if min(s) > 1), splits[0])) if splits else []
 
 
-def _attempt(rehearsal: Rehearsal, spans: Sequence[Span]) -> Gradients:
+def _attempt(trial: Trial, spans: Sequence[Span]) -> Gradients:
     """Return the gradient of these micro-batches; empty and so infinitely far off if one of them fails."""
     try:
-        return rehearsal.gradients(spans)
+        return trial.gradients(spans)
     except (ArgumentTypeError, ArgumentValueError):
         raise
     except Exception:  # noqa: BLE001 - the big batch went through; culprits() says what stopped this one

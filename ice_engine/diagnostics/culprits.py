@@ -10,9 +10,9 @@ import torch
 
 from ice_engine.batches import copied, samples
 from ice_engine.diagnostics.randomness import Still, seed
-from ice_engine.diagnostics.rehearsal import Gradients, Rehearsal, Span
 from ice_engine.diagnostics.shares import Shares, Weights, by_parameters, by_predictions, candidates
 from ice_engine.diagnostics.tracing import Comparison, record
+from ice_engine.diagnostics.trial import Gradients, Span, Trial
 from ice_engine.names import few
 
 _BATCH_NORM = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm)
@@ -48,26 +48,26 @@ class Finding:
         return f"{self.place}: {self.why}" + (f"; {self.mend}" if self.mend else "")
 
 
-def culprits(rehearsal: Rehearsal, spans: Sequence[Span], limit: float) -> tuple[Finding, ...]:
+def culprits(trial: Trial, spans: Sequence[Span], limit: float) -> tuple[Finding, ...]:
     """Name what makes these micro-batches differ from the big batch.
 
     Args:
-        rehearsal: Of the model.
+        trial: Of the model.
         spans: First sample and the one after the last, of each micro-batch.
         limit: Largest relative difference that counts as equal.
     """
-    model, _ = rehearsal.fresh()
+    model, _ = trial.fresh()
     with Still(lambda: None):
         seed()
-        predictions, recorded = record(model, rehearsal.piece(0, rehearsal.total)[0])
+        predictions, recorded = record(model, trial.piece(0, trial.total)[0])
         predictions = copied(predictions)
-        carried, fresh = (Comparison(recorded, rehearsal.total, limit) for _ in range(2))
-        outputs, worn = [], rehearsal.fresh()[0]
+        carried, fresh = (Comparison(recorded, trial.total, limit) for _ in range(2))
+        outputs, worn = [], trial.fresh()[0]
         for start, stop in spans:
             seed()
-            outputs.append(copied(carried.run(worn, rehearsal.piece(start, stop)[0], start, stop)))
+            outputs.append(copied(carried.run(worn, trial.piece(start, stop)[0], start, stop)))
             seed()
-            fresh.run(rehearsal.fresh()[0], rehearsal.piece(start, stop)[0], start, stop)
+            fresh.run(trial.fresh()[0], trial.piece(start, stop)[0], start, stop)
     findings = [
         _module_finding(name, model.get_submodule(name), where, stateful=name not in fresh.parted)
         for name, where in carried.parted.items()
@@ -77,7 +77,7 @@ def culprits(rehearsal: Rehearsal, spans: Sequence[Span], limit: float) -> tuple
         for name, message in carried.failed.items()
         if name not in carried.parted
     ]
-    findings += _loss_finding(rehearsal, spans, [predictions, *outputs], limit, alone=not findings)
+    findings += _loss_finding(trial, spans, [predictions, *outputs], limit, alone=not findings)
     return tuple(findings) or (_unexplained(model),)
 
 
@@ -117,7 +117,7 @@ def _unexplained(model: torch.nn.Module) -> Finding:
 
 
 def _loss_finding(
-    rehearsal: Rehearsal,
+    trial: Trial,
     spans: Sequence[Span],
     predictions: Sequence[Any],
     limit: float,
@@ -126,23 +126,23 @@ def _loss_finding(
 ) -> list[Finding]:
     """Find the factors with which the losses of the micro-batches add up to that of the big batch."""
     shares: Shares | None = None
-    batches = [rehearsal.piece(start, stop) for start, stop in spans]
+    batches = [trial.piece(start, stop) for start, stop in spans]
     try:
         if all(p is not None for p in predictions):
-            targets = [rehearsal.piece(0, rehearsal.total)[1], *(y for _, y in batches)]
+            targets = [trial.piece(0, trial.total)[1], *(y for _, y in batches)]
             with Still(lambda: None):
                 seed()
-                shares = by_predictions(lambda: rehearsal.fresh()[1], predictions, targets, spans, rehearsal.total)
+                shares = by_predictions(lambda: trial.fresh()[1], predictions, targets, spans, trial.total)
         if shares is None and alone:
-            ones = [rehearsal.gradients([span], weight=lambda *_: 1) for span in [(0, rehearsal.total), *spans]]
+            ones = [trial.gradients([span], weight=lambda *_: 1) for span in [(0, trial.total), *spans]]
             whole, *parts = (_vector(gradients, ones[0]) for gradients in ones)
             shares = by_parameters(whole, parts)
     except Exception as err:  # noqa: BLE001 - the big batch went through
         why = textwrap.shorten(f"it fails on a micro-batch: {type(err).__name__}: {err}", 200)
-        return [Finding("loss_fn", _kind(rehearsal.loss_fn), why, "")] if alone else []
+        return [Finding("loss_fn", _kind(trial.loss_fn), why, "")] if alone else []
     if shares is None:
         return []
-    return _judge_loss(rehearsal, batches, shares, limit)
+    return _judge_loss(trial, batches, shares, limit)
 
 
 def _vector(gradients: Gradients, like: Gradients) -> torch.Tensor:
@@ -150,14 +150,12 @@ def _vector(gradients: Gradients, like: Gradients) -> torch.Tensor:
     return torch.cat([gradient.flatten() for gradient in found])
 
 
-def _judge_loss(
-    rehearsal: Rehearsal, batches: Sequence[tuple[Any, Any]], shares: Shares, limit: float
-) -> list[Finding]:
+def _judge_loss(trial: Trial, batches: Sequence[tuple[Any, Any]], shares: Shares, limit: float) -> list[Finding]:
     """Say what the loss is, if not what weights and *loss_reduction* take it for."""
-    kind, total = _kind(rehearsal.loss_fn), rehearsal.total
-    given = [float(rehearsal.weight(x, y)) for x, y in batches]
-    summed = rehearsal.reduction == "sum"
-    whole = float(rehearsal.weight(*rehearsal.piece(0, total))) if summed else 0.0
+    kind, total = _kind(trial.loss_fn), trial.total
+    given = [float(trial.weight(x, y)) for x, y in batches]
+    summed = trial.reduction == "sum"
+    whole = float(trial.weight(*trial.piece(0, total))) if summed else 0.0
     if sum(given) > 0 and shares.apart([(whole if summed else w) / sum(given) for w in given]) <= limit:
         return []
     if shares.apart([1.0] * len(batches)) <= limit:
@@ -168,7 +166,7 @@ def _judge_loss(
         return [Finding("loss_fn", kind, "it is a sum over the batch, not a mean", mend)]
     sizes = [float(samples(x, y)) for x, y in batches]
     default = Weights(sizes, "", "the samples")
-    for weights in (default, *candidates(batches, rehearsal.fresh()[1])):
+    for weights in (default, *candidates(batches, trial.fresh()[1])):
         part = sum(weights.values)
         if part > 0 and shares.apart([w / part for w in weights.values]) <= limit:
             return [_weighed_finding(kind, weights, given, summed=summed)]
@@ -203,11 +201,11 @@ def _kind(loss_fn: Any) -> str:
     return getattr(inner, "__name__", type(inner).__name__)
 
 
-def notes(rehearsal: Rehearsal) -> tuple[Finding, ...]:
+def notes(trial: Trial) -> tuple[Finding, ...]:
     """Name what was held still or left as it is for the comparison."""
-    model, found = rehearsal.model, []
-    for path, operation in rehearsal.drawing.items():
-        kind = _kind(rehearsal.loss_fn) if path == "loss_fn" else type(model.get_submodule(path)).__name__
+    model, found = trial.model, []
+    for path, operation in trial.drawing.items():
+        kind = _kind(trial.loss_fn) if path == "loss_fn" else type(model.get_submodule(path)).__name__
         why = (
             f"draws at random ({operation}), anew for every micro-batch; held still here. One batch and its "
             "micro-batches then agree in expectation, not number by number"
@@ -224,5 +222,5 @@ def notes(rehearsal: Rehearsal) -> tuple[Finding, ...]:
     if any(p.grad is not None for p in model.parameters()):
         why = "it differentiates the model itself, not only y_pred; the gradient of that part was not compared"
         mend = "bind the model with functools.partial or in a module, which are copied together with it"
-        found.append(Finding("loss_fn", _kind(rehearsal.loss_fn), why, mend))
+        found.append(Finding("loss_fn", _kind(trial.loss_fn), why, mend))
     return tuple(found)

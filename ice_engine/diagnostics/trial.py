@@ -20,7 +20,7 @@ Gradients = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass
-class Rehearsal:
+class Trial:
     """Runs copies of model and loss on parts of the batch.
 
     Args:
