@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
-from ice_engine import sharding as ranks
 from ice_engine.clocks import Clocks
+from ice_engine.distributed import world
+from ice_engine.distributed.world import require_one_process
 from ice_engine.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -112,7 +113,7 @@ class Optimizer(Stepping):
         if model is not None and not isinstance(model, torch.nn.Module):
             message = f"model must be a torch.nn.Module, got {type(model).__name__}"
             raise ArgumentTypeError(message)
-        ranks.require_one_process("attach()")
+        require_one_process("attach()")
         self._check_attachable(engine)
         if self._processors:
             check_names(self._processors, self.param_groups)
@@ -404,8 +405,8 @@ class Optimizer(Stepping):
             ``state``, ``param_groups`` (each with ``param_names``) and ``ice_engine``: plain data that
             loads with ``weights_only=True``. Tensors are the live ones, as in torch.
         """
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < ranks.world_size():
-            message = f"rank must be an integer from 0 to {ranks.world_size() - 1}, got {rank!r}"
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world.world_size():
+            message = f"rank must be an integer from 0 to {world.world_size() - 1}, got {rank!r}"
             raise ArgumentValueError(message)
         extra = {
             "name": self._name,

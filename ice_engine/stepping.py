@@ -12,10 +12,12 @@ from typing import Any, Self, cast
 import torch
 from ignite.engine import Engine
 
-from ice_engine import sharding as ranks
 from ice_engine.arguments import choice, count
 from ice_engine.clipping import ClipNorm
 from ice_engine.clocks import Clocks
+from ice_engine.distributed import world
+from ice_engine.distributed.build import Sharding, build
+from ice_engine.distributed.world import gatherer, require_one_process
 from ice_engine.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -68,7 +70,7 @@ class Stepping(OptimizerFacade):
         grad_scaler: torch.amp.GradScaler | None = None,
         nonfinite: Policy | None = None,
         max_consecutive_skips: int = 100,
-        sharding: ranks.Sharding | None = None,
+        sharding: Sharding | None = None,
         on_change: OnChange = "error",
     ) -> None:
         self._name = check_name(name)
@@ -84,7 +86,7 @@ class Stepping(OptimizerFacade):
                 "optimizer is wrapped already; wrap a torch optimizer once: pass optimizer.inner, or use it as it is"
             )
             raise ArgumentTypeError(message)
-        super().__init__(ranks.build(optimizer, params, sharding))
+        super().__init__(build(optimizer, params, sharding))
         owner = vars(self._inner).get("_ice_owner", lambda: None)()
         if owner is not None:
             message = f"this {type(self._inner).__name__} is wrapped already, by optimizer {owner.name!r}; use that one"
@@ -330,7 +332,7 @@ class Stepping(OptimizerFacade):
             NonFiniteGradientError: By the ``nonfinite`` policy.
             ProcessorError: If a processor returns or writes something impossible; no param group has changed.
         """
-        ranks.require_one_process("update()")
+        require_one_process("update()")
         size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
         self._require_window()
         self._window.require_weight()  # before the iteration is counted: a refused call changes nothing
@@ -470,7 +472,7 @@ class Stepping(OptimizerFacade):
         reason = f"{reason}, {describe_nonfinite(self.named_parameters(), self._window.losses)}"
         self._skip(reason, norm)
         attempt = self._clocks.counts["attempt"]
-        precision.stop_if_exhausted(f"{reason} (optimizer {self._name!r}, attempt {attempt}, rank {ranks.rank()})")
+        precision.stop_if_exhausted(f"{reason} (optimizer {self._name!r}, attempt {attempt}, rank {world.rank()})")
         return False
 
     @property
@@ -505,7 +507,7 @@ class Stepping(OptimizerFacade):
             if self._course.configured is not None or self._course.outdated(self._clocks):
                 self._settle(self._window.micro_batches)
             context = {**self._clocks.context(self._size, self._window.tail), **self._owners()}
-            run_processors(self._processors, self.param_groups, context, ranks.gatherer())
+            run_processors(self._processors, self.param_groups, context, gatherer())
         self._count("step")
         try:
             self._note(norm, None)

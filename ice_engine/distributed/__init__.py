@@ -1,0 +1,1 @@
+"""Many processes that train one model: the only package that talks to ``torch.distributed``."""
