@@ -62,13 +62,13 @@ class Clocks:
         for argument, value in given.items():
             if value is not None:
                 count(argument, value, 1)
-        done, size = given["epoch_steps"], given["epoch_size"]
+        done, size = given.get("epoch_steps"), given.get("epoch_size")
         if done is not None and size is not None and done > size:
             message = f"epoch_steps ({done}) is beyond epoch_size ({size}); both count micro-batches"
             raise ArgumentValueError(message)
         self._given = given
         counted = self.counts["iteration"] + 1 if self.run is None else int(self.run.iteration)
-        self.counts["iteration"] = given["global_steps"] or counted
+        self.counts["iteration"] = given.get("global_steps") or counted
 
     @property
     def epoch(self) -> int | None:

@@ -16,6 +16,7 @@
     │   ├── ProcessorReturnError TypeError    a processor returned something that is not a mapping
     │   ├── ProcessorValueError ValueError    a processor wrote an impossible value
     │   └── ProcessorDivergenceError RuntimeError  a processor writes other values on other ranks
+    ├── RankError               RuntimeError  another rank raised, is gone, or does something else
     ├── ScheduleChangedError    ValueError    a resumed run would follow another schedule
     ├── HookError               ValueError    a hook's name or event is wrong
     │   └── HookSignatureError  TypeError     a hook cannot be called the way its event calls it
@@ -91,6 +92,10 @@ class ProcessorValueError(ProcessorError, ValueError):
 
 class ProcessorDivergenceError(ProcessorError, RuntimeError):
     """A processor writes different values on different ranks."""
+
+
+class RankError(IceEngineError, RuntimeError):
+    """Another rank raised, does not answer any more, or does something that does not go with what this one does."""
 
 
 class ScheduleChangedError(IceEngineError, ValueError):

@@ -2,16 +2,15 @@
 
 import contextlib
 import copy
-import logging
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ignite.engine import Engine, Events
 
 from ice_engine.clocks import Clocks
 from ice_engine.distributed import world
-from ice_engine.distributed.world import require_one_process
+from ice_engine.distributed.sync import Sync, Synchroniser, bare, synchroniser
 from ice_engine.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -24,12 +23,14 @@ from ice_engine.events import register
 from ice_engine.hooks import HookRegistry
 from ice_engine.isolation import grad_off
 from ice_engine.matching import LoadReport, fit, shapes
+from ice_engine.peers import Member, Peers, peers
 from ice_engine.plan import Plan
+from ice_engine.processors.agreement import exact
 from ice_engine.processors.group import check_names, rewind, set_initial_values
+from ice_engine.processors.group_mapping import group_name
+from ice_engine.processors.processor import name_of
 from ice_engine.state import pack, unpack
 from ice_engine.stepping import Stepping
-
-logger = logging.getLogger(__name__)
 
 _FIRST = -100  # order of our handlers: validation and checkpoints on the same event see the step already taken
 
@@ -95,31 +96,40 @@ class Optimizer(Stepping):
 
     # -- engine -------------------------------------------------------------------------------------------
 
-    def attach(self, engine: Engine, model: torch.nn.Module | None = None) -> "Optimizer":
+    def attach(
+        self, engine: Engine, model: torch.nn.Module | None = None, *, sync: Sync = "communication"
+    ) -> "Optimizer":
         """Let *engine* step this optimizer: after each iteration, and at an epoch's end if a window is open.
+
+        In many processes, call it on every rank. Windows then close, epochs end and runs stop on all ranks or on none:
+        a step's gradient is the mean over the items of all ranks, a rank that runs out of data takes part with weight
+        0 until all have, and a rank that stops or raises stops all.
 
         Args:
             engine: The engine whose ``train_step`` calls :meth:`backward`.
-            model: The module being trained; gives parameters their names in errors and checkpoints.
+            model: The module being trained; gives parameters their names in errors and checkpoints. In many
+                processes, the ``DistributedDataParallel`` or ``fully_shard``'ed module whose reduction it drives.
+            sync: What accumulation saves in many processes: ``"communication"`` reduces gradients once per window,
+                ``"memory"`` in every micro-batch, so that ``fully_shard`` keeps them sharded.
 
         Returns:
             This optimizer.
 
         Raises:
-            AttachError: If it is attached, or another optimizer of the engine has its name or one of its
-                parameters.
+            AttachError: If it is attached, another optimizer of the engine has its name or one of its
+                parameters, or nothing would reduce the gradients of many ranks.
         """
         registry = HookRegistry(engine)
         if model is not None and not isinstance(model, torch.nn.Module):
             message = f"model must be a torch.nn.Module, got {type(model).__name__}"
             raise ArgumentTypeError(message)
-        require_one_process("attach()")
         self._check_attachable(engine)
+        driven = synchroniser(model, self._parameters(), sync) if world.world_size() > 1 else None
         if self._processors:
             check_names(self._processors, self.param_groups)
             set_initial_values(self._processors, self.param_groups)
         if model is not None:
-            self._parameter_names = {id(p): n for n, p in model.named_parameters()}
+            self._parameter_names = {id(p): n for n, p in bare(model).named_parameters()}
         self._engine = engine
         register(engine, self._name)
         self._clocks.run = engine.state
@@ -134,6 +144,8 @@ class Optimizer(Stepping):
         ):
             registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=_FIRST)
         vars(engine).setdefault("_ice_optimizers", []).append(self)
+        if driven is not None:
+            self._member = self._join(peers(engine), driven)
         return self
 
     def detach(self) -> None:
@@ -148,9 +160,47 @@ class Optimizer(Stepping):
             if getattr(hook.hook, "__self__", None) is self:
                 hook.remove()
         self._discard("detach()")
+        if self._member is not None:
+            peers(cast("Engine", self._engine)).leave(self._member)
+            self._member = None
         self._clocks.leave()
         vars(self._engine)["_ice_optimizers"].remove(self)
         self._engine = None
+
+    def _join(self, together: Peers, driven: Synchroniser) -> Member:
+        member = Member(
+            self._name,
+            self._window,
+            driven,
+            parameters=self._parameters,
+            facts=self._facts,
+            values=self._values,
+            close=lambda: self._close(self._window.size),
+            drop=self._drop_tail,
+        )
+        together.join(member)
+        return member
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same on every rank for their windows and steps to be."""
+        return {
+            "accumulation_steps": self._window.size,
+            "tail": self._window.tail,
+            "loss_reduction": self._window.reduction,
+            "nonfinite": self._precision.policy,
+            "max_consecutive_skips": self._precision.max_consecutive_skips,
+            "loss scale": self._precision.loss_scale,
+            "step": self._clocks.counts["step"],
+            "skips in a row": self._precision.consecutive_skips,
+            "processors": [name_of(processor) for processor in self._processors],
+            "number of parameters": [len(group["params"]) for group in self.param_groups],
+        }
+
+    def _values(self) -> dict[str, dict[str, str]]:
+        return {
+            group_name(group, i): {k: exact(v) for k, v in group.items() if k not in {"params", "param_names"}}
+            for i, group in enumerate(self.param_groups)
+        }
 
     def _check_attachable(self, engine: Engine) -> None:
         if self._engine is not None:
@@ -213,8 +263,10 @@ class Optimizer(Stepping):
     def _on_iteration_completed(self, _: Engine) -> None:
         if "times" in self._measures.wanted:
             self._measures.watch.lap("compute")
-        if self._window.pending:
+        if self._window.pending and self._member is None:
             self.update()
+        elif self._window.pending:
+            self._end_micro_batch(size=self._window.size)  # the peers know whether the window closes
         elif not (self._window.is_open or self.needs_closure) and any(p.grad is not None for p in self._parameters()):
             message = (
                 f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); call "
@@ -234,18 +286,17 @@ class Optimizer(Stepping):
         self._measures.watch.stop()  # what comes now, such as validation, is none of a window's
 
     def _on_epoch_ended(self, *_: Any, **__: Any) -> None:
+        if self._member is not None:
+            return  # the peers know whether it has ended everywhere
         if self._window.tail == "step":
             self.flush()
-        elif self._window.tail == "drop" and self._window.is_open:
-            logger.info(
-                "optimizer %r: dropped %d micro-batches at the epoch's end", self._name, self._window.micro_batches
-            )
-            self._clear()
+        self._drop_tail()
 
     def _on_run_ended(self, *_: Any) -> None:
         self._loaded = False  # what was loaded in the middle of this run says nothing about the next
-        self._on_epoch_ended()
-        self.flush()
+        if self._member is None:
+            self._on_epoch_ended()
+            self.flush()
 
     def toggle(self, *modules: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
         """Return a context in which parameters that other optimizers train require no grad.

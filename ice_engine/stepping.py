@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,8 @@ from ice_engine.clipping import ClipNorm
 from ice_engine.clocks import Clocks
 from ice_engine.distributed import world
 from ice_engine.distributed.build import Sharding, build
-from ice_engine.distributed.world import gatherer, require_one_process
+from ice_engine.distributed.rounds import gatherer
+from ice_engine.distributed.world import require_one_process
 from ice_engine.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -33,7 +35,9 @@ from ice_engine.gradients import Gradient
 from ice_engine.horizon import Course, OnChange, Terms
 from ice_engine.isolation import gradients_aside
 from ice_engine.measures import MEASURES, Measures
+from ice_engine.peers import Member
 from ice_engine.precision import Policy, Precision, describe_nonfinite
+from ice_engine.processors.agreement import Gather
 from ice_engine.processors.group import (
     check_processors,
     followed_metrics,
@@ -43,8 +47,11 @@ from ice_engine.processors.group import (
     written_keys,
 )
 from ice_engine.processors.group_mapping import group_name
+from ice_engine.processors.schedule import Schedule
 from ice_engine.typing import Clip, DictProcessor, GroupClip, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
+
+logger = logging.getLogger(__name__)
 
 _FORGOTTEN = 32  # losses in one micro-batch, without any update() before, from which on attach() was forgotten
 
@@ -118,6 +125,7 @@ class Stepping(OptimizerFacade):
         self._epoch_began: int = 0
         self._parameter_names: dict[int, str] = {}
         self._engine: Engine | None = None
+        self._member: Member | None = None
         self._last_record: StepRecord | None = None
         set_initial_values(self._processors, self.param_groups if self._processors else ())
 
@@ -255,7 +263,11 @@ class Stepping(OptimizerFacade):
             # it must not train: what it leaves there would enter the other's step.
             with gradients_aside(self._foreign_parameters()):
                 torch.autograd.backward(self._precision.scale(part), retain_graph=retain_graph)
+            if self._member is not None:
+                self._member.differentiated += 1
         except BaseException:
+            if self._member is not None:
+                self._member.broken = True
             # Part of the gradients may be there and part not; the caller may catch this and go on.
             self._discard("a backward() that failed")
             raise
@@ -334,22 +346,32 @@ class Stepping(OptimizerFacade):
         """
         require_one_process("update()")
         size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
+        self._end_micro_batch(
+            grad_scaler,
+            size,
+            current_epoch=current_epoch,
+            epoch_steps=epoch_steps,
+            global_steps=global_steps,
+            epoch_size=epoch_size,
+        )
+        if self._window.micro_batches >= size:
+            return self._close(size)
+        if self._clocks.epoch_ends and self._window.tail == "step":
+            return self._close(size)
+        if self._clocks.epoch_ends:
+            self._drop_tail()
+        return False
+
+    def _end_micro_batch(
+        self, grad_scaler: torch.amp.GradScaler | None = None, size: int = 1, **given: int | None
+    ) -> None:
         self._require_window()
         self._window.require_weight()  # before the iteration is counted: a refused call changes nothing
         self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
-        self._clocks.micro_batch(
-            current_epoch=current_epoch, epoch_steps=epoch_steps, global_steps=global_steps, epoch_size=epoch_size
-        )
+        self._clocks.micro_batch(**given)
         self._window.end_micro_batch()
         if "noise_scale" in self._measures.wanted and size > 1:
             self._note_first()
-        if self._window.micro_batches >= size:
-            return self._close(size)
-        if self._clocks.epoch_ends:
-            if self._window.tail == "step":
-                return self._close(size)
-            self._on_epoch_ended()
-        return False
 
     def flush(self) -> bool:
         """Step now with the micro-batches at hand, if there are any.
@@ -362,6 +384,13 @@ class Stepping(OptimizerFacade):
         if self._window.pending:
             self._window.end_micro_batch()
         return self._close(self._window.size) if self._window.micro_batches else False
+
+    def _drop_tail(self) -> None:
+        if self._window.tail == "drop" and self._window.is_open:
+            logger.info(
+                "optimizer %r: dropped %d micro-batches at the epoch's end", self._name, self._window.micro_batches
+            )
+            self._clear()
 
     def report(self, **metrics: float) -> None:
         """Tell schedules that follow a metric, such as ``schedules.plateau(metric="loss")``, what was measured.
@@ -507,7 +536,7 @@ class Stepping(OptimizerFacade):
             if self._course.configured is not None or self._course.outdated(self._clocks):
                 self._settle(self._window.micro_batches)
             context = {**self._clocks.context(self._size, self._window.tail), **self._owners()}
-            run_processors(self._processors, self.param_groups, context, gatherer())
+            run_processors(self._processors, self.param_groups, context, self._gather())
         self._count("step")
         try:
             self._note(norm, None)
@@ -535,6 +564,15 @@ class Stepping(OptimizerFacade):
         if self._window.micro_batches == 1 and self._window.weight and parameters:
             multiplier = self._precision.multiplier(self._window.scale, parameters[0].device)
             self._measures.first(Gradient(parameters, multiplier).norm(), self._window.weight)
+
+    def _gather(self) -> Gather | None:
+        # What the clocks alone decide is the same on every rank, as they are; anything else has to be compared.
+        if self._member is None or (
+            all(isinstance(processor, Schedule) for processor in self._processors)
+            and not followed_metrics(self._processors)
+        ):
+            return None
+        return gatherer()
 
     def _owners(self) -> dict[str, Any]:
         measurements = MappingProxyType(self._measurements)

@@ -12,7 +12,7 @@ loss enters as it is.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Literal
 
@@ -38,6 +38,9 @@ class Window:
         weight: Their total weight.
         pending: Whether a loss has entered the micro-batch that is under way.
         losses: The losses that entered, detached, by micro-batch, for the report on a non-finite window.
+        weighted: Whether losses come with a weight; None before the first.
+        unit_of: Returns the unit that a first weight makes; the weight itself, unless other ranks have a say.
+        common: The unit of every window, where it is the same on many ranks; 0 where each takes its own.
     """
 
     def __init__(self, size: int, tail: Tail = "step", reduction: Reduction = "mean") -> None:
@@ -46,6 +49,8 @@ class Window:
         choice("loss_reduction", reduction, ("mean", "sum"))
         self.tail: Tail = tail
         self.reduction: Reduction = reduction
+        self.unit_of: Callable[[float], float] = float
+        self.common: float = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -54,18 +59,27 @@ class Window:
         self.weight: float = 0.0
         self.pending: bool = False
         self.losses: list[tuple[int, torch.Tensor]] = []
-        self._unit: float = 0.0
-        self._weighted: bool | None = None
+        self.unit: float = self.common
+        self.weighted: bool | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether any loss has entered since the last step."""
         return self.pending or self.micro_batches > 0
 
+    def closes_next(self, *, last: bool) -> bool:
+        """Whether one more micro-batch would end the window; *last* if it is its epoch's last."""
+        return self.micro_batches + 1 >= self.size or (last and self.tail == "step")
+
+    def share(self, weight: float, ranks: int) -> None:
+        """Take the window as a part of one of *weight*, whose gradients are averaged over *ranks*."""
+        self.weight = weight
+        self.unit *= ranks
+
     @property
     def scale(self) -> float:
         """What the accumulated gradients are multiplied with to become the window's mean."""
-        return self._unit / self.weight
+        return self.unit / self.weight
 
     def enter(self, loss: torch.Tensor, weight: float | None) -> torch.Tensor | None:
         """Take a loss into the micro-batch under way and return what to differentiate.
@@ -83,26 +97,26 @@ class Window:
             ArgumentValueError: If the weight is negative, infinite or NaN, or missing for a summed loss.
             BackwardError: If only some losses of the window have a weight.
         """
-        if self._weighted is not None and self._weighted != (weight is not None):
-            have, this = ("a weight", "none") if self._weighted else ("no weight", "one")
+        if self.weighted is not None and self.weighted != (weight is not None):
+            have, this = ("a weight", "none") if self.weighted else ("no weight", "one")
             message = (
                 f"earlier losses of this window came with {have}, this one with {this}; "
                 "pass weight= to every backward() call or to none"
             )
             raise BackwardError(message)
         items = self._items(weight)
-        self._weighted = weight is not None
+        self.weighted = weight is not None
         self.losses.append((self.micro_batches + 1, loss.detach()))
         first_of_micro_batch = not self.pending
         self.pending = True
         if items == 0.0:
             return None
-        self._unit = self._unit or items
+        self.unit = self.unit or (1.0 if weight is None else self.unit_of(items))
         if weight is not None or first_of_micro_batch:
             self.weight += items
         if self.reduction == "sum":
-            return loss / self._unit
-        return loss if items == self._unit else loss * (items / self._unit)
+            return loss / self.unit
+        return loss if items == self.unit else loss * (items / self.unit)
 
     def _items(self, weight: float | None) -> float:
         if weight is None:
@@ -133,7 +147,7 @@ class Window:
         Raises:
             BackwardError: If no loss has entered it and the window is one of weighted or summed losses.
         """
-        if not self.pending and (self._weighted or self.reduction == "sum"):
+        if not self.pending and (self.weighted or self.reduction == "sum"):
             message = (
                 "update() was called for a micro-batch of which backward() was not told the weight; "
                 "call optimizer.backward(loss, weight=n) instead of loss.backward()"
@@ -144,8 +158,8 @@ class Window:
         """Count the micro-batch under way; one that no loss has entered was differentiated by the user."""
         self.require_weight()
         if not self.pending:
-            self._weighted = False
-            self._unit = 1.0
+            self.weighted = False
+            self.unit = 1.0
             self.weight += 1.0
         self.pending = False
         self.micro_batches += 1

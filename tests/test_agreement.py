@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import ice_engine as ice
-from ice_engine.distributed import world
+from ice_engine.distributed import rounds
 from ice_engine.errors import ProcessorDivergenceError
 from ice_engine.processors.group import run_processors, set_initial_values
 from ice_engine.processors.schedules import cosine, linear
@@ -68,7 +68,7 @@ def _rank(rank: int, world_size: int, port: int, queue: Any) -> None:
         set_initial_values(processors, sgd.param_groups)
         before = [{k: v for k, v in group.items() if k != "params"} for group in sgd.param_groups]
         try:
-            run_processors(processors, sgd.param_groups, {"step": 5}, world.gatherer())
+            run_processors(processors, sgd.param_groups, {"step": 5}, rounds.gatherer())
             outcome[case] = [(group["lr"], group["momentum"]) for group in sgd.param_groups]
         except ProcessorDivergenceError as error:
             after = [{k: v for k, v in group.items() if k != "params"} for group in sgd.param_groups]
@@ -99,4 +99,4 @@ def test_processors_that_differ_between_ranks_are_named_on_all_of_them(world_siz
 
 
 def test_one_process_has_nobody_to_agree_with() -> None:
-    assert world.gatherer() is None
+    assert rounds.gatherer() is None

@@ -27,7 +27,7 @@ def require_agreement(
     Raises:
         ProcessorDivergenceError: On every rank, if not; names processor, group, key and the ranks' values.
     """
-    written = [{key: _exact(value) for key, value in sorted(mapping.staged.items())} for mapping in staged]
+    written = [{key: exact(value) for key, value in sorted(mapping.staged.items())} for mapping in staged]
     digest = hashlib.sha256(repr(written).encode()).hexdigest()
     if len(set(gather(digest))) == 1:
         return
@@ -38,7 +38,7 @@ def require_agreement(
         for processor in processors:
             mapping.absorb(processor, processor(mapping))
             mapping.check()
-            steps.append([name_of(processor), mapping.label, {k: _exact(v) for k, v in mapping.staged.items()}])
+            steps.append([name_of(processor), mapping.label, {k: exact(v) for k, v in mapping.staged.items()}])
     ranks = [json.loads(text) for text in gather(json.dumps(steps))]
     for place, (name, label, _) in enumerate(steps):
         values = [rank[place][2] if place < len(rank) else {} for rank in ranks]
@@ -58,6 +58,7 @@ def require_agreement(
     raise ProcessorDivergenceError(message)
 
 
-def _exact(value: Any) -> str:
+def exact(value: Any) -> str:
+    """Return a text that is the same for the same value, and another one for another."""
     # The repr of a tensor rounds.
     return repr(value.tolist() if isinstance(value, torch.Tensor) else value)

@@ -1,0 +1,231 @@
+"""Rounds: one small row of numbers from every rank to every rank, before anything that needs them all.
+
+What all ranks do together, they first say to each other. A row begins with what its rank is about to do; if two do not
+go together, every rank learns it in that round and stops with the same error, instead of one waiting for the other.
+"""
+
+import datetime
+import enum
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ice_engine.distributed.watch import Answer, Watch, describe, others
+from ice_engine.distributed.world import own_group, rank, world_size
+from ice_engine.errors import RankError
+
+logger = logging.getLogger(__name__)
+
+WIDTH = 128  # numbers in a row, the kind included
+_SOON = datetime.timedelta(seconds=4)  # after which it is asked who is missing
+_STUCK = 60.0  # seconds after which several ranks in one collective of their own count as stuck
+_SILENT = 30.0  # seconds without an answer after which a rank counts as stopped; a call into C may keep the interpreter
+_LEAVING = datetime.timedelta(seconds=5)  # what a rank that raised waits for the others
+
+
+class Kind(enum.IntEnum):
+    """What a rank is about to do, or has done."""
+
+    START = 0
+    GATE = 1
+    EPOCH_END = 2
+    RUN_END = 3
+    UNIT = 4
+    CLOSE = 5
+    TEXT = 6
+    RAISED = 7
+
+    def __str__(self) -> str:
+        return _WORDS[self]
+
+
+_WORDS = {
+    Kind.START: "starts a run",
+    Kind.GATE: "goes on training",
+    Kind.EPOCH_END: "is at the end of its epoch",
+    Kind.RUN_END: "is at the end of its run",
+    Kind.UNIT: "enters its first weighted loss",
+    Kind.CLOSE: "closes a window",
+    Kind.TEXT: "compares what it has with the others",
+    Kind.RAISED: "raised",
+}
+_TOGETHER = ({Kind.GATE, Kind.EPOCH_END, Kind.RUN_END, Kind.UNIT},)
+
+Row = list[float]
+
+
+class Rounds:
+    """The rounds of all ranks; one object for one process group, see :func:`rounds`."""
+
+    def __init__(self) -> None:
+        self._group = own_group()
+        self._watch = Watch(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - no public way to it
+        self._doing = ""
+
+    def close(self) -> None:
+        """Stop answering the other ranks."""
+        self._watch.close()
+
+    def exchange(self, kind: Kind, values: Sequence[float] = (), doing: str = "") -> list[Row]:
+        """Give *values* to every rank and return everybody's, in the order of ranks, each after its kind.
+
+        Args:
+            kind: What this rank is about to do.
+            values: At most ``WIDTH - 1`` numbers.
+            doing: Where that is, such as ``"window 12"``; for messages on this rank.
+
+        Raises:
+            RankError: If another rank raised, is dead or stuck, or is about to do what does not go with *kind*.
+        """
+        self._doing = doing or str(kind)
+        rows = self._gather(kind, values)
+        kinds = [Kind(int(row[0])) for row in rows]
+        if kind is not Kind.RAISED and Kind.RAISED in kinds:
+            reasons = self._texts("", kinds)
+            raised = [f"rank {r} raised {why}" for r, why in enumerate(reasons) if kinds[r] is Kind.RAISED]
+            raise RankError("; ".join(raised))
+        if not all(_go_together(kind, other) for other in kinds):
+            said = "; ".join(f"rank {r} {other}" for r, other in enumerate(kinds))
+            message = (
+                f"the ranks are not at the same place: {said}. Do on every rank what one does: a handler, a "
+                "checkpoint or a step on one rank only leaves the others waiting"
+            )
+            raise RankError(message)
+        return rows
+
+    def texts(self, text: str, doing: str = "") -> list[str]:
+        """Give *text* to every rank and return everybody's, in the order of ranks."""
+        data = text.encode()
+        inline = len(data) <= WIDTH - 2
+        rows = self.exchange(Kind.TEXT, [len(data), *(data if inline else ())], doing)
+        if all(row[1] <= WIDTH - 2 for row in rows):
+            return [bytes(map(int, row[2 : 2 + int(row[1])])).decode() for row in rows]
+        return self._long_texts(data, [int(row[1]) for row in rows])
+
+    def raised(self, error: BaseException) -> None:
+        """Tell the others that this rank raised *error*, if they come within seconds.
+
+        Raises:
+            RankError: If another rank is dead, which *error* then comes from.
+        """
+        self._watch.raised(error)
+        self._doing = "an exception"
+        try:
+            rows = self._gather(Kind.RAISED, (), _LEAVING)
+            kinds = [Kind(int(row[0])) for row in rows]
+            if any(kind is not Kind.RAISED for kind in kinds):
+                self._texts(describe(error), kinds)
+        except TimeoutError:
+            logger.warning("rank %d raised, and the others did not come to hear it", rank())
+
+    def _texts(self, text: str, kinds: Sequence[Kind]) -> list[str]:
+        # The second half of a round in which some rank raised: all ranks are in it.
+        data = text.encode()[:2000]
+        lengths = [int(row[1]) for row in self._gather(kinds[rank()], [len(data)])]
+        return self._long_texts(data, lengths)
+
+    def _long_texts(self, data: bytes, lengths: Sequence[int]) -> list[str]:
+        longest = max(*lengths, 1)
+        padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
+        gathered = [torch.empty_like(padded) for _ in range(world_size())]
+        self._wait(self._group.allgather([gathered], [padded]))
+        return [bytes(t[:n].tolist()).decode(errors="replace") for t, n in zip(gathered, lengths, strict=True)]
+
+    def _gather(self, kind: Kind, values: Sequence[float], patience: datetime.timedelta | None = None) -> list[Row]:
+        row = torch.zeros(WIDTH, dtype=torch.float64)
+        row[: 1 + len(values)] = torch.tensor([kind, *values], dtype=torch.float64)
+        gathered = [torch.empty_like(row) for _ in range(world_size())]
+        try:
+            work = self._group.allgather([gathered], [row])
+        except RuntimeError as error:
+            raise self._gone(error) from error
+        self._wait(work, patience)
+        return [each.tolist() for each in gathered]
+
+    def _wait(self, work: Any, patience: datetime.timedelta | None = None) -> None:
+        begin, suspects = time.monotonic(), _Suspects()
+        while True:
+            try:
+                work.wait(patience or _SOON)
+            except RuntimeError as error:
+                if "timed out" not in str(error).lower():
+                    raise self._gone(error) from error
+                if patience is not None:
+                    raise TimeoutError from error
+            else:
+                return
+            waited = time.monotonic() - begin
+            suspects.look(self._watch.ask(others()), waited, self._doing)
+
+    def _gone(self, error: BaseException) -> RankError:
+        answers = self._watch.ask(others())
+        silent = [r for r, answer in answers.items() if answer is None]
+        known = [f"rank {r} raised {a.raised}" for r, a in answers.items() if a is not None and a.raised]
+        if silent:
+            # The store is kept by rank 0, or by torchrun.
+            known.insert(0, f"{_ranks(silent)} {'does' if len(silent) == 1 else 'do'} not answer any more: killed?")
+        return RankError(
+            f"lost the connection at {self._doing}: {'; '.join(known) or describe(error)}. Look for the first error "
+            "in the output of that rank"
+        )
+
+
+class _Suspects:
+    """Who is waited for, from one look to the next."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, Answer | None] = {}
+        self._said: set[str] = set()
+
+    def look(self, answers: dict[int, Answer | None], waited: float, doing: str) -> None:
+        """Raise RankError if somebody will never come; log whom we wait for otherwise."""
+        silent = [r for r, answer in answers.items() if answer is None]
+        if silent and waited > _SILENT:
+            message = f"{_ranks(silent)} did not answer for {waited:.0f} s at {doing}: stopped, dead or out of reach"
+            raise RankError(message)
+        away = {r: a for r, a in answers.items() if a is not None and a.collective}
+        same = {r: a for r, a in away.items() if self._before.get(r) == a}
+        if same and (len(away) == 1 or waited > _STUCK):
+            where = "; ".join(f"rank {r} waits in {a.collective}(), called at {a.place}" for r, a in same.items())
+            message = (
+                f"{where}, and nobody else comes there: the others are at {doing}. "
+                "Call it on every rank, or on none: a handler on one rank only must not communicate"
+            )
+            raise RankError(message)
+        for r, answer in answers.items():
+            text = f"rank {r}, which is at {answer.place}" if answer else f"rank {r}, which does not answer"
+            if text not in self._said and (answer is None or not answer.place.startswith("rounds.py")):
+                self._said.add(text)
+                logger.warning("rank %d waits at %s for %.0f s, perhaps for %s", rank(), doing, waited, text)
+        self._before = answers
+
+
+def _go_together(one: Kind, other: Kind) -> bool:
+    return one is other or Kind.RAISED in (one, other) or any({one, other} <= allowed for allowed in _TOGETHER)
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))
+
+
+_current: tuple[object, Rounds] | None = None
+
+
+def rounds() -> Rounds:
+    """Return the rounds of the process group there is; the first call is one that all ranks must make."""
+    global _current  # noqa: PLW0603 - one for the process, as torch's own default group, and made anew with it
+    if _current is None or _current[0] is not dist.group.WORLD:
+        if _current is not None:
+            _current[1].close()
+        _current = dist.group.WORLD, Rounds()
+    return _current[1]
+
+
+def gatherer() -> Callable[[str], list[str]] | None:
+    """Return the function that gives every rank's text to every rank, in the order of ranks; None with one process."""
+    return functools.partial(rounds().texts, doing="what its processors write") if world_size() > 1 else None

@@ -1,0 +1,220 @@
+"""Where the gradients of all ranks become one: DDP's and FSDP2's own reduction, switched on where a window closes.
+
+Both average over ranks. While a window accumulates, their reduction is off; at its last micro-batch it is on, so that
+one backward reduces the whole window, while it still computes. Where a window closes without such a backward, as at the
+end of data whose length nobody knew, what DDP would have done is done here.
+"""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ice_engine.arguments import choice
+from ice_engine.distributed.world import own_group, rank, world_size
+from ice_engine.errors import AttachError, BackwardError
+
+Sync = Literal["communication", "memory"]
+"""What accumulation saves: ``"communication"`` reduces once a window, ``"memory"`` every micro-batch."""
+
+_BUCKET = 8 * 1024 * 1024  # elements that are reduced at once
+
+
+class Synchroniser(Protocol):
+    """How the gradients of one model get from rank to rank."""
+
+    together: bool
+    """Whether even a forward needs all ranks, so that none may have a micro-batch more than the others."""
+
+    def on(self, last: bool) -> None:
+        """Let the next forward and backward reduce if it is the *last* of a window."""
+
+    def take_part(self) -> None:
+        """Take part with zeros in the reduction that the other ranks' backward makes."""
+
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Average gradients that no backward has reduced."""
+
+    def settle(self) -> None:
+        """Do, where all ranks are, what would need them all at the next forward."""
+
+
+class DDPSync:
+    """Drives a ``DistributedDataParallel``.
+
+    Args:
+        model: The module.
+        sync: What accumulation saves.
+    """
+
+    together = False
+
+    def __init__(self, model: DistributedDataParallel, sync: Sync) -> None:
+        self._model: Any = model
+        self._always = sync == "memory"
+        self._settled = False
+
+    def on(self, last: bool) -> None:
+        """Let the next forward and backward reduce if it is the *last* of a window."""
+        self._model.require_backward_grad_sync = last or self._always
+        # DDP sends buffers in the first forward after a reduction, when perhaps not every rank has data: here it is in
+        # the forward of the reduction itself.
+        self._model.require_forward_param_sync = last
+
+    def take_part(self) -> None:
+        """Take part with zeros in the reduction that the other ranks' backward makes."""
+        parameters = [p for p in self._model.module.parameters() if p.requires_grad]
+        self._model.reducer.prepare_for_backward([])  # as the forward does that this rank may not have had
+        torch.autograd.backward(parameters, [torch.zeros_like(p) for p in parameters])
+
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Average gradients that no backward has reduced."""
+        average(parameters, self._model.process_group)
+
+    def settle(self) -> None:
+        """Let DDP agree on its buckets now; it would in the next forward, where a rank may be missing."""
+        if not self._settled:
+            self._model.reducer._rebuild_buckets()  # noqa: SLF001 - no public way to it
+            self._settled = True
+
+
+class FSDPSync:
+    """Drives a module that ``fully_shard`` was applied to.
+
+    Args:
+        model: The module.
+        sync: What accumulation saves.
+    """
+
+    together = True
+
+    def __init__(self, model: FSDPModule, sync: Sync) -> None:
+        self._model = model
+        self._always = sync == "memory"
+
+    def on(self, last: bool) -> None:
+        """Let the next forward and backward reduce if it is the *last* of a window."""
+        self._model.set_requires_gradient_sync(last or self._always)
+
+    def take_part(self) -> None:
+        """Refuse: without a forward there is nothing to take part with."""
+        message = (
+            f"rank {rank()} called no backward() in an iteration in which others did; every forward and backward of a "
+            "fully_shard'ed model needs all ranks. Call it on all, with weight=0 where there is nothing to learn"
+        )
+        raise BackwardError(message)
+
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Find everything reduced already, or refuse: what is not cannot be reached."""
+        if not self._always and any(p.requires_grad and p.grad is None for p in parameters):
+            message = (
+                "a window ended where nobody knew it would, and the gradients of a fully_shard'ed model that were not "
+                "reduced cannot be any more; attach(engine, model, sync='memory') reduces every micro-batch, or give "
+                "the run an epoch_length"
+            )
+            raise BackwardError(message)
+
+    def settle(self) -> None:
+        """Do nothing: nothing is left for the next forward."""
+
+
+class NoSync:
+    """For tensor parallelism alone: every rank has the gradients of its shards, of the same data."""
+
+    together = True
+
+    def on(self, last: bool) -> None:
+        """Do nothing."""
+
+    def take_part(self) -> None:
+        """Do nothing."""
+
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Do nothing."""
+
+    def settle(self) -> None:
+        """Do nothing."""
+
+
+def synchroniser(model: torch.nn.Module | None, parameters: Iterable[torch.Tensor], sync: Sync) -> Synchroniser:
+    """Return what drives the gradient reduction of *model*.
+
+    Raises:
+        ArgumentValueError: If *sync* is none of the two.
+        AttachError: If nothing reduces the gradients, so that every rank would train a model of its own.
+    """
+    choice("sync", sync, ("communication", "memory"))
+    inner = uncompiled(model)
+    if isinstance(inner, DistributedDataParallel):
+        return DDPSync(inner, sync)
+    if isinstance(inner, FSDPModule):
+        return FSDPSync(inner, sync)
+    if model is not None and any(isinstance(p, DTensor) for p in parameters):
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            message = (
+                "only parts of the model are fully_shard'ed, not the module itself; call fully_shard(model) on it as "
+                "well, after its parts"
+            )
+            raise AttachError(message)
+        return NoSync()
+    given = "no model" if model is None else f"a {type(model).__name__}, whose gradients nobody reduces"
+    message = (
+        f"this is rank {rank()} of {world_size()} and attach() was given {given}: every rank would train a model of "
+        "its own. Pass the wrapped module: optimizer.attach(engine, model=DistributedDataParallel(model)), or "
+        "idist.auto_model(model), or one that fully_shard was applied to"
+    )
+    raise AttachError(message)
+
+
+def uncompiled(model: torch.nn.Module | None) -> Any:
+    """Return the module that ``torch.compile`` wrapped, or *model*."""
+    return getattr(model, "_orig_mod", model)
+
+
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the module inside of DDP and ``torch.compile``, whose parameters have the names that users gave them."""
+    inner = uncompiled(model)
+    if isinstance(inner, DistributedDataParallel | torch.nn.DataParallel):
+        inner = uncompiled(inner.module)
+    return cast("torch.nn.Module", inner)
+
+
+@torch.no_grad()
+def average(parameters: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Average the gradients of *parameters* over the ranks of *group*; one that a rank has none of counts as 0.
+
+    A parameter that no rank has a gradient of keeps None.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    dist.all_reduce(present, dist.ReduceOp.MAX, group=own_group())
+    for bucket in _buckets([p for p, here in zip(parameters, present.tolist(), strict=True) if here]):
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).to_dense().flatten() for p in bucket])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        for parameter, part in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
+            if parameter.grad is None or parameter.grad.is_sparse:
+                parameter.grad = part.view_as(parameter).clone()
+            else:
+                parameter.grad.copy_(part.view_as(parameter))
+
+
+def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    filled: dict[tuple[torch.device, torch.dtype], list[list[torch.Tensor]]] = {}
+    for parameter in parameters:
+        same = filled.setdefault((parameter.device, parameter.dtype), [[]])
+        if same[-1] and sum(p.numel() for p in same[-1]) + parameter.numel() > _BUCKET:
+            same.append([])
+        same[-1].append(parameter)
+    return [bucket for same in filled.values() for bucket in same]
+
+
+def release(sync: Synchroniser) -> None:
+    """Let the other ranks go on that wait for this one in a reduction, if that can be done; it has failed itself."""
+    with contextlib.suppress(Exception):
+        sync.take_part()

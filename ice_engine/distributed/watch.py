@@ -1,0 +1,120 @@
+"""Which rank everybody is waiting for, and where in its code it is: asked when a wait gets long or a connection breaks.
+
+A thread in every process answers for its main thread. So a rank that is dead or stopped is told from one that is slow,
+and one that waits in a collective of its own, which nobody else will ever join, is found in seconds instead of at the
+end of torch's half an hour.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from ice_engine.distributed.world import rank, world_size
+
+_EVERY = 0.3  # seconds between two looks into the store
+_ANSWER = 3.0  # seconds to wait for an answer
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent.parent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Where a rank is.
+
+    Attributes:
+        place: The innermost line of the user's code, such as ``train.py:12 in evaluate``.
+        collective: The function of ``torch.distributed`` that it waits in, other than for us; empty if in none.
+        raised: What it raised; empty if nothing.
+    """
+
+    place: str
+    collective: str = ""
+    raised: str = ""
+
+
+class Watch:
+    """Answers for this process, and asks the others.
+
+    Args:
+        store: Shared by all ranks.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = cast("Any", dist).PrefixStore("ice_engine", store)
+        self._raised = ""
+        self._done = threading.Event()
+        # Of its own, as a client that waits in the main thread would keep this one waiting.
+        thread = threading.Thread(
+            target=self._answer, args=(self._store.clone(),), daemon=True, name="ice_engine.watch"
+        )
+        thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._done.set()
+
+    def raised(self, error: BaseException | None) -> None:
+        """Let the answers say that this rank raised *error*; None takes it back."""
+        self._raised = "" if error is None else describe(error)
+
+    def ask(self, ranks: Iterable[int]) -> dict[int, Answer | None]:
+        """Return where each of *ranks* is; None for one that does not answer within seconds."""
+        ranks = list(ranks)
+        found: dict[int, Answer | None] = dict.fromkeys(ranks)
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it the rank that keeps it
+            call = self._store.add("calls", 1)
+            end = time.monotonic() + _ANSWER
+            while None in found.values() and time.monotonic() < end:
+                for other in (r for r in ranks if found[r] is None):
+                    if self._store.check([f"{call}/{other}"]):
+                        found[other] = Answer(**json.loads(self._store.get(f"{call}/{other}")))
+                time.sleep(_EVERY / 10)
+        return found
+
+    def _answer(self, store: Any) -> None:
+        answered = 0
+        main = cast("int", threading.main_thread().ident)
+        with contextlib.suppress(RuntimeError, ValueError):  # the store is gone, or the process group of this rank
+            while not self._done.wait(_EVERY):
+                calls = store.add("calls", 0)
+                for call in range(answered + 1, calls + 1):
+                    here = dataclasses.replace(where(sys._current_frames().get(main)), raised=self._raised)  # noqa: SLF001
+                    store.set(f"{call}/{rank()}", json.dumps(dataclasses.asdict(here)))
+                answered = calls
+
+
+def where(frame: FrameType | None) -> Answer:
+    """Return where *frame*, the innermost one of a thread, is in the user's code and in ``torch.distributed``."""
+    collective = ""
+    while frame is not None:
+        code = frame.f_code
+        path = code.co_filename
+        if path.startswith(f"{_TORCH}/distributed/"):
+            if code.co_name not in {"wrapper", "wait"}:
+                collective = code.co_name
+        elif path.startswith(_OURS):
+            collective = ""  # a wait of ours: everybody comes there
+        elif not path.startswith((_TORCH, "<frozen")):
+            return Answer(f"{Path(path).name}:{frame.f_lineno} in {code.co_name}", collective)
+        frame = frame.f_back
+    return Answer("no line of Python", collective)
+
+
+def describe(error: BaseException) -> str:
+    """Return *error* as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+
+
+def others() -> list[int]:
+    """Return all ranks but this one."""
+    return [each for each in range(world_size()) if each != rank()]

@@ -1,0 +1,351 @@
+"""All ranks of one engine as one: windows close, epochs end and runs stop on every rank, or on none.
+
+Before the micro-batch in which a window closes, every rank says whether it has one (the *gate*). If all have, that
+backward reduces the gradients. If some are at the end of their data, the others go on without: nobody reduces in the
+backward, and all do it together when the window closes, those without data with weight 0. When a window closes, every
+rank says what it weighs, so that its mean is over the items of all. An epoch ends, and a run, when it has on all ranks;
+whoever stops or raises, stops all.
+
+.. code-block:: text
+
+    rank 0   1 2 3 [gate] 4 [close]   5 6 7 [gate] 8 [close]   9    [end: close]
+    rank 1   1 2 3 [gate] 4 [close]   5  [end:  gate] [close]       [end: close]      a shorter epoch
+"""
+
+import functools
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from ice_engine.distributed.rounds import Kind, Row, rounds
+from ice_engine.distributed.sync import Synchroniser, release
+from ice_engine.distributed.world import world_size
+from ice_engine.errors import ArgumentValueError, RankError
+from ice_engine.hooks import HookRegistry
+from ice_engine.window import Window
+
+_ORDER = -99  # after the optimizers' own handlers, before everybody else's
+_MANY = 32  # optimizers on one engine: what a row has room for
+
+
+@dataclass
+class Member:
+    """An optimizer as its peers on the other ranks see it.
+
+    Attributes:
+        name: Its name.
+        window: Its window.
+        sync: What reduces its gradients.
+        parameters: Returns them.
+        facts: Returns what must be the same on all ranks when a run starts, as plain data.
+        values: Returns the entries of its param groups, likewise at every step.
+        close: Steps or skips the window.
+        drop: Drops it.
+        differentiated: Backward passes so far.
+        broken: Whether the last of them raised.
+    """
+
+    name: str
+    window: Window
+    sync: Synchroniser
+    parameters: Callable[[], list[torch.Tensor]]
+    facts: Callable[[], dict[str, Any]]
+    values: Callable[[], dict[str, dict[str, str]]]
+    close: Callable[[], Any]
+    drop: Callable[[], Any]
+    differentiated: int = 0
+    broken: bool = False
+
+
+class Peers:
+    """Keeps the runs of one engine on all ranks together.
+
+    Args:
+        engine: The engine of this rank.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._rounds = rounds()
+        self._members: list[Member] = []
+        self._length: int | None = None  # of an epoch, if it is the same on all ranks
+        self._resumed = self._position = 0
+        self._closing: list[Member] = []
+        self._reducing = False
+        self._before: list[int] = []
+        self._epoch_over = self._run_over = True
+        registry = HookRegistry(engine)
+        for event, handler in (
+            (Events.STARTED, self._on_started),
+            (Events.EPOCH_STARTED, self._on_epoch_started),
+            (Events.ITERATION_STARTED, self._on_iteration_started),
+            (Events.ITERATION_COMPLETED, self._on_iteration_completed),
+            (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ended),
+            (Events.TERMINATE | Events.COMPLETED, self._on_run_ended),
+        ):
+            registry.add(event, handler, name=f"peers.{handler.__name__.removeprefix('_on_')}", order=_ORDER)
+        # Ignite's own exception event would swallow what is raised; this sees it and lets it pass.
+        engine.run = functools.wraps(engine.run)(functools.partial(self._run, engine.run))  # type: ignore[method-assign]
+
+    def join(self, member: Member) -> None:
+        """Take an optimizer in.
+
+        Raises:
+            ArgumentValueError: If there are too many.
+        """
+        if len(self._members) == _MANY:
+            message = f"at most {_MANY} optimizers on one engine in many processes; this would be one more"
+            raise ArgumentValueError(message)
+        self._members.append(member)
+        member.window.unit_of = functools.partial(self._common_unit, member)
+
+    def leave(self, member: Member) -> None:
+        """Let an optimizer go; with the last one, the engine is as it was."""
+        member.sync.on(last=True)
+        self._members.remove(member)
+        if not self._members:
+            for hook in HookRegistry(self._engine):
+                if getattr(hook.hook, "__self__", None) is self:
+                    hook.remove()
+            del self._engine.run
+
+    # -- a run ---------------------------------------------------------------------------------------------
+
+    def _run(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except RankError:
+            raise  # every rank has it, or is gone
+        except BaseException as error:
+            if self._reducing and not any(member.broken for member in self._closing):
+                for sync in self._waiting():
+                    release(sync)
+            self._reducing = False
+            try:
+                self._rounds.raised(error)
+            except RankError as gone:
+                raise gone from error
+            raise
+        finally:
+            self._switch(last=True)
+
+    def _on_started(self, engine: Engine) -> None:
+        self._run_over, self._closing, self._reducing = False, [], False
+        state = engine.state
+        self._resumed = state.iteration % state.epoch_length if state.iteration and state.epoch_length else 0
+        facts = {"max_epochs": state.max_epochs, "max_iters": state.max_iters, "iteration": state.iteration}
+        for member in self._members:
+            facts |= {f"{key} of optimizer {member.name!r}": value for key, value in member.facts().items()}
+        self._rounds.exchange(Kind.START)
+        lengths = self._agree({**facts, "epoch_length": state.epoch_length}, free={"epoch_length"})["epoch_length"]
+        self._length = lengths[0] if len(set(lengths)) == 1 else None
+        if self._length is None and any(lengths) and any(m.sync.together for m in self._members):
+            said = ", ".join(f"{length} on rank {r}" for r, length in enumerate(lengths))
+            message = (
+                f"epoch_length differs: {said}; the model needs all ranks in every forward. Give all the same number "
+                "of micro-batches: a DistributedSampler with drop_last=True, or run(..., epoch_length=n)"
+            )
+            raise RankError(message)
+
+    def _on_epoch_started(self, _: Engine) -> None:
+        self._position, self._resumed, self._epoch_over = self._resumed, 0, False
+
+    def _on_iteration_started(self, engine: Engine) -> None:
+        self._position += 1
+        last = self._position == self._length
+        self._closing = [m for m in self._members if m.window.closes_next(last=last)]
+        alone = self._length is None and any(m.sync.together for m in self._members)
+        self._reducing = False
+        if self._closing or alone:
+            rows = self._gate(Kind.GATE)
+            if any(row[0] == Kind.RUN_END for row in rows):
+                engine.state.iteration -= 1  # this one is not trained
+                engine.terminate()
+                return
+            self._reducing = all(row[0] == Kind.GATE for row in rows)
+            if alone and not self._reducing:
+                done = [r for r, row in enumerate(rows) if row[0] != Kind.GATE]
+                message = (
+                    f"rank {done[0]} has no data any more at micro-batch {self._position} of epoch "
+                    f"{engine.state.epoch}, others have; the model needs all ranks in every forward. Give all the same "
+                    "number of micro-batches"
+                )
+                raise RankError(message)
+        self._before = [m.differentiated for m in self._members]
+        for member in self._members:
+            member.broken = False
+        # A window of unknown end cannot be reduced after the fact where even the forward needs all ranks.
+        self._switch(last=False, closing=self._closing if self._reducing else self._members if alone else [])
+
+    def _on_iteration_completed(self, _: Engine) -> None:
+        if not self._closing:
+            return
+        closing, reducing = self._closing, self._reducing
+        if reducing:
+            for sync in self._waiting():
+                sync.take_part()
+        self._reducing, self._closing = False, []
+        self._switch(last=False)
+        for member in closing:
+            self._close(member, reduced=reducing)
+
+    def _on_epoch_ended(self, engine: Engine, *_: Any, **__: Any) -> None:
+        if self._epoch_over:
+            return  # TERMINATE_SINGLE_EPOCH came before EPOCH_COMPLETED
+        self._epoch_over = True
+        rows = self._gate(Kind.EPOCH_END)
+        while any(row[0] == Kind.GATE for row in rows):
+            for member in self._members_of(rows, 2):
+                self._close(member)
+            rows = self._gate(Kind.EPOCH_END)
+        if any(row[0] == Kind.RUN_END for row in rows):
+            engine.terminate()  # what is open closes with the run
+            return
+        lengths = {row[1] for row in rows}
+        self._length = int(lengths.pop()) if len(lengths) == 1 and lengths != {-1.0} else None
+        for member in self._members_of(rows, 3):
+            if member.window.tail == "step":
+                self._close(member, at_end=True)
+        for member in self._members:
+            if member.window.tail == "drop" and member.window.is_open:
+                member.drop()
+
+    def _on_run_ended(self, _: Engine) -> None:
+        if self._run_over:
+            return  # TERMINATE came before COMPLETED
+        self._run_over = True
+        rows = self._gate(Kind.RUN_END)
+        while any(row[0] != Kind.RUN_END for row in rows):
+            rows = self._gate(Kind.RUN_END)
+        for member in self._members_of(rows, 3):
+            if member.window.tail == "drop":
+                member.drop()
+            else:
+                self._close(member, at_end=True)
+
+    # -- rounds --------------------------------------------------------------------------------------------
+
+    def _gate(self, kind: Kind) -> list[Row]:
+        """Say where this rank is, until all say something that a window can close at."""
+        while True:
+            length = self._engine.state.epoch_length
+            closing = [float(m in self._closing and kind is Kind.GATE) for m in self._members]
+            is_open = [float(m.window.is_open) for m in self._members]
+            flags = [flag for pair in zip(closing, is_open, strict=True) for flag in pair]
+            rows = self._rounds.exchange(kind, [-1 if length is None else length, *flags], self._place(kind))
+            if not self._take_unit(rows):
+                break
+        gates = {tuple(row[2 : 2 + 2 * len(self._members) : 2]) for row in rows if row[0] == Kind.GATE}
+        if len(gates) > 1:
+            said = "; ".join(
+                f"rank {r}: {', '.join(m.name for m, flag in zip(self._members, row[2::2], strict=False) if flag)}"
+                for r, row in enumerate(rows)
+                if row[0] == Kind.GATE
+            )
+            message = f"the ranks are about to step different optimizers: {said}. Call backward() of each on all ranks"
+            raise RankError(message)
+        return rows
+
+    def _common_unit(self, member: Member, weight: float) -> float:
+        """Return the unit of *member*'s weights: the largest of the ranks' first ones, one and the same for all."""
+        self._take_unit(
+            self._rounds.exchange(
+                Kind.UNIT, [self._members.index(member), weight], f"the first loss of {member.name!r}"
+            )
+        )
+        return member.window.common
+
+    def _take_unit(self, rows: Sequence[Row]) -> bool:
+        said = [row for row in rows if row[0] == Kind.UNIT]
+        for index in {int(row[1]) for row in said}:
+            window = self._members[index].window
+            window.common = max(row[2] for row in said if row[1] == index)
+            window.unit = window.unit or window.common
+        return bool(said)
+
+    def _close(self, member: Member, *, reduced: bool = False, at_end: bool = False) -> None:
+        window = member.window
+        last = self._position == self._length and window.tail == "step" and window.is_open
+        values = member.values()
+        digest = zlib.crc32(json.dumps(values).encode())
+        weighted = -1.0 if window.weighted is None else float(window.weighted)
+        row = [
+            self._members.index(member),
+            float(window.micro_batches >= window.size or last),
+            window.weight,
+            weighted,
+            digest,
+        ]
+        rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
+        self._check_close(member, rows, values)
+        if not (at_end or any(row[2] for row in rows)):
+            return  # no rank had a loss for it in this iteration
+        window.share(sum(row[3] for row in rows), world_size())
+        if not reduced:
+            member.sync.reduce(member.parameters())
+        member.close()
+        member.sync.settle()
+
+    def _check_close(self, member: Member, rows: Sequence[Row], values: dict[str, dict[str, str]]) -> None:
+        if len({row[1] for row in rows}) > 1:
+            said = "; ".join(f"rank {r}: {self._members[int(row[1])].name!r}" for r, row in enumerate(rows))
+            message = f"the ranks close windows of different optimizers: {said}"
+            raise RankError(message)
+        if {row[4] for row in rows} >= {0.0, 1.0}:
+            said = ", ".join(f"rank {r} {'with' if row[4] else 'without'}" for r, row in enumerate(rows) if row[4] >= 0)
+            message = f"the losses of optimizer {member.name!r} came {said} weight=; pass it on every rank or on none"
+            raise RankError(message)
+        if len({row[5] for row in rows}) > 1:
+            self._agree({f"{key} of {group}": v for group, entries in values.items() for key, v in entries.items()})
+
+    def _agree(self, facts: dict[str, Any], free: frozenset[str] | set[str] = frozenset()) -> dict[str, list[Any]]:
+        """Compare *facts* over ranks, all but the *free* ones, and return those of all."""
+        told = [json.loads(text) for text in self._rounds.texts(json.dumps(facts), "the start of a run")]
+        found = {key: [facts.get(key) for facts in told] for key in facts}
+        for key, values in found.items():
+            if key not in free and any(value != values[0] for value in values):
+                said = ", ".join(f"{value} on rank {r}" for r, value in enumerate(values))
+                message = (
+                    f"{key} differs between ranks: {said}. Configure and load every rank alike, and change what a run "
+                    "goes by on all ranks or from values reduced over all"
+                )
+                raise RankError(message)
+        return found
+
+    # -- what is where -------------------------------------------------------------------------------------
+
+    def _members_of(self, rows: Sequence[Row], column: int) -> list[Member]:
+        """The members with a flag on some rank: column 2 those that close, 3 those with an open window."""
+        return [m for i, m in enumerate(self._members) if any(row[column + 2 * i] for row in rows)]
+
+    def _waiting(self) -> list[Synchroniser]:
+        """What the other ranks reduce with in this micro-batch, and this one has not had a backward for."""
+        done = {id(m.sync) for m, n in zip(self._members, self._before, strict=False) if m.differentiated > n}
+        return list({id(m.sync): m.sync for m in self._closing if id(m.sync) not in done}.values())
+
+    def _switch(self, *, last: bool, closing: Sequence[Member] = ()) -> None:
+        on = {id(m.sync) for m in closing}
+        for sync in {id(m.sync): m.sync for m in self._members}.values():
+            sync.on(last or id(sync) in on)
+
+    def _place(self, kind: Kind) -> str:
+        state = self._engine.state
+        if kind is Kind.RUN_END:
+            return "the end of the run"
+        if kind is Kind.EPOCH_END:
+            return f"the end of epoch {state.epoch}"
+        return f"iteration {state.iteration} (epoch {state.epoch})"
+
+
+def peers(engine: Engine) -> Peers:
+    """Return the peers of *engine*, one object for one engine."""
+    kept: dict[str, Any] = vars(engine)
+    if "_ice_peers" not in kept:
+        kept["_ice_peers"] = Peers(engine)
+    found: Peers = kept["_ice_peers"]
+    return found
