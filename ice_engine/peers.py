@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ignite import distributed as idist
 from ignite.engine import Engine, Events
 
 from ice_engine.distributed.rounds import Kind, Row, rounds
@@ -72,6 +73,8 @@ class Peers:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._rounds = rounds()
+        # Ignite's first question for the rank is a collective; asked later, in a handler on one rank, it would hang.
+        idist.sync()
         self._members: list[Member] = []
         self._length: int | None = None  # of an epoch, if it is the same on all ranks
         self._resumed = self._position = 0
@@ -119,8 +122,9 @@ class Peers:
     def _run(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return run(*args, **kwargs)
-        except RankError:
-            raise  # every rank has it, or is gone
+        except RankError as error:
+            self._rounds.leave_note(error)  # every rank has it, is gone, or waits where nobody will come
+            raise
         except BaseException as error:
             if self._reducing and not any(member.broken for member in self._closing):
                 for sync in self._waiting():
@@ -142,6 +146,7 @@ class Peers:
         for member in self._members:
             facts |= {f"{key} of optimizer {member.name!r}": value for key, value in member.facts().items()}
         self._rounds.exchange(Kind.START)
+        self._rounds.leave_note(None)
         lengths = self._agree({**facts, "epoch_length": state.epoch_length}, free={"epoch_length"})["epoch_length"]
         self._length = lengths[0] if len(set(lengths)) == 1 else None
         if self._length is None and any(lengths) and any(m.sync.together for m in self._members):
@@ -152,8 +157,13 @@ class Peers:
             )
             raise RankError(message)
 
-    def _on_epoch_started(self, _: Engine) -> None:
+    def _on_epoch_started(self, engine: Engine) -> None:
         self._position, self._resumed, self._epoch_over = self._resumed, 0, False
+        # A handler may have stopped one rank when the last epoch was over.
+        if any(row[0] == Kind.RUN_END for row in self._gate(Kind.EPOCH_START)):
+            engine.state.epoch -= 1
+            self._epoch_over = True
+            engine.terminate()
 
     def _on_iteration_started(self, engine: Engine) -> None:
         self._position += 1
@@ -337,8 +347,8 @@ class Peers:
         state = self._engine.state
         if kind is Kind.RUN_END:
             return "the end of the run"
-        if kind is Kind.EPOCH_END:
-            return f"the end of epoch {state.epoch}"
+        if kind in {Kind.EPOCH_START, Kind.EPOCH_END}:
+            return f"the {'end' if kind is Kind.EPOCH_END else 'beginning'} of epoch {state.epoch}"
         return f"iteration {state.iteration} (epoch {state.epoch})"
 
 

@@ -25,6 +25,7 @@ WIDTH = 128  # numbers in a row, the kind included
 _SOON = datetime.timedelta(seconds=4)  # after which it is asked who is missing
 _STUCK = 60.0  # seconds after which several ranks in one collective of their own count as stuck
 _SILENT = 30.0  # seconds without an answer after which a rank counts as stopped; a call into C may keep the interpreter
+_LOST = "lost the connection"
 _LEAVING = datetime.timedelta(seconds=5)  # what a rank that raised waits for the others
 
 
@@ -39,6 +40,7 @@ class Kind(enum.IntEnum):
     CLOSE = 5
     TEXT = 6
     RAISED = 7
+    EPOCH_START = 8
 
     def __str__(self) -> str:
         return _WORDS[self]
@@ -46,6 +48,7 @@ class Kind(enum.IntEnum):
 
 _WORDS = {
     Kind.START: "starts a run",
+    Kind.EPOCH_START: "begins an epoch",
     Kind.GATE: "goes on training",
     Kind.EPOCH_END: "is at the end of its epoch",
     Kind.RUN_END: "is at the end of its run",
@@ -54,7 +57,7 @@ _WORDS = {
     Kind.TEXT: "compares what it has with the others",
     Kind.RAISED: "raised",
 }
-_TOGETHER = ({Kind.GATE, Kind.EPOCH_END, Kind.RUN_END, Kind.UNIT},)
+_TOGETHER = ({Kind.GATE, Kind.EPOCH_END, Kind.RUN_END, Kind.UNIT}, {Kind.EPOCH_START, Kind.RUN_END})
 
 Row = list[float]
 
@@ -107,6 +110,10 @@ class Rounds:
             return [bytes(map(int, row[2 : 2 + int(row[1])])).decode() for row in rows]
         return self._long_texts(data, [int(row[1]) for row in rows])
 
+    def leave_note(self, error: BaseException | None) -> None:
+        """Let the others find out what this rank raised, even when it is gone; None takes it back."""
+        self._watch.raised(error)
+
     def raised(self, error: BaseException) -> None:
         """Tell the others that this rank raised *error*, if they come within seconds.
 
@@ -114,7 +121,6 @@ class Rounds:
             RankError: If another rank is dead, which *error* then comes from.
         """
         self._watch.raised(error)
-        self._doing = "an exception"
         try:
             rows = self._gather(Kind.RAISED, (), _LEAVING)
             kinds = [Kind(int(row[0])) for row in rows]
@@ -163,14 +169,15 @@ class Rounds:
             suspects.look(self._watch.ask(others()), waited, self._doing)
 
     def _gone(self, error: BaseException) -> RankError:
-        answers = self._watch.ask(others())
-        silent = [r for r, answer in answers.items() if answer is None]
-        known = [f"rank {r} raised {a.raised}" for r, a in answers.items() if a is not None and a.raised]
-        if silent:
-            # The store is kept by rank 0, or by torchrun.
-            known.insert(0, f"{_ranks(silent)} {'does' if len(silent) == 1 else 'do'} not answer any more: killed?")
+        silent = [r for r, answer in self._watch.ask(others()).items() if answer is None]
+        notes = self._watch.notes()
+        # Those who lost it as well say nothing new.
+        known = [f"rank {r} raised {note}" for r, note in notes.items() if _LOST not in note]
+        # Without a note, if its store is still there; that is kept by rank 0, or by torchrun.
+        if gone := [r for r in silent if r not in notes]:
+            known.append(f"{_ranks(gone)} {'does' if len(gone) == 1 else 'do'} not answer any more: killed?")
         return RankError(
-            f"lost the connection at {self._doing}: {'; '.join(known) or describe(error)}. Look for the first error "
+            f"{_LOST} at {self._doing}: {'; '.join(known) or describe(error)}. Look for the first error "
             "in the output of that rank"
         )
 
@@ -199,7 +206,7 @@ class _Suspects:
             raise RankError(message)
         for r, answer in answers.items():
             text = f"rank {r}, which is at {answer.place}" if answer else f"rank {r}, which does not answer"
-            if text not in self._said and (answer is None or not answer.place.startswith("rounds.py")):
+            if text not in self._said and not (answer and answer.with_us):
                 self._said.add(text)
                 logger.warning("rank %d waits at %s for %.0f s, perhaps for %s", rank(), doing, waited, text)
         self._before = answers

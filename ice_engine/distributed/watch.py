@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import ignite
 import torch
 import torch.distributed as dist
 
@@ -25,6 +26,7 @@ _EVERY = 0.3  # seconds between two looks into the store
 _ANSWER = 3.0  # seconds to wait for an answer
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent.parent)
+_IGNITE = str(Path(ignite.__file__).parent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +36,12 @@ class Answer:
     Attributes:
         place: The innermost line of the user's code, such as ``train.py:12 in evaluate``.
         collective: The function of ``torch.distributed`` that it waits in, other than for us; empty if in none.
-        raised: What it raised; empty if nothing.
+        with_us: Whether it waits in a round of ours, where all come together.
     """
 
     place: str
     collective: str = ""
-    raised: str = ""
+    with_us: bool = False
 
 
 class Watch:
@@ -51,7 +53,6 @@ class Watch:
 
     def __init__(self, store: Any) -> None:
         self._store = cast("Any", dist).PrefixStore("ice_engine", store)
-        self._raised = ""
         self._done = threading.Event()
         # Of its own, as a client that waits in the main thread would keep this one waiting.
         thread = threading.Thread(
@@ -64,8 +65,16 @@ class Watch:
         self._done.set()
 
     def raised(self, error: BaseException | None) -> None:
-        """Let the answers say that this rank raised *error*; None takes it back."""
-        self._raised = "" if error is None else describe(error)
+        """Leave a note for the others, for when this rank is gone, that it raised *error*; None takes it back."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"raised/{rank()}", "" if error is None else describe(error))
+
+    def notes(self) -> dict[int, str]:
+        """Return what other ranks have raised, as they left it."""
+        with contextlib.suppress(RuntimeError):
+            left = [r for r in others() if self._store.check([f"raised/{r}"])]
+            return {r: note for r in left if (note := self._store.get(f"raised/{r}").decode())}
+        return {}
 
     def ask(self, ranks: Iterable[int]) -> dict[int, Answer | None]:
         """Return where each of *ranks* is; None for one that does not answer within seconds."""
@@ -88,14 +97,14 @@ class Watch:
             while not self._done.wait(_EVERY):
                 calls = store.add("calls", 0)
                 for call in range(answered + 1, calls + 1):
-                    here = dataclasses.replace(where(sys._current_frames().get(main)), raised=self._raised)  # noqa: SLF001
-                    store.set(f"{call}/{rank()}", json.dumps(dataclasses.asdict(here)))
+                    here = dataclasses.asdict(where(sys._current_frames().get(main)))  # noqa: SLF001
+                    store.set(f"{call}/{rank()}", json.dumps(here))
                 answered = calls
 
 
 def where(frame: FrameType | None) -> Answer:
     """Return where *frame*, the innermost one of a thread, is in the user's code and in ``torch.distributed``."""
-    collective = ""
+    collective, with_us = "", False
     while frame is not None:
         code = frame.f_code
         path = code.co_filename
@@ -103,11 +112,12 @@ def where(frame: FrameType | None) -> Answer:
             if code.co_name not in {"wrapper", "wait"}:
                 collective = code.co_name
         elif path.startswith(_OURS):
-            collective = ""  # a wait of ours: everybody comes there
-        elif not path.startswith((_TORCH, "<frozen")):
-            return Answer(f"{Path(path).name}:{frame.f_lineno} in {code.co_name}", collective)
+            with_us = with_us or path.endswith("rounds.py")
+        elif not path.startswith((_TORCH, _IGNITE, "<frozen")):
+            place = f"{Path(path).name}:{frame.f_lineno} in {code.co_name}"
+            return Answer(place, "" if with_us else collective, with_us)
         frame = frame.f_back
-    return Answer("no line of Python", collective)
+    return Answer("no line of Python", "" if with_us else collective, with_us)
 
 
 def describe(error: BaseException) -> str:

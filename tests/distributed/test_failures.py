@@ -1,0 +1,238 @@
+"""A rank that raises, stops, dies or goes its own way: every other rank learns it in seconds, and which one it was."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from ignite.handlers import EarlyStopping, TerminateOnNan, TimeLimit
+from torch.nn.parallel import DistributedDataParallel
+
+import ice_engine as ice
+from ice_engine.errors import RankError
+from tests.distributed.launch import launch, watch
+
+pytestmark = pytest.mark.distributed
+
+AT = 6  # the iteration in which it happens: with k=4 inside a window, with k=1 where one closes
+Work = Callable[[Engine], None]
+
+
+def trainer(
+    k: int,
+    before: Work = lambda _: None,
+    between: Work = lambda _: None,
+    after: Work = lambda _: None,
+    **settings: Any,
+) -> tuple[Engine, ice.Optimizer]:
+    """An engine whose micro-batches do something before the forward, before the backward, and at their end."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(4, 1))
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), accumulation_steps=k, **settings)
+
+    def step(engine: Engine, batch: torch.Tensor) -> float:
+        before(engine)
+        loss = model(batch).square().mean()
+        between(engine)
+        optimizer.backward(loss, weight=len(batch))
+        after(engine)
+        return loss.item()
+
+    engine = Engine(step)
+    optimizer.attach(engine, model=model)
+    return engine, optimizer
+
+
+def data(n: int = 12) -> list[torch.Tensor]:
+    return [torch.ones(2 + dist.get_rank(), 4)] * n
+
+
+def on_last_rank(error: Exception) -> Work:
+    def work(engine: Engine) -> None:
+        if engine.state.iteration == AT and dist.get_rank() == dist.get_world_size() - 1:
+            raise error
+
+    return work
+
+
+class Broken:
+    """A loader that fails on the last rank."""
+
+    def __iter__(self) -> Any:
+        for i, batch in enumerate(data()):
+            if i + 1 == AT and dist.get_rank() == dist.get_world_size() - 1:
+                raise OSError(i)
+            yield batch
+
+
+def _raising() -> list[tuple[str, str, float]]:
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)
+    said = []
+    boom = ValueError("boom")
+    for k in (1, 4):
+        engines = {
+            "before the forward": trainer(k, before=on_last_rank(boom)),
+            "before the backward": trainer(k, between=on_last_rank(boom)),
+            "after the backward": trainer(k, after=on_last_rank(boom)),
+            "in a handler": trainer(k),
+            "in the loader": trainer(k),
+            "in a processor": trainer(k, processors=[_processor]),
+            "on Ctrl-C": trainer(k, before=on_last_rank(KeyboardInterrupt())),  # type: ignore[arg-type]
+        }
+        engines["in a handler"][0].add_event_handler(Events.ITERATION_COMPLETED, on_last_rank(boom))
+        for name, (engine, _) in engines.items():
+            begin = time.monotonic()
+            try:
+                engine.run(Broken() if name == "in the loader" else data())  # type: ignore[arg-type]
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is looked at
+                said.append((f"{name}, k={k}", f"{type(error).__name__}: {error}", time.monotonic() - begin))
+    # And after all that, another run, as if nothing had been.
+    engine, optimizer = trainer(4)
+    engine.run(data())
+    said.append(("another run", str(optimizer.clocks["step"]), 0.0))
+    return said
+
+
+def _processor(group: Any) -> Any:
+    if group["step"] == 1 and dist.get_rank() == dist.get_world_size() - 1:
+        raise ValueError(group["step"])
+    return group
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_one_rank_raises_stops_all_and_is_named(world):
+    *others, last = launch(_raising, world)
+    assert len(last) == 15
+    for said in others:
+        for (name, told, took), (same, own, _) in zip(said[:-1], last[:-1], strict=True):
+            assert name == same
+            assert not own.startswith("RankError")  # the rank itself keeps its own error
+            expected = own.replace("KeyboardInterrupt: ", "KeyboardInterrupt: no message")
+            assert told == f"RankError: rank {world - 1} raised {expected}", name
+            assert took < 10
+        assert said[-1][1] == "3"
+
+
+def _dying(how: int, k: int) -> str:
+    def die(engine: Engine) -> None:
+        if engine.state.iteration == AT and dist.get_rank() == 1:
+            os.kill(os.getpid(), how)
+            time.sleep(30)
+
+    engine, _ = trainer(k, between=die)
+    begin = time.monotonic()
+    try:
+        engine.run(data())
+    except RankError as error:
+        assert time.monotonic() - begin < 10
+        return str(error)
+    return "ended"
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_rank_that_is_killed_is_named_by_all_others(how, k):
+    first, dead, third = watch(_dying, 3, how, k)
+    assert dead.exitcode == -how
+    for alive in (first, third):
+        assert "rank 1 does not answer any more" in alive.value, alive.error
+        assert "at iteration" in alive.value
+
+
+def _stopping(which: str) -> list[Any]:
+    last = dist.get_rank() == dist.get_world_size() - 1
+
+    def slow(engine: Engine) -> None:
+        if which == "TimeLimit":
+            time.sleep(0.1)
+
+    engine, optimizer = trainer(4, before=slow)
+    if which == "EarlyStopping":
+        score = (lambda e: -e.state.epoch) if last else (lambda e: e.state.epoch)
+        handler = EarlyStopping(patience=1, score_function=score, trainer=engine)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, handler)
+    elif which == "TerminateOnNan" and last:
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED(once=AT), lambda e: TerminateOnNan(lambda _: float("nan"))(e)
+        )
+    elif which == "TimeLimit" and last:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, TimeLimit(1))
+    engine.run(data(), max_epochs=5)
+    return [engine.state.epoch, optimizer.clocks["step"], optimizer.param_groups[0]["params"][0].tolist()]
+
+
+@pytest.mark.parametrize(("which", "epoch"), [("EarlyStopping", 2), ("TerminateOnNan", 1), ("TimeLimit", 1)])
+def test_a_handler_of_ignite_that_stops_one_rank_stops_all(which, epoch):
+    outcomes = launch(_stopping, 2, which)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][0] == epoch
+
+
+def _diverging(what: str) -> None:
+    processors = [_by_rank] if what == "a processor" else []
+    engine, optimizer = trainer(2 if what != "accumulation_steps" else 2 + dist.get_rank(), processors=processors)
+    if dist.get_rank() == 0:
+        if what == "a handler that changes the rate":
+            engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), _raise_rate(optimizer))
+        if what == "a handler that communicates":
+            engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), _alone)
+    engine.run(data(), max_epochs=1 + (dist.get_rank() if what == "max_epochs" else 0))
+
+
+def _alone() -> None:
+    dist.all_reduce(torch.ones(1))
+
+
+@ice.dictprocess
+def _by_rank(lr: float) -> float:
+    return lr * (1 + dist.get_rank())
+
+
+_by_rank = _by_rank(dst="lr")
+
+
+def _raise_rate(optimizer: ice.Optimizer) -> Callable[[], None]:
+    def handler() -> None:
+        optimizer.param_groups[0]["lr"] = 0.5
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("a processor", "differs between ranks in 'lr' of param group 0 ('group_0'): 0.1 on rank 0, 0.2 on rank 1"),
+        ("a handler that changes the rate", "lr of group_0 differs between ranks: 0.5 on rank 0, 0.1 on rank 1"),
+        ("accumulation_steps", "accumulation_steps of optimizer 'optimizer' differs between ranks: 2 on rank 0, 3 on"),
+        ("max_epochs", "max_epochs differs between ranks: 1 on rank 0, 2 on rank 1"),
+        ("a handler that communicates", "rank 0 waits in all_reduce(), called at test_failures.py"),
+    ],
+)
+def test_a_rank_that_goes_its_own_way_is_found_on_all(what, expected):
+    for outcome in watch(_diverging, 2, what, timeout=45):  # below the group's own timeout
+        assert outcome.exitcode == 1
+        assert expected in outcome.error
+
+
+def _unreduced() -> str:
+    model = torch.nn.Linear(2, 1)
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    said = []
+    for given in (None, model):
+        try:
+            optimizer.attach(Engine(lambda *_: None), model=given)
+        except ice.IceEngineError as error:
+            said.append(str(error))
+    return "\n".join(said)
+
+
+def test_gradients_that_nobody_reduces_are_refused():
+    said = launch(_unreduced, 2)[1]
+    assert "this is rank 1 of 2 and attach() was given no model" in said
+    assert "given a Linear, whose gradients nobody reduces" in said

@@ -1,0 +1,358 @@
+"""Windows over many ranks: the mean is over the items of all, whatever each rank has; the oracle is one big batch.
+
+Real gloo ranks train a DDP model, or one that is ``fully_shard``'ed, on data that differs from rank to rank in every
+way it can: sizes of micro-batches, their number, ranks without any, epochs whose length nobody knows.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import ice_engine as ice
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.distributed
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+# Sizes of micro-batches by rank; a rank beyond the last has those of the one before.
+EVEN = [[4] * 12]
+RAGGED = [[7, 3, 11, 2, 5, 6, 1, 9], [2, 13, 5, 8, 6, 3, 3, 1]]
+SHORT = [[7, 3, 11, 2, 5, 6, 1, 9, 4, 4], [2, 13, 5, 8, 6]]
+NONE = [[7, 3, 11, 2, 5], []]
+EPOCHS = 2
+
+
+class Loader:
+    """Data whose length nobody knows."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def batches(rank: int, sizes: list[list[int]], dtype: torch.dtype = torch.float64) -> list[Batch]:
+    generator = torch.Generator().manual_seed(rank)
+    own = sizes[min(rank, len(sizes) - 1)]
+    return [
+        (torch.randn(n, 4, generator=generator, dtype=dtype), torch.randn(n, 1, generator=generator, dtype=dtype))
+        for n in own
+    ]
+
+
+def flat(parameters: list[list[float]]) -> torch.Tensor:
+    return torch.tensor(list(itertools.chain(*parameters)), dtype=torch.float64)
+
+
+def network(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).to(dtype)
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def oracle(world: int, sizes: list[list[int]], k: int, tail: str = "step") -> list[list[float]]:
+    """A plain loop over one big batch per window, of the items of all ranks."""
+    model = network()
+    optimizer = sgd(model)
+    data = [batches(rank, sizes) for rank in range(world)]
+    carried: list[list[Batch]] = [[] for _ in data]
+    for epoch in range(EPOCHS):
+        data = [[*over, *own] for over, own in zip(carried, (batches(r, sizes) for r in range(world)), strict=True)]
+        carried = [[] for _ in data]
+        longest = max(map(len, data))
+        for begin in range(0, longest, k):
+            window = [own[begin : begin + k] for own in data]
+            short = begin + k > longest
+            if short and tail == "drop":
+                continue
+            if short and tail == "carry" and epoch + 1 < EPOCHS:
+                carried = window
+                continue
+            x, y = (torch.cat([batch[i] for own in window for batch in own]) for i in (0, 1))
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+    return [p.flatten().tolist() for p in model.parameters()]
+
+
+def trained(
+    sizes: list[list[int]],
+    k: int,
+    *,
+    tail: Any = "step",
+    unknown: bool = False,
+    reduction: Any = "mean",
+    zeroed: bool = False,
+    settings: dict[str, Any] | None = None,
+    **ddp: Any,
+) -> dict[str, Any]:
+    calls = [0]
+
+    def counted(state, bucket):
+        calls[0] += 1
+        return allreduce_hook(state, bucket)
+
+    model = DistributedDataParallel(network(), **ddp)
+    model.register_comm_hook(None, counted)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=k, tail=tail, loss_reduction=reduction, **(settings or {}))
+
+    def step(engine: Engine, batch: Batch) -> None:
+        x, y = batch
+        loss = torch.nn.functional.mse_loss(model(x), y, reduction=reduction)
+        if zeroed:  # a micro-batch over nothing beside each real one, and first on rank 1
+            optimizer.backward(loss * float("nan"), weight=0)
+        optimizer.backward(loss, weight=len(x))
+
+    trainer = Engine(step)
+    optimizer.attach(trainer, model=model)
+    data = batches(dist.get_rank(), sizes)
+    trainer.run(Loader(data) if unknown else data, max_epochs=EPOCHS)
+    assert all(p.grad is None for p in model.parameters())
+    return {
+        "parameters": [p.flatten().tolist() for p in model.module.parameters()],
+        "calls": calls[0],
+        "step": optimizer.clocks["step"],
+        "weight": optimizer.record.weight if optimizer.record else None,
+    }
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "even, k=1": {"sizes": EVEN, "k": 1},
+    "even, k=4": {"sizes": EVEN, "k": 4},
+    "even, k=5, a tail": {"sizes": EVEN, "k": 5},
+    "ragged": {"sizes": RAGGED, "k": 4},
+    "ragged, a tail": {"sizes": RAGGED, "k": 3},
+    "ragged, summed losses": {"sizes": RAGGED, "k": 3, "reduction": "sum"},
+    "unknown length": {"sizes": RAGGED, "k": 3, "unknown": True},
+    "a short rank": {"sizes": SHORT, "k": 4},
+    "a short rank, k=1": {"sizes": SHORT, "k": 1},
+    "a short rank, unknown length": {"sizes": SHORT, "k": 4, "unknown": True},
+    "carried": {"sizes": RAGGED, "k": 3, "tail": "carry"},
+    "dropped": {"sizes": RAGGED, "k": 3, "tail": "drop"},
+    "dropped, a short rank": {"sizes": SHORT, "k": 4, "tail": "drop"},
+    "windows longer than the epoch": {"sizes": SHORT, "k": 50},
+    "weights of 0": {"sizes": RAGGED, "k": 3, "zeroed": True},
+    "gradients as bucket views": {"sizes": SHORT, "k": 4, "gradient_as_bucket_view": True},
+    "unused parameters looked for": {"sizes": SHORT, "k": 4, "find_unused_parameters": True},
+    "many buckets": {"sizes": SHORT, "k": 3, "bucket_cap_mb": 1e-4},
+    "a scaler": {"sizes": SHORT, "k": 4, "settings": {"grad_scaler": "cpu"}},
+}
+
+
+def _all() -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, case in CASES.items():
+        settings = dict(case.get("settings", {}))
+        if "grad_scaler" in settings:
+            settings["grad_scaler"] = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        found[name] = trained(**{**case, "settings": settings})
+    return found
+
+
+@functools.cache
+def results(world: int) -> list[dict[str, dict[str, Any]]]:
+    return launch(_all, world)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_a_window_is_the_mean_over_the_items_of_all_ranks(name, world):
+    case = CASES[name]
+    expected = flat(oracle(world, case["sizes"], case["k"], case.get("tail", "step")))
+    for rank in results(world):
+        found = flat(rank[name]["parameters"])
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_agree_bit_for_bit(world):
+    for name in CASES:
+        assert len({str((rank[name]["parameters"], rank[name]["step"])) for rank in results(world)}) == 1, name
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("even, k=1", 12), ("even, k=4", 3), ("even, k=5, a tail", 3), ("ragged, a tail", 3)],
+)
+def test_gradients_are_reduced_once_a_window_the_tail_included(name, calls):
+    assert [rank[name]["calls"] for rank in results(2)] == [EPOCHS * calls] * 2
+
+
+def test_the_record_weighs_the_window_of_all_ranks():
+    assert [rank["even, k=4"]["weight"] for rank in results(3)] == [4 * 4 * 3] * 3
+
+
+def test_a_rank_without_any_data_trains_along():
+    for rank in launch(_without_data, 2):
+        torch.testing.assert_close(flat(rank), flat(oracle(1, NONE, 2)), rtol=1e-12, atol=1e-12)
+
+
+def _without_data() -> list[list[float]]:
+    return trained(NONE, 2, unknown=True)["parameters"]
+
+
+def _odd(work: Callable[[DistributedDataParallel, ice.Optimizer, Engine, Batch], None], k: int = 2) -> list[Any]:
+    model = DistributedDataParallel(network())
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=k)
+    trainer = Engine(lambda engine, batch: work(model, optimizer, engine, batch))
+    optimizer.attach(trainer, model=model)
+    trainer.run(batches(dist.get_rank(), RAGGED), max_epochs=1)
+    return [[p.flatten().tolist() for p in model.module.parameters()], optimizer.clocks]
+
+
+def _plain(model: Any, optimizer: ice.Optimizer, batch: Batch) -> None:
+    loss = torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+    optimizer.backward(loss, weight=len(batch[0]))
+
+
+def _sometimes_no_backward() -> list[Any]:
+    def work(model: Any, optimizer: ice.Optimizer, engine: Engine, batch: Batch) -> None:
+        if dist.get_rank() == 1 and engine.state.iteration in {2, 4, 5}:
+            return  # such as a batch that turned out to be unusable
+        _plain(model, optimizer, batch)
+
+    return _odd(work)
+
+
+def test_a_rank_may_pass_over_a_micro_batch():
+    (first, clocks), (second, _) = launch(_sometimes_no_backward, 2)
+    model = network()
+    optimizer = sgd(model)
+    data = [batches(0, RAGGED), batches(1, RAGGED)]
+    # Rank 1 has nothing at 2 and 4, where windows close all the same; and with nothing at 5, the next is its 6 and 7.
+    windows = [([0, 1], [0]), ([2, 3], [2]), ([4, 5], [5, 6]), ([6, 7], [7])]
+    for first_rank, second_rank in windows:
+        own = [data[0][i] for i in first_rank] + [data[1][i] for i in second_rank]
+        x, y = (torch.cat([batch[i] for batch in own]) for i in (0, 1))
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    assert first == second
+    assert clocks["step"] == len(windows)
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(flat(first), expected, rtol=1e-12, atol=1e-12)
+
+
+def _nan_on_one_rank() -> list[Any]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    skipped: list[str] = []
+    model = DistributedDataParallel(network())
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=2, grad_scaler=scaler, clip=ice.clip_norm(1.0))
+
+    def step(engine: Engine, batch: Batch) -> None:
+        loss = torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        bad = dist.get_rank() == 1 and engine.state.iteration == 3
+        optimizer.backward(loss * float("nan") if bad else loss, weight=len(batch[0]))
+
+    trainer = Engine(step)
+    optimizer.attach(trainer, model=model)
+    trainer.add_event_handler(optimizer.event("STEP_SKIPPED"), lambda: skipped.append(optimizer.record.skipped))
+    trainer.run(batches(dist.get_rank(), RAGGED), max_epochs=1)
+    return [optimizer.clocks, scaler.get_scale(), skipped, [p.flatten().tolist() for p in model.parameters()]]
+
+
+def test_a_nan_on_one_rank_is_skipped_on_all_and_names_the_rank():
+    found = launch(_nan_on_one_rank, 2)
+    assert found[0] == found[1]
+    clocks, scale, (reason,), _ = found[0]
+    assert (clocks["step"], clocks["skipped"], scale) == (3, 1, 512.0)
+    assert "rank 1: the loss of micro-batch 1 was not finite" in reason
+
+
+def _buffers() -> list[Any]:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)))
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
+
+    def step(engine: Engine, batch: Batch) -> None:
+        optimizer.backward(model(batch[0]).square().mean() + model.module[0].weight.sum(), weight=len(batch[0]))
+
+    trainer = Engine(step)
+    optimizer.attach(trainer, model=model)
+    sizes = [[4, 5, 6, 7, 8, 9], [3, 4, 5]]
+    trainer.run(batches(dist.get_rank(), sizes, torch.float32), max_epochs=EPOCHS)
+    return [p.flatten().tolist() for p in model.parameters()]
+
+
+def test_buffers_are_no_reason_to_hang_where_a_rank_has_less_data():
+    first, second = launch(_buffers, 2)
+    assert first == second
+
+
+def _two_optimizers() -> list[Any]:
+    """Each on a model of its own, stepped at its own pace; the second in every other iteration only."""
+    models = [DistributedDataParallel(network()) for _ in "ab"]
+    a, b = (ice.Optimizer(sgd(m), name=n, accumulation_steps=k) for m, n, k in zip(models, "ab", (1, 2), strict=True))
+
+    def step(engine: Engine, batch: Batch) -> None:
+        _plain(models[0], a, batch)
+        if engine.state.iteration % 2 == 0:
+            _plain(models[1], b, batch)
+
+    trainer = Engine(step)
+    a.attach(trainer, model=models[0])
+    b.attach(trainer, model=models[1])
+    trainer.run(batches(dist.get_rank(), RAGGED), max_epochs=1)
+    return [[p.flatten().tolist() for p in m.module.parameters()] for m in models]
+
+
+def test_two_optimizers_each_have_windows_of_their_own():
+    first, second = launch(_two_optimizers, 2)
+    assert first == second
+    data = [batches(rank, RAGGED) for rank in range(2)]
+    for found, windows in zip(first, ([[i] for i in range(8)], [[1, 3], [5, 7]]), strict=True):
+        model = network()
+        optimizer = sgd(model)
+        for window in windows:
+            x, y = (torch.cat([own[j][i] for own in data for j in window]) for i in (0, 1))
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+        torch.testing.assert_close(flat(found), expected, rtol=1e-12, atol=1e-12)
+
+
+def _stopped(how: str) -> Any:
+    model = DistributedDataParallel(network())
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=3)
+    trainer = Engine(lambda _, batch: _plain(model, optimizer, batch))
+    optimizer.attach(trainer, model=model)
+    if dist.get_rank() == 1:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=4), lambda: getattr(trainer, how)())
+    trainer.run(batches(dist.get_rank(), RAGGED), max_epochs=EPOCHS)
+    return [[p.flatten().tolist() for p in model.module.parameters()], optimizer.clocks["step"], trainer.state.epoch]
+
+
+def test_terminate_on_one_rank_stops_all_and_loses_no_micro_batch():
+    (first, *rest), (second, *others) = launch(_stopped, 2, "terminate")
+    assert first == second
+    assert rest == others == [2, 1]
+    model = network()
+    optimizer = sgd(model)
+    data = [batches(rank, RAGGED) for rank in range(2)]
+    for own in ([*data[0][:3], *data[1][:3]], [*data[0][3:5], *data[1][3:4]]):  # rank 0 was in its window's second
+        x, y = (torch.cat([batch[i] for batch in own]) for i in (0, 1))
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(flat(first), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_terminate_epoch_on_one_rank_ends_its_data_only():
+    (first, *rest), (second, *others) = launch(_stopped, 2, "terminate_epoch")
+    assert first == second
+    assert rest == others == [6, 2]
