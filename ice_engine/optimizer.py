@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from ice_engine.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     AttachError,
-    BackwardError,
     ClosureError,
     IceEngineWarning,
 )
@@ -134,6 +134,8 @@ class Optimizer(Stepping):
         ):
             registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=_FIRST)
         vars(engine).setdefault("_ice_optimizers", []).append(self)
+        if self._running and not self._window.is_open:
+            self.zero_grad()  # as at the start of a run
         return self
 
     def detach(self) -> None:
@@ -157,15 +159,19 @@ class Optimizer(Stepping):
             this = "this" if self._engine is engine else "another"
             message = f"optimizer {self._name!r} is attached to {this} engine already; call optimizer.detach() first"
             raise AttachError(message)
-        mine = {id(p) for p in self._parameters()}
         for other in vars(engine).get("_ice_optimizers", ()):
-            if other.name.lower() == self._name.lower():
+            if other.name.lower() == self._name.lower() or other.name.upper() == self._name.upper():
                 message = (
                     f"an optimizer named {other.name!r} is attached to this engine already; give each its own: "
                     "Optimizer(..., name='generator')"
                 )
                 raise AttachError(message)
-            shared = [n for n, p in other.named_parameters() if id(p) in mine]
+        self._refuse_shared(engine, self._parameters())
+
+    def _refuse_shared(self, engine: Engine, parameters: Iterable[torch.Tensor]) -> None:
+        mine = {id(p) for p in parameters}
+        for other in vars(engine).get("_ice_optimizers", ()):
+            shared = [n for n, p in other.named_parameters() if id(p) in mine] if other is not self else ()
             if shared:
                 message = (
                     f"optimizers {other.name!r} and {self._name!r} share {len(shared)} parameters ({shared[0]!r}...); "
@@ -207,6 +213,10 @@ class Optimizer(Stepping):
         self._publish()
 
     def _on_iteration_started(self, _: Engine) -> None:
+        self._drop_unfinished()
+        # As the zero_grad() of a plain loop: what a handler left there, such as validation, enters no window.
+        if not (self._window.is_open or self.needs_closure) and any(p.grad is not None for p in self._parameters()):
+            self.zero_grad()
         if "times" in self._measures.wanted:
             self._measures.watch.lap("data")
 
@@ -215,13 +225,13 @@ class Optimizer(Stepping):
             self._measures.watch.lap("compute")
         if self._window.pending:
             self.update()
-        elif not (self._window.is_open or self.needs_closure) and any(p.grad is not None for p in self._parameters()):
-            message = (
-                f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); call "
-                "optimizer.backward(loss) instead of loss.backward(), and detach() what another optimizer's loss "
-                "should not reach"
-            )
-            raise BackwardError(message)
+        elif not self.needs_closure:
+            self._require_own_gradients()
+
+    def _drop_unfinished(self) -> None:
+        # Its iteration did not complete: the exception was swallowed by a handler of EXCEPTION_RAISED.
+        if self._window.pending:
+            self._discard("an exception")
 
     def _on_epoch_completed(self, engine: Engine) -> None:
         if self._clocks.counts["iteration"] <= self._epoch_began and not self.needs_closure:
@@ -234,6 +244,7 @@ class Optimizer(Stepping):
         self._measures.watch.stop()  # what comes now, such as validation, is none of a window's
 
     def _on_epoch_ended(self, *_: Any, **__: Any) -> None:
+        self._drop_unfinished()
         if self._window.tail == "step":
             self.flush()
         elif self._window.tail == "drop" and self._window.is_open:
@@ -386,12 +397,18 @@ class Optimizer(Stepping):
             param_group: ``params`` and the entries that differ from the defaults.
         """
         super().add_param_group(param_group)
-        if self._processors:
-            try:
+        added = self.param_groups[-1]["params"]
+        try:
+            if self._engine is not None:
+                self._refuse_shared(self._engine, added)
+            if self._processors:
                 set_initial_values(self._processors, self.param_groups)
-            except BaseException:
-                self.param_groups.pop()
-                raise
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        if self._engine is not None or self._window.is_open:
+            for parameter in added:  # what earlier losses left there came from no backward() of this optimizer
+                parameter.grad = None
 
     def state_dict(self, rank: int = 0) -> dict[str, Any]:
         """Return torch's own state dict with parameter names and one key more, ``ice_engine``.
@@ -487,7 +504,8 @@ class Optimizer(Stepping):
         if self._closing:
             kept["_clocks"] = copy.copy(self._clocks)
             kept["_clocks"].counts = self._whole_counts()
-        return {**kept, "_engine": None, "_parameter_names": {}, "_last_record": None, "_closing": False}
+        of_this_run: dict[str, Any] = {"_engine": None, "_parameter_names": {}, "_last_record": None, "_left": []}
+        return {**kept, **of_this_run, "_closing": False, "_in_close": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -33,6 +33,7 @@ from ice_engine.gradients import Gradient
 from ice_engine.horizon import Course, OnChange, Terms
 from ice_engine.isolation import gradients_aside
 from ice_engine.measures import MEASURES, Measures
+from ice_engine.norms import entries
 from ice_engine.precision import Policy, Precision, describe_nonfinite
 from ice_engine.processors.group import (
     check_processors,
@@ -111,6 +112,9 @@ class Stepping(OptimizerFacade):
         self._loaded: bool = False
         self._stepping: bool = False
         self._closing: bool = False
+        self._in_close: bool = False
+        # Each parameter with the gradient that backward() left it, and that gradient's version.
+        self._left: list[tuple[torch.Tensor, torch.Tensor | None, int]] = []
         self._counts_before: dict[str, int] = {}
         self._overflowed: bool | None = None
         self._measures = Measures()
@@ -212,7 +216,8 @@ class Stepping(OptimizerFacade):
             ArgumentTypeError: If *loss* is not a tensor or *weight* not a number.
             ArgumentValueError: If *weight* is negative or not finite.
             BackwardError: If *loss* is no scalar or requires no gradient, if only some losses of the window
-                have a weight, or if the engine that this is attached to is not running.
+                have a weight, if somebody else put, changed or cleared a gradient since the window opened, in a
+                handler of this optimizer's events, or if the engine that this is attached to is not running.
         """
         if not isinstance(loss, torch.Tensor):
             message = f"loss must be a tensor, got {type(loss).__name__}; pass the loss itself, not loss.item()"
@@ -227,19 +232,14 @@ class Stepping(OptimizerFacade):
             )
             raise BackwardError(message)
         self._require_window()
-        if self._engine is not None and self._engine._dataloader_iter is None:  # noqa: SLF001 - set while run() iterates
+        self._refuse_inside_close("backward()")
+        if self._engine is not None and not self._running:
             message = (
                 f"backward() outside a run: optimizer {self._name!r} is attached to an engine that is not running, "
                 "so nobody would step; call it in train_step, or optimizer.detach() for a loop of your own"
             )
             raise BackwardError(message)
-        if self._window.weight and all(p.grad is None for p in self._parameters()):
-            self._discard("model.zero_grad()")
-            message = (
-                f"the gradients of optimizer {self._name!r} were cleared inside its window, by model.zero_grad()? "
-                "Take that out of train_step, gradients are cleared after every step"
-            )
-            raise BackwardError(message)
+        self._require_own_gradients()
         part = self._window.enter(loss, weight)
         if self._engine is None and not self._clocks.counts["iteration"] and len(self._window.losses) == _FORGOTTEN:
             warnings.warn(
@@ -259,6 +259,7 @@ class Stepping(OptimizerFacade):
             # Part of the gradients may be there and part not; the caller may catch this and go on.
             self._discard("a backward() that failed")
             raise
+        self._note_gradients()
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Step the wrapped optimizer, always; by hand in an attached run with a warning.
@@ -270,8 +271,7 @@ class Stepping(OptimizerFacade):
         Returns:
             What the wrapped optimizer returns.
         """
-        by_hand = self._engine is not None and not (self._stepping or self.needs_closure)
-        if by_hand and self._engine._dataloader_iter is not None:  # type: ignore[union-attr] # noqa: SLF001 - as in backward()
+        if self._running and not (self._stepping or self.needs_closure):
             warnings.warn(
                 f"step() by hand in a run whose engine steps optimizer {self._name!r}: gradients are applied past its "
                 "window, clipping and clocks. Take step() out of train_step, or do not attach",
@@ -290,8 +290,11 @@ class Stepping(OptimizerFacade):
             set_to_none: Set them to None rather than to zeros.
 
         Raises:
-            BackwardError: Inside an open window, whose gradients would be lost.
+            BackwardError: Inside an open window, whose gradients would be lost; one that a failed run left open is
+                dropped.
         """
+        if self._window.is_open and self._engine is not None and not self._running:
+            self._clear()
         if self._window.is_open:
             done = self._window.micro_batches + self._window.pending
             message = (
@@ -335,16 +338,21 @@ class Stepping(OptimizerFacade):
         require_one_process("update()")
         size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
         self._require_window()
+        self._refuse_inside_close("update()")
         self._window.require_weight()  # before the iteration is counted: a refused call changes nothing
         self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
         self._clocks.micro_batch(
             current_epoch=current_epoch, epoch_steps=epoch_steps, global_steps=global_steps, epoch_size=epoch_size
         )
+        by_caller = not self._window.pending
         self._window.end_micro_batch()
-        if "noise_scale" in self._measures.wanted and size > 1:
+        measures_first = "noise_scale" in self._measures.wanted and size > 1
+        if measures_first:
             self._note_first()
         if self._window.micro_batches >= size:
             return self._close(size)
+        if by_caller or measures_first:
+            self._note_gradients()
         if self._clocks.epoch_ends:
             if self._window.tail == "step":
                 return self._close(size)
@@ -359,6 +367,7 @@ class Stepping(OptimizerFacade):
         Returns:
             True if a step was applied.
         """
+        self._refuse_inside_close("flush()")
         if self._window.pending:
             self._window.end_micro_batch()
         return self._close(self._window.size) if self._window.micro_batches else False
@@ -404,6 +413,51 @@ class Stepping(OptimizerFacade):
             )
             raise AttachError(message)
 
+    def _refuse_inside_close(self, what: str) -> None:
+        if self._in_close:
+            message = (
+                f"{what} of optimizer {self._name!r} in a handler of its own events, while its window is closed: its "
+                "gradients would enter this step or be cleared after it; call it in train_step, or in a handler of "
+                "ITERATION_COMPLETED"
+            )
+            raise BackwardError(message)
+
+    def _note_gradients(self) -> None:
+        self._left = [(p, g := p.grad, 0 if g is None else g._version) for p in self._parameters()]  # noqa: SLF001
+
+    def _require_own_gradients(self) -> None:
+        """Refuse gradients that backward() did not leave as they are: in the window's mean they would be wrong."""
+        mend = (
+            "call optimizer.backward(loss) instead of loss.backward(), and detach() what another optimizer's loss "
+            "should not reach"
+        )
+        if not self._left:
+            if any(p.grad is not None for p in self._parameters()):
+                message = (
+                    f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); "
+                    f"{mend}; optimizer.zero_grad() clears what is left from before"
+                )
+                raise BackwardError(message)
+            return
+        for parameter, gradient, version in self._left:
+            now = parameter.grad
+            if now is gradient and (now is None or now._version == version):  # noqa: SLF001 - has no public name
+                continue
+            cleared = gradient is not None and (now is None or not bool(entries(now).any()))
+            self._discard("model.zero_grad()" if cleared else "changed gradients")
+            message = (
+                f"gradients of optimizer {self._name!r} were cleared inside its window, by model.zero_grad()? Take "
+                "that out of train_step, gradients are cleared after every step"
+                if cleared
+                else f"gradients of optimizer {self._name!r} were changed inside its window, not by its backward(); "
+                f"{mend}; a handler of {self._name.upper()}_GRADIENTS_READY may change the window's"
+            )
+            raise BackwardError(message)
+
+    @property
+    def _running(self) -> bool:
+        return self._engine is not None and self._engine._dataloader_iter is not None  # noqa: SLF001 - set while run() iterates
+
     def _require_window(self) -> None:
         if self.needs_closure:
             message = (
@@ -415,7 +469,8 @@ class Stepping(OptimizerFacade):
     # -- one window ---------------------------------------------------------------------------------------
 
     def _close(self, size: int) -> bool:
-        self._closing, self._size = True, size
+        self._closing = self._in_close = True
+        self._size = size
         self._counts_before = dict(self._clocks.counts)
         try:
             return self._attempt()
@@ -427,6 +482,7 @@ class Stepping(OptimizerFacade):
         finally:
             self._closing = False
             self._clear()
+            self._in_close = False
 
     def _attempt(self) -> bool:
         window = self._window
@@ -623,6 +679,7 @@ class Stepping(OptimizerFacade):
         self._overflowed = None
         self._measures.forget()
         self._window.reset()
+        self._left = []
         self.zero_grad()
 
     def _discard(self, cause: str) -> None:
