@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import logging
 import warnings
 from collections.abc import Iterable
@@ -20,11 +21,12 @@ from ice_engine.errors import (
     ClosureError,
     IceEngineWarning,
 )
-from ice_engine.events import register
+from ice_engine.events import is_running, register
 from ice_engine.hooks import HookRegistry
 from ice_engine.isolation import grad_off
 from ice_engine.matching import LoadReport, fit, shapes
 from ice_engine.plan import Plan
+from ice_engine.precision import always
 from ice_engine.processors.group import check_names, rewind, set_initial_values
 from ice_engine.state import pack, unpack
 from ice_engine.stepping import Stepping
@@ -134,6 +136,7 @@ class Optimizer(Stepping):
         ):
             registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=_FIRST)
         vars(engine).setdefault("_ice_optimizers", []).append(self)
+        self._precision.goes_on = functools.partial(is_running, engine)
         if self._running and not self._window.is_open:
             self.zero_grad()  # as at the start of a run
         return self
@@ -153,6 +156,7 @@ class Optimizer(Stepping):
         self._clocks.leave()
         vars(self._engine)["_ice_optimizers"].remove(self)
         self._engine = None
+        self._precision.goes_on = always
 
     def _check_attachable(self, engine: Engine) -> None:
         if self._engine is not None:
@@ -187,6 +191,7 @@ class Optimizer(Stepping):
             self._clocks.counts = dict.fromkeys(self._clocks.counts, 0)
             self._clocks.plan = {}
             self._course.start_afresh()
+            self._precision.start_afresh()
             self._processors = self._given
             rewind(self._processors, self.param_groups if self._processors else ())
             self._measurements.clear()
@@ -459,11 +464,14 @@ class Optimizer(Stepping):
         Raises:
             NotConsolidatedError: If it is the stub of a rank that does not hold the whole state.
             StateDictError: If it is of a newer version or does not fit; nothing has changed then.
+            AttachError: If a window is being stepped, or another one with the same GradScaler is open; likewise.
         """
         self._refuse_while_closing("load_state_dict()")
         # Copied, because torch would keep the caller's tensors as live state.
         plain, extra = unpack(copy.deepcopy(state_dict))
         plain, report = fit(self._inner, self._names(), plain, extra, strict=strict)
+        if extra is not None and extra["grad_scaler"]:
+            self._precision.require_loadable()
         # What processors start from; without them it is a scheduler's own, and goes as in a plain optimizer.
         kept = "initial_" if self._processors else ()
         before = [{k: v for k, v in g.items() if k.startswith(kept)} for g in self.param_groups]

@@ -27,7 +27,7 @@ from ice_engine.errors import (
     IceEngineWarning,
     NoGradientsError,
 )
-from ice_engine.events import StepRecord, check_name, fire, has_listeners, optimizer_events
+from ice_engine.events import StepRecord, check_name, fire, has_listeners, is_running, optimizer_events
 from ice_engine.facade import OptimizerFacade
 from ice_engine.gradients import Gradient
 from ice_engine.horizon import Course, OnChange, Terms
@@ -240,7 +240,8 @@ class Stepping(OptimizerFacade):
             )
             raise BackwardError(message)
         self._require_own_gradients()
-        part = self._window.enter(loss, weight)
+        half = not self._window.is_open and any(p.dtype == torch.float16 for p in self._parameters())
+        part = self._window.enter(loss, weight, half=half)
         if self._engine is None and not self._clocks.counts["iteration"] and len(self._window.losses) == _FORGOTTEN:
             warnings.warn(
                 f"backward() was called {_FORGOTTEN} times and update() never: optimizer {self._name!r} does not "
@@ -250,6 +251,8 @@ class Stepping(OptimizerFacade):
             )
         if part is None:
             return
+        if self._window.shrink != 1.0:
+            Gradient([p for p in self._parameters() if p.grad is not None], self._window.shrink).multiply()
         try:
             # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters that
             # it must not train: what it leaves there would enter the other's step.
@@ -334,6 +337,7 @@ class Stepping(OptimizerFacade):
             NoGradientsError: If the window closes and no parameter has a gradient.
             NonFiniteGradientError: By the ``nonfinite`` policy.
             ProcessorError: If a processor returns or writes something impossible; no param group has changed.
+            BackwardError: If the loss scale was changed inside the window, or in a handler of this optimizer's events.
         """
         require_one_process("update()")
         size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
@@ -341,10 +345,12 @@ class Stepping(OptimizerFacade):
         self._refuse_inside_close("update()")
         self._window.require_weight()  # before the iteration is counted: a refused call changes nothing
         self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
+        by_caller = not self._window.pending
+        if by_caller:
+            self._precision.enter_by_caller()
         self._clocks.micro_batch(
             current_epoch=current_epoch, epoch_steps=epoch_steps, global_steps=global_steps, epoch_size=epoch_size
         )
-        by_caller = not self._window.pending
         self._window.end_micro_batch()
         measures_first = "noise_scale" in self._measures.wanted and size > 1
         if measures_first:
@@ -456,7 +462,7 @@ class Stepping(OptimizerFacade):
 
     @property
     def _running(self) -> bool:
-        return self._engine is not None and self._engine._dataloader_iter is not None  # noqa: SLF001 - set while run() iterates
+        return self._engine is not None and is_running(self._engine)
 
     def _require_window(self) -> None:
         if self.needs_closure:
@@ -477,7 +483,7 @@ class Stepping(OptimizerFacade):
         except BaseException:
             # Of what raised before it was a step or a skip nothing is left: attempt = step + skipped stays true.
             if self._closing:
-                self._count("attempt", -1)
+                self._count("attempt", self._counts_before["attempt"] - self._clocks.counts["attempt"])
             raise
         finally:
             self._closing = False
@@ -486,6 +492,7 @@ class Stepping(OptimizerFacade):
 
     def _attempt(self) -> bool:
         window = self._window
+        self._precision.require_one_scale()
         self._count("attempt")
         if window.weight == 0.0:
             return self._skip("the window's weight is 0")
@@ -506,6 +513,12 @@ class Stepping(OptimizerFacade):
         gradient.multiply()
         self._fire("GRADIENTS_READY")
         parameters = [p for p in self._parameters() if p.grad is not None]
+        if not parameters:
+            message = (
+                f"no parameter of optimizer {self._name!r} has a gradient after the handlers of GRADIENTS_READY; "
+                "set gradients to 0 there, not to None"
+            )
+            raise NoGradientsError(message)
         return self._decide(Gradient(parameters, 1.0), parameters)
 
     def _decide(self, gradient: Gradient, parameters: list[torch.Tensor]) -> bool:
