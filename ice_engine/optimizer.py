@@ -23,7 +23,7 @@ from ice_engine.errors import (
 )
 from ice_engine.events import is_running, register
 from ice_engine.hooks import HookRegistry
-from ice_engine.isolation import grad_off
+from ice_engine.isolation import GradOff
 from ice_engine.matching import LoadReport, fit, shapes
 from ice_engine.plan import Plan
 from ice_engine.precision import always
@@ -52,14 +52,16 @@ class Optimizer(Stepping):
             give it ``unit="iteration"`` or a ``total=`` of its own.
         accumulation_steps: Micro-batches per window, at least 1.
         tail: What becomes of a short last window of an epoch: ``"step"`` with its own mean,
-            ``"carry"`` into the next epoch (and step at the run's end), or ``"drop"``.
+            ``"carry"`` into the next epoch (and step at the run's end), or ``"drop"``, with a line in the log: a
+            warning the first time in a run.
         loss_reduction: What ``backward(loss, weight=n)`` is given: a ``"mean"`` over n items or their ``"sum"``.
         clip: Called with the parameters; limits their gradients and returns the norm before.
         grad_scaler: A ``torch.amp.GradScaler`` for any device. Optimizers may share one: its scale adapts once, when
             none of their windows is open that it entered.
         nonfinite: What an infinite or NaN gradient means: ``"skip"`` the step, ``"raise"``, or ``"off"``;
             None for ``"skip"`` where a norm or a scaler is at hand, else ``"off"``.
-        max_consecutive_skips: Skips in a row after which training stops with an error; at least 1.
+        max_consecutive_skips: Skips in a row after which training stops with an error; at least 1. A window of
+            weight 0, which is skipped as well, neither counts nor ends the row.
         sharding: ``"zero1"`` shards optimizer state over ranks (needs a factory); in one process nothing changes.
         on_change: What holds when a run is resumed and its schedules would give other values, because the horizon,
             the window, a schedule or an initial value changed: ``"error"`` stops, ``"replan"`` takes the new values,
@@ -69,7 +71,8 @@ class Optimizer(Stepping):
     Raises:
         ArgumentTypeError: If an argument has the wrong type, or *optimizer* is wrapped already.
         ArgumentValueError: If an argument has an impossible value.
-        ClosureError: If the wrapped optimizer needs a closure, and windows or a scaler are asked for.
+        ClosureError: If the wrapped optimizer needs a closure, and windows, a scaler, processors or a policy are asked
+            for.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.tensor(1.0))
@@ -212,7 +215,7 @@ class Optimizer(Stepping):
                 stacklevel=2,
             )
         self._settle()
-        self._loaded = False
+        self._loaded = self._said_drop = False
         self._epoch_began = engine.state.iteration
         self.zero_grad()
         self._publish()
@@ -253,9 +256,9 @@ class Optimizer(Stepping):
         if self._window.tail == "step":
             self.flush()
         elif self._window.tail == "drop" and self._window.is_open:
-            logger.info(
-                "optimizer %r: dropped %d micro-batches at the epoch's end", self._name, self._window.micro_batches
-            )
+            level, self._said_drop = (logging.INFO if self._said_drop else logging.WARNING), True
+            dropped = self._window.micro_batches
+            logger.log(level, "optimizer %r: dropped %d micro-batches at the epoch's end", self._name, dropped)
             self._clear()
 
     def _on_run_ended(self, *_: Any) -> None:
@@ -308,7 +311,7 @@ class Optimizer(Stepping):
             raise AttachError(message)
         mine = {id(p) for p in self._parameters()}
         reached = [p for module in modules for p in module.parameters()] if modules else self._foreign_parameters()
-        return grad_off(p for p in reached if id(p) not in mine)
+        return GradOff(p for p in reached if id(p) not in mine)
 
     # -- before the run -----------------------------------------------------------------------------------
 
@@ -502,6 +505,7 @@ class Optimizer(Stepping):
                     IceEngineWarning,
                     stacklevel=2,
                 )
+        self._discard("load_state_dict()")
         self._clear()
         return report
 

@@ -93,10 +93,19 @@ class Stepping(OptimizerFacade):
             message = f"this {type(self._inner).__name__} is wrapped already, by optimizer {owner.name!r}; use that one"
             raise ArgumentTypeError(message)
         vars(self._inner)["_ice_owner"] = weakref.ref(self)
-        if self.needs_closure and (accumulation_steps > 1 or grad_scaler is not None or clip is not None):
+        of_windows = {
+            "accumulation_steps": accumulation_steps > 1,
+            "tail": tail != "step",
+            "clip": clip is not None,
+            "grad_scaler": grad_scaler is not None,
+            "nonfinite": nonfinite is not None,
+            "processors": bool(self._processors),
+        }
+        if self.needs_closure and any(of_windows.values()):
             message = (
                 f"{type(self._inner).__name__} evaluates the loss in a closure, several times a step, so it cannot "
-                "accumulate, clip or scale; leave out accumulation_steps, clip and grad_scaler, and call "
+                "accumulate, clip, scale, skip or schedule; leave out "
+                f"{', '.join(name for name, given in of_windows.items() if given)}, and call "
                 "optimizer.step(closure) in train_step"
             )
             raise ClosureError(message)
@@ -110,6 +119,7 @@ class Stepping(OptimizerFacade):
         self._course = Course(on_change)
         self._measurements: dict[str, tuple[float, ...]] = {}
         self._loaded: bool = False
+        self._said_drop: bool = False
         self._stepping: bool = False
         self._closing: bool = False
         self._in_close: bool = False
@@ -225,7 +235,7 @@ class Stepping(OptimizerFacade):
         if loss.numel() != 1:
             message = f"loss must be a scalar, got shape {tuple(loss.shape)}; reduce it first: loss.mean()"
             raise BackwardError(message)
-        if not loss.requires_grad:
+        if not loss.requires_grad and self._window.items(weight) != 0.0:
             message = (
                 "loss requires no grad: no trainable parameter is behind it; "
                 "look for detach(), torch.no_grad() or frozen parameters between the model and the loss"
@@ -368,7 +378,8 @@ class Stepping(OptimizerFacade):
     def flush(self) -> bool:
         """Step now with the micro-batches at hand, if there are any.
 
-        For loops without an engine whose epoch length is unknown; an attached engine does it itself.
+        For loops without an engine whose epoch length is unknown; an attached engine does it itself. It steps whatever
+        the ``tail``, which is heeded where ``update(epoch_steps=..., epoch_size=...)`` says that an epoch ends.
 
         Returns:
             True if a step was applied.
@@ -563,10 +574,15 @@ class Stepping(OptimizerFacade):
                 norm = self._clip.by_group([group["params"] for group in self.param_groups])
             else:
                 norm = self._clip(parameters)
-            if not isinstance(norm, torch.Tensor | float | int):
-                message = f"clip returned {type(norm).__name__}; wanted the norm before clipping, as from ice.clip_norm"
+            whole = isinstance(norm, torch.Tensor) and norm.numel() == 1
+            if not whole and (isinstance(norm, bool) or not isinstance(norm, Real)):
+                shape = f" of shape {tuple(norm.shape)}" if isinstance(norm, torch.Tensor) else ""
+                message = (
+                    f"clip returned {type(norm).__name__}{shape}; wanted the norm before clipping, one number, as from "
+                    "ice.clip_norm"
+                )
                 raise ArgumentTypeError(message)
-            return torch.as_tensor(norm), None
+            return (norm.detach().reshape(()) if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))), None
         return None, None if self._precision.policy == "off" else gradient.multiply_and_check()
 
     def _step(self, norm: torch.Tensor | None) -> bool:
@@ -578,6 +594,7 @@ class Stepping(OptimizerFacade):
             context = {**self._clocks.context(self._size, self._window.tail), **self._owners()}
             run_processors(self._processors, self.param_groups, context, gatherer())
         self._count("step")
+        record_before = self._last_record
         try:
             self._note(norm, None)
             if self._fire("STEP_STARTED"):
@@ -589,6 +606,7 @@ class Stepping(OptimizerFacade):
             self.step()
         except BaseException:
             self._count("step", -1)
+            self._publish_record(record_before)
             raise
         finally:
             self._stepping = False
@@ -681,7 +699,7 @@ class Stepping(OptimizerFacade):
         )
         self._publish_record(record)
 
-    def _publish_record(self, record: StepRecord) -> None:
+    def _publish_record(self, record: StepRecord | None) -> None:
         self._last_record = record
         if self._engine is not None:
             setattr(self._engine.state, f"{self._name}_record", record)

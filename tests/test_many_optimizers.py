@@ -534,6 +534,17 @@ def test_toggle_inside_toggle():
     assert all(flags(g, d, encoder))
 
 
+def test_toggle_is_for_one_with():
+    g, d = net(2, 3, 0), net(3, 1, 1)
+    toggled = ice.Optimizer(SGD(g.parameters(), lr=0.1), name="generator").toggle(d)
+    with toggled:
+        pass
+
+    with pytest.raises(AttachError, match=r"is for one with; write with optimizer.toggle\(...\): anew"), toggled:
+        pass
+    assert all(flags(g, d))
+
+
 def test_toggle_gives_back_after_an_exception():
     g, d = net(2, 3, 0), net(3, 1, 1)
     generator = ice.Optimizer(SGD(g.parameters(), lr=0.1), name="generator")

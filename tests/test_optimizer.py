@@ -150,6 +150,15 @@ def test_two_optimizers_of_one_name_do_not_attach(name):
     assert len(engine._ice_optimizers) == 1
 
 
+@pytest.mark.parametrize(("one", "other"), [("ß", "ss"), ("ss", "ß")])
+def test_two_names_that_make_the_same_events_do_not_attach(one, other):
+    engine = Engine(lambda e, b: None)
+    sgd(name=one).attach(engine)
+
+    with pytest.raises(AttachError, match=f"named '{one}' is attached"):
+        sgd(name=other).attach(engine)
+
+
 def test_a_parameter_in_two_optimizers_does_not_attach():
     engine, shared = Engine(lambda e, b: None), parameter()
     sgd(shared).attach(engine)
@@ -325,10 +334,21 @@ def test_step_always_steps_and_counts_nothing():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"accumulation_steps": 2}, {"grad_scaler": torch.amp.GradScaler("cpu")}, {"clip": ice.clip_norm(1.0)}]
+    "settings",
+    [
+        {"accumulation_steps": 2},
+        {"grad_scaler": torch.amp.GradScaler("cpu")},
+        {"clip": ice.clip_norm(1.0)},
+        {"processors": [ice.schedules.constant(0.1)]},
+        {"nonfinite": "raise"},
+        {"tail": "drop"},
+    ],
 )
 def test_lbfgs_does_not_go_with_windows(settings):
-    with pytest.raises(ClosureError, match=r"LBFGS evaluates the loss in a closure.*optimizer.step\(closure\)"):
+    given = next(iter(settings))
+    with pytest.raises(
+        ClosureError, match=rf"LBFGS evaluates the loss in a closure.* {given}, .*optimizer.step\(closure\)"
+    ):
         ice.Optimizer(torch.optim.LBFGS([parameter()]), **settings)
 
 
@@ -604,6 +624,30 @@ def test_a_micro_batch_whose_exception_was_swallowed_enters_no_step(tail):
         engine.run([1.0, 10.0, 100.0, 1000.0], max_epochs=2)
 
     assert seen == [(550.0,), (5.5,)]  # Ignite goes on in the data
+
+
+def test_the_record_is_of_the_last_window_if_a_handler_of_step_started_raises():
+    weight = parameter()
+    optimizer = sgd(weight)
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    engine.add_event_handler(optimizer.event("STEP_STARTED")(once=2), lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.run([1.0, 1.0])
+
+    assert optimizer.record.step == engine.state.optimizer_record.step == optimizer.clocks["step"] == 1
+
+
+def test_loading_inside_its_own_open_window_drops_it_with_a_warning():
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=2)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.backward(weight * 1.0)
+    optimizer.update()
+
+    with pytest.warns(ice.IceEngineWarning, match=r"dropped the 1 micro-batches of a window that load_state_dict\(\)"):
+        optimizer.load_state_dict(state)
+    assert weight.grad is None
 
 
 def test_gradients_of_a_failed_run_may_be_cleared_by_hand():

@@ -48,6 +48,7 @@ def test_drop_leaves_the_tail_out_and_says_how_much(caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "optimizer 'optimizer': dropped 1 micro-batches at the epoch's end"
     ] * 2
+    assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_unknown_epoch_length_flushes_at_the_epochs_end():
@@ -174,6 +175,13 @@ def test_weights_may_be_numpy_numbers(kind):
 
 def test_a_micro_batch_of_weight_0_contributes_nothing_even_if_nan():
     stepped, gradient = loop([(lambda w: w * math.nan, {"weight": 0}), (lambda w: w * 5.0, {"weight": 2})])
+
+    assert stepped
+    assert gradient == 5.0
+
+
+def test_a_constant_of_weight_0_contributes_nothing_as_well():
+    stepped, gradient = loop([(lambda w: torch.tensor(math.nan), {"weight": 0}), (lambda w: w * 5.0, {"weight": 2})])
 
     assert stepped
     assert gradient == 5.0
@@ -371,6 +379,21 @@ def test_flush_steps_with_what_is_there_and_is_idempotent():
 
     assert [optimizer.flush(), optimizer.flush()] == [True, False]
     assert weight.item() == -3.0
+
+
+def test_flush_steps_whatever_the_tail_and_update_heeds_it_where_told_of_the_epochs_end():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=2, tail="drop")
+    for i, slope in enumerate((1.0, 3.0, 5.0), 1):
+        optimizer.backward(weight * slope)
+        optimizer.update(epoch_steps=i, epoch_size=3)
+    assert not optimizer.flush()
+    assert weight.item() == -2.0
+    optimizer.backward(weight * 5.0)
+    optimizer.update()
+
+    assert optimizer.flush()
+    assert weight.item() == -7.0
 
 
 @pytest.mark.parametrize(
