@@ -52,20 +52,20 @@ def replaced(
     function: Callable[[torch.Tensor, str], torch.Tensor],
     path: str = "",
     *,
-    strings: Callable[[Any], Any] | None = None,
+    others: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Return *value* with ``function(tensor, path)`` in the place of every tensor; containers are new.
 
-    Lists of nothing but strings become ``strings(list)``, where that is given.
+    What is no tensor becomes ``others(value)``, where that is given; what that returns as it is, is looked into.
     """
-    inner = functools.partial(replaced, function=function, strings=strings)
+    inner = functools.partial(replaced, function=function, others=others)
     if isinstance(value, torch.Tensor):
         return function(value, path)
+    if others is not None and (other := others(value)) is not value:
+        return other
     if isinstance(value, Mapping):
         return _rebuilt(value, {key: inner(item, path=f"{path}[{key!r}]") for key, item in value.items()})
     if isinstance(value, list | tuple):
-        if strings is not None and value and all(isinstance(item, str) for item in value):
-            return strings(value)
         parts = [inner(item, path=f"{path}[{index}]") for index, item in enumerate(value)]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -114,12 +114,26 @@ def samples(x: Any, y: Any) -> int:
 
 
 def cut(value: Any, start: int, stop: int, total: int) -> Any:
-    """Return samples *start* to *stop* of a batch of *total*; a list of as many strings is cut too."""
+    """Return samples *start* to *stop* of a batch of *total*; arrays and lists with an entry for each are cut too."""
 
-    def strings(texts: Any) -> Any:
-        return texts[start:stop] if len(texts) == total else texts
+    def others(found: Any) -> Any:
+        return found[start:stop] if _is_per_sample(found, total) else found
 
-    return replaced(value, lambda tensor, _: tensor[start:stop] if tensor.dim() > 0 else tensor, strings=strings)
+    return replaced(value, lambda tensor, _: tensor[start:stop] if tensor.dim() > 0 else tensor, others=others)
+
+
+def _is_per_sample(value: Any, total: int) -> bool:
+    """Whether *value* is an array, list or tuple with one entry for each of *total* samples."""
+    if not isinstance(value, list | tuple):
+        shape = getattr(value, "shape", ())
+        return isinstance(shape, tuple) and shape[:1] == (total,)
+    # One that holds a tensor, or the samples of several things, such as their ids and their texts, is looked into.
+    return (
+        len(value) == total
+        and not hasattr(value, "_fields")
+        and next(tensors(value), None) is None
+        and not any(_is_per_sample(item, total) for item in value)
+    )
 
 
 def rows(whole: torch.Tensor, shape: torch.Size, start: int, stop: int, total: int) -> list[torch.Tensor]:

@@ -116,6 +116,11 @@ def register(engine: Engine, name: str) -> dict[str, EventEnum]:
     return by_kind
 
 
+def is_running(engine: Engine) -> bool:
+    """Whether *engine* is inside of its ``run()``, or was interrupted there and will go on."""
+    return engine._dataloader_iter is not None  # noqa: SLF001 - set while run() iterates
+
+
 def has_listeners(engine: Engine, event: EventEnum) -> bool:
     """Whether a handler is attached to *event*, with a filter or without."""
     # Not [event], which would create the key, see docs/design.

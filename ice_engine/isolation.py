@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from ice_engine.errors import AttachError
+
 
 @contextlib.contextmanager
 def gradients_aside(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
@@ -19,14 +21,25 @@ def gradients_aside(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-@contextlib.contextmanager
-def grad_off(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Let *parameters* require no grad inside; at the end every flag is as it was at the beginning."""
-    before = [(parameter, parameter.requires_grad) for parameter in parameters]
-    try:
-        for parameter, _ in before:
+class GradOff(contextlib.AbstractContextManager[None]):
+    """Lets *parameters* require no grad inside; at the end every flag is as it was at the beginning. For one ``with``.
+
+    Raises:
+        AttachError: If it is entered a second time: other parameters may be meant by then.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._before: list[bool] | None = None
+
+    def __enter__(self) -> None:
+        if self._before is not None:
+            message = "this toggle() was entered before, and is for one with; write with optimizer.toggle(...): anew"
+            raise AttachError(message)
+        self._before = [parameter.requires_grad for parameter in self._parameters]
+        for parameter in self._parameters:
             parameter.requires_grad = False
-        yield
-    finally:
-        for parameter, required in before:
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, required in zip(self._parameters, self._before or (), strict=True):
             parameter.requires_grad = required

@@ -67,6 +67,12 @@ def settled(gradient: torch.Tensor, like: torch.Tensor | None = None) -> torch.T
     return cast("torch.Tensor", sharded.redistribute(placements=placements))
 
 
+def entries(gradient: torch.Tensor) -> torch.Tensor:
+    """Return what is stored of *gradient*: of a sparse one the values, of which one entry may have several."""
+    gradient = gradient.detach()
+    return gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001 - values() wants them settled
+
+
 def gradients_of(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Return the gradients of *parameters* that have one, settled; call it on every rank."""
     # What is clipped must be what is stepped with: settled gradients take the place of the others.

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import warnings
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -15,16 +17,16 @@ from ice_engine.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     AttachError,
-    BackwardError,
     ClosureError,
     IceEngineWarning,
 )
-from ice_engine.events import register
+from ice_engine.events import is_running, register
 from ice_engine.hooks import HookRegistry
-from ice_engine.isolation import grad_off
+from ice_engine.isolation import GradOff
 from ice_engine.matching import LoadReport, fit, shapes
 from ice_engine.peers import Member, Peers, peers
 from ice_engine.plan import Plan
+from ice_engine.precision import always
 from ice_engine.processors.agreement import exact
 from ice_engine.processors.group import check_names, rewind, set_initial_values
 from ice_engine.processors.group_mapping import group_name
@@ -51,14 +53,16 @@ class Optimizer(Stepping):
             give it ``unit="iteration"`` or a ``total=`` of its own.
         accumulation_steps: Micro-batches per window, at least 1.
         tail: What becomes of a short last window of an epoch: ``"step"`` with its own mean,
-            ``"carry"`` into the next epoch (and step at the run's end), or ``"drop"``.
+            ``"carry"`` into the next epoch (and step at the run's end), or ``"drop"``, with a line in the log: a
+            warning the first time in a run.
         loss_reduction: What ``backward(loss, weight=n)`` is given: a ``"mean"`` over n items or their ``"sum"``.
         clip: Called with the parameters; limits their gradients and returns the norm before.
         grad_scaler: A ``torch.amp.GradScaler`` for any device. Optimizers may share one: its scale adapts once, when
             none of their windows is open that it entered.
         nonfinite: What an infinite or NaN gradient means: ``"skip"`` the step, ``"raise"``, or ``"off"``;
             None for ``"skip"`` where a norm or a scaler is at hand, else ``"off"``.
-        max_consecutive_skips: Skips in a row after which training stops with an error; at least 1.
+        max_consecutive_skips: Skips in a row after which training stops with an error; at least 1. A window of
+            weight 0, which is skipped as well, neither counts nor ends the row.
         sharding: ``"zero1"`` shards optimizer state over ranks (needs a factory); in one process nothing changes.
         on_change: What holds when a run is resumed and its schedules would give other values, because the horizon,
             the window, a schedule or an initial value changed: ``"error"`` stops, ``"replan"`` takes the new values,
@@ -68,7 +72,8 @@ class Optimizer(Stepping):
     Raises:
         ArgumentTypeError: If an argument has the wrong type, or *optimizer* is wrapped already.
         ArgumentValueError: If an argument has an impossible value.
-        ClosureError: If the wrapped optimizer needs a closure, and windows or a scaler are asked for.
+        ClosureError: If the wrapped optimizer needs a closure, and windows, a scaler, processors or a policy are asked
+            for.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.tensor(1.0))
@@ -144,6 +149,9 @@ class Optimizer(Stepping):
         ):
             registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=_FIRST)
         vars(engine).setdefault("_ice_optimizers", []).append(self)
+        self._precision.goes_on = functools.partial(is_running, engine)
+        if self._running and not self._window.is_open:
+            self.zero_grad()  # as at the start of a run
         if driven is not None:
             self._member = self._join(peers(engine), driven)
         return self
@@ -166,6 +174,7 @@ class Optimizer(Stepping):
         self._clocks.leave()
         vars(self._engine)["_ice_optimizers"].remove(self)
         self._engine = None
+        self._precision.goes_on = always
 
     def _join(self, together: Peers, driven: Synchroniser) -> Member:
         member = Member(
@@ -177,6 +186,7 @@ class Optimizer(Stepping):
             values=self._values,
             close=lambda: self._close(self._window.size),
             drop=self._drop_tail,
+            touched=self._note_gradients,
         )
         together.join(member)
         return member
@@ -207,15 +217,19 @@ class Optimizer(Stepping):
             this = "this" if self._engine is engine else "another"
             message = f"optimizer {self._name!r} is attached to {this} engine already; call optimizer.detach() first"
             raise AttachError(message)
-        mine = {id(p) for p in self._parameters()}
         for other in vars(engine).get("_ice_optimizers", ()):
-            if other.name.lower() == self._name.lower():
+            if other.name.lower() == self._name.lower() or other.name.upper() == self._name.upper():
                 message = (
                     f"an optimizer named {other.name!r} is attached to this engine already; give each its own: "
                     "Optimizer(..., name='generator')"
                 )
                 raise AttachError(message)
-            shared = [n for n, p in other.named_parameters() if id(p) in mine]
+        self._refuse_shared(engine, self._parameters())
+
+    def _refuse_shared(self, engine: Engine, parameters: Iterable[torch.Tensor]) -> None:
+        mine = {id(p) for p in parameters}
+        for other in vars(engine).get("_ice_optimizers", ()):
+            shared = [n for n, p in other.named_parameters() if id(p) in mine] if other is not self else ()
             if shared:
                 message = (
                     f"optimizers {other.name!r} and {self._name!r} share {len(shared)} parameters ({shared[0]!r}...); "
@@ -231,6 +245,7 @@ class Optimizer(Stepping):
             self._clocks.counts = dict.fromkeys(self._clocks.counts, 0)
             self._clocks.plan = {}
             self._course.start_afresh()
+            self._precision.start_afresh()
             self._processors = self._given
             rewind(self._processors, self.param_groups if self._processors else ())
             self._measurements.clear()
@@ -251,12 +266,16 @@ class Optimizer(Stepping):
                 stacklevel=2,
             )
         self._settle()
-        self._loaded = False
+        self._loaded = self._said_drop = False
         self._epoch_began = engine.state.iteration
         self.zero_grad()
         self._publish()
 
     def _on_iteration_started(self, _: Engine) -> None:
+        self._drop_unfinished()
+        # As the zero_grad() of a plain loop: what a handler left there, such as validation, enters no window.
+        if not (self._window.is_open or self.needs_closure) and any(p.grad is not None for p in self._parameters()):
+            self.zero_grad()
         if "times" in self._measures.wanted:
             self._measures.watch.lap("data")
 
@@ -267,13 +286,13 @@ class Optimizer(Stepping):
             self.update()
         elif self._window.pending:
             self._end_micro_batch(size=self._window.size)  # the peers know whether the window closes
-        elif not (self._window.is_open or self.needs_closure) and any(p.grad is not None for p in self._parameters()):
-            message = (
-                f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); call "
-                "optimizer.backward(loss) instead of loss.backward(), and detach() what another optimizer's loss "
-                "should not reach"
-            )
-            raise BackwardError(message)
+        elif not self.needs_closure:
+            self._require_own_gradients()
+
+    def _drop_unfinished(self) -> None:
+        # Its iteration did not complete: the exception was swallowed by a handler of EXCEPTION_RAISED.
+        if self._window.pending:
+            self._discard("an exception")
 
     def _on_epoch_completed(self, engine: Engine) -> None:
         if self._clocks.counts["iteration"] <= self._epoch_began and not self.needs_closure:
@@ -286,6 +305,7 @@ class Optimizer(Stepping):
         self._measures.watch.stop()  # what comes now, such as validation, is none of a window's
 
     def _on_epoch_ended(self, *_: Any, **__: Any) -> None:
+        self._drop_unfinished()
         if self._member is not None:
             return  # the peers know whether it has ended everywhere
         if self._window.tail == "step":
@@ -343,7 +363,7 @@ class Optimizer(Stepping):
             raise AttachError(message)
         mine = {id(p) for p in self._parameters()}
         reached = [p for module in modules for p in module.parameters()] if modules else self._foreign_parameters()
-        return grad_off(p for p in reached if id(p) not in mine)
+        return GradOff(p for p in reached if id(p) not in mine)
 
     # -- before the run -----------------------------------------------------------------------------------
 
@@ -437,12 +457,18 @@ class Optimizer(Stepping):
             param_group: ``params`` and the entries that differ from the defaults.
         """
         super().add_param_group(param_group)
-        if self._processors:
-            try:
+        added = self.param_groups[-1]["params"]
+        try:
+            if self._engine is not None:
+                self._refuse_shared(self._engine, added)
+            if self._processors:
                 set_initial_values(self._processors, self.param_groups)
-            except BaseException:
-                self.param_groups.pop()
-                raise
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        if self._engine is not None or self._window.is_open:
+            for parameter in added:  # what earlier losses left there came from no backward() of this optimizer
+                parameter.grad = None
 
     def state_dict(self, rank: int = 0) -> dict[str, Any]:
         """Return torch's own state dict with parameter names and one key more, ``ice_engine``.
@@ -493,11 +519,14 @@ class Optimizer(Stepping):
         Raises:
             NotConsolidatedError: If it is the stub of a rank that does not hold the whole state.
             StateDictError: If it is of a newer version or does not fit; nothing has changed then.
+            AttachError: If a window is being stepped, or another one with the same GradScaler is open; likewise.
         """
         self._refuse_while_closing("load_state_dict()")
         # Copied, because torch would keep the caller's tensors as live state.
         plain, extra = unpack(copy.deepcopy(state_dict))
         plain, report = fit(self._inner, self._names(), plain, extra, strict=strict)
+        if extra is not None and extra["grad_scaler"]:
+            self._precision.require_loadable()
         # What processors start from; without them it is a scheduler's own, and goes as in a plain optimizer.
         kept = "initial_" if self._processors else ()
         before = [{k: v for k, v in g.items() if k.startswith(kept)} for g in self.param_groups]
@@ -528,6 +557,7 @@ class Optimizer(Stepping):
                     IceEngineWarning,
                     stacklevel=2,
                 )
+        self._discard("load_state_dict()")
         self._clear()
         return report
 
@@ -538,7 +568,8 @@ class Optimizer(Stepping):
         if self._closing:
             kept["_clocks"] = copy.copy(self._clocks)
             kept["_clocks"].counts = self._whole_counts()
-        return {**kept, "_engine": None, "_parameter_names": {}, "_last_record": None, "_closing": False}
+        of_this_run: dict[str, Any] = {"_engine": None, "_parameter_names": {}, "_last_record": None, "_left": []}
+        return {**kept, **of_this_run, "_closing": False, "_in_close": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

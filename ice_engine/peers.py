@@ -47,6 +47,7 @@ class Member:
         values: Returns the entries of its param groups, likewise at every step.
         close: Steps or skips the window.
         drop: Drops it.
+        touched: Is told that other ranks' gradients have been averaged into this one's.
         differentiated: Backward passes so far.
         broken: Whether the last of them raised.
     """
@@ -59,6 +60,7 @@ class Member:
     values: Callable[[], dict[str, dict[str, str]]]
     close: Callable[[], Any]
     drop: Callable[[], Any]
+    touched: Callable[[], Any]
     differentiated: int = 0
     broken: bool = False
 
@@ -104,6 +106,9 @@ class Peers:
         if len(self._members) == _MANY:
             message = f"at most {_MANY} optimizers on one engine in many processes; this would be one more"
             raise ArgumentValueError(message)
+        for other in self._members:
+            if other.sync.model is member.sync.model:
+                member.sync = other.sync  # one switch for one model
         self._members.append(member)
         member.window.unit_of = functools.partial(self._common_unit, member)
 
@@ -294,6 +299,7 @@ class Peers:
         rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
         self._check_close(member, rows, values)
         if not (at_end or any(row[2] for row in rows)):
+            member.touched()
             return  # no rank had a loss for it in this iteration
         window.share(sum(row[3] for row in rows), world_size())
         if not reduced:

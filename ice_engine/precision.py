@@ -1,18 +1,21 @@
 """Loss scale and non-finite gradients; alone knows the scale, and whether a gradient is finite.
 
-The GradScaler scales, unscales and adapts its scale. Whether to step is decided here, from the norm
-of the gradient as it stands after every handler has seen it: a NaN that a handler put in is caught
-as well, and a gradient that a handler repaired is used.
+The GradScaler scales, unscales and adapts its scale. Whether to step is decided here, from the
+gradient as the handlers of ``GRADIENTS_READY`` left it: a NaN that one of them put in is caught as
+well, and a gradient that one repaired is used. What comes later is not looked at again: of a clip of
+the user's own the norm that it returns is judged, not what it left, and a handler of ``STEP_STARTED``
+has the last word.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
 import torch
 
 from ice_engine.arguments import choice, count
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError, BackwardError, NonFiniteGradientError
+from ice_engine.norms import entries
 
 Policy = Literal["skip", "raise", "off"]
 
@@ -24,12 +27,14 @@ class SharedScale:
 
     Attributes:
         windows: Those that a loss of this scale has entered and that are not closed.
+        users: All that it was given to.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self._scaler = weakref.ref(scaler)
         self._overflowed: bool | None = None
         self.windows: weakref.WeakSet[Precision] = weakref.WeakSet()
+        self.users: weakref.WeakSet[Precision] = weakref.WeakSet()
 
     def close(self, window: "Precision", overflowed: bool | None) -> None:
         """Note that *window* is closed and whether it overflowed; adapt the scale if it was the last one."""
@@ -37,7 +42,7 @@ class SharedScale:
         if overflowed is not None:
             self._overflowed = bool(self._overflowed) or overflowed
         scaler = self._scaler()
-        if self.windows or self._overflowed is None or scaler is None:
+        if self.open_beside(window) or self._overflowed is None or scaler is None:
             return
         # torch looks for infinities itself, in unscale_(), and has no public way to be told; ours looked in the same
         # pass that makes the window's mean.
@@ -45,6 +50,10 @@ class SharedScale:
         scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {found_inf.device: found_inf}  # noqa: SLF001
         scaler.update()
         self._overflowed = None
+
+    def open_beside(self, window: "Precision") -> bool:
+        """Whether another window than *window* is open; one that a failed run left open is none."""
+        return any(other is not window and other.goes_on() for other in self.windows)
 
 
 _SHARED: weakref.WeakKeyDictionary[torch.amp.GradScaler, SharedScale] = weakref.WeakKeyDictionary()
@@ -64,6 +73,12 @@ class Precision:
             ``"skip"`` where a norm or a scaler is at hand, else ``"off"``.
         max_consecutive_skips: Skips in a row after which training stops; at least 1.
         has_norm: Whether clipping computes the norm anyway.
+
+    Attributes:
+        scaler: The scaler in use.
+        goes_on: Whether somebody will close the open window; not if the run that it belongs to has failed.
+        consecutive_skips: Skips in a row.
+        last_finite_norm: The last norm that was neither infinite nor NaN; None if nobody computed one.
     """
 
     def __init__(
@@ -71,9 +86,11 @@ class Precision:
     ) -> None:
         choice("nonfinite", policy, (None, "skip", "raise", "off"))
         self.max_consecutive_skips = count("max_consecutive_skips", max_consecutive_skips, 1)
-        self.scaler = check_scaler(scaler)
-        self.consecutive_skips = 0
-        self.last_finite_norm: float | None = None
+        self.scaler: torch.amp.GradScaler | None = None
+        self.goes_on: Callable[[], bool] = always
+        self._entered: tuple[torch.Tensor, int] | None = None
+        self._use(check_scaler(scaler))
+        self.start_afresh()
         self._policy = policy
         self._has_norm = has_norm
         if policy == "off" and self.enabled:
@@ -118,14 +135,87 @@ class Precision:
                 "pass it where the optimizer is made: Optimizer(..., grad_scaler=scaler)"
             )
             raise ArgumentValueError(message)
+        self._use(scaler)
+
+    def _use(self, scaler: torch.amp.GradScaler | None) -> None:
         self.scaler = scaler
+        if scaler is not None:
+            shared(scaler).users.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "goes_on": always, "_entered": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._use(self.scaler)
+
+    def start_afresh(self) -> None:
+        """Forget the skips and norms of the run before."""
+        self.consecutive_skips: int = 0
+        self.last_finite_norm: float | None = None
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Multiply *loss* with the loss scale, which stays until every window that it entered is closed."""
         if self.scaler is None:
             return loss
-        shared(self.scaler).windows.add(self)
-        return self.scaler.scale(loss)
+        scaled = self.scaler.scale(loss)
+        self._enter(self.scaler)
+        return scaled
+
+    def enter_by_caller(self) -> None:
+        """Note a loss that the caller multiplied with the loss scale.
+
+        Raises:
+            ArgumentValueError: If other optimizers use the scaler, too.
+        """
+        if not self.enabled:
+            return
+        scaler = cast("torch.amp.GradScaler", self.scaler)
+        if len(shared(scaler).users) > 1:
+            # Only of losses that it scales itself is it known here when they were scaled: before or after it adapted.
+            message = (
+                "update() without backward(), with a GradScaler that several optimizers share: the scale may have "
+                "changed since the loss was scaled; call optimizer.backward(loss), which scales it, instead of "
+                "scaler.scale(loss).backward(), or give each optimizer a GradScaler of its own"
+            )
+            raise ArgumentValueError(message)
+        self._enter(scaler)
+
+    def _enter(self, scaler: torch.amp.GradScaler) -> None:
+        shared(scaler).windows.add(self)
+        scale = _scale_of(scaler)
+        if self._entered is None and scale is not None:
+            self._entered = scale, scale._version  # noqa: SLF001 - has no public name
+
+    def require_one_scale(self) -> None:
+        """Refuse a window in which the loss scale was changed.
+
+        Raises:
+            BackwardError: If it was.
+        """
+        if self._entered is None or self.scaler is None:
+            return
+        scale, version = self._entered
+        if _scale_of(self.scaler) is scale and scale._version == version:  # noqa: SLF001
+            return
+        message = (
+            "the loss scale was changed inside a window, whose gradients are of two scales now; take "
+            "scaler.update() and scaler.load_state_dict() out of train_step, the optimizer adapts its scale itself"
+        )
+        raise BackwardError(message)
+
+    def require_loadable(self) -> None:
+        """Refuse to load a loss scale into the open windows of others.
+
+        Raises:
+            AttachError: If there is one.
+        """
+        if self.enabled and shared(cast("torch.amp.GradScaler", self.scaler)).open_beside(self):
+            message = (
+                "load_state_dict() would change the loss scale inside an open window of another optimizer, which "
+                "shares the GradScaler; load before the run, or where all their windows are closed"
+            )
+            raise AttachError(message)
 
     def multiplier(self, factor: float, device: torch.device) -> float | torch.Tensor:
         """Return what makes the window's mean of what was accumulated: *factor* over the loss scale."""
@@ -141,6 +231,7 @@ class Precision:
         Args:
             overflowed: Whether a gradient was infinite or NaN; None if nobody looked.
         """
+        self._entered = None
         if self.enabled:
             shared(cast("torch.amp.GradScaler", self.scaler)).close(self, overflowed)
 
@@ -172,13 +263,16 @@ class Precision:
         Raises:
             NonFiniteGradientError: With *report* in its message.
         """
+        if self.last_finite_norm is not None:
+            facts = f", last finite norm {self.last_finite_norm:.4g}"
+        else:
+            facts = ", last finite norm unknown (optimizer.measure('grad_norm') computes it)"
+        if self.loss_scale is not None:
+            facts = f", loss scale {self.loss_scale:g}{facts}"
         if self.policy == "raise":
-            message = f"{report}. nonfinite='skip' would leave this step out and go on"
+            message = f"{report}{facts}. nonfinite='skip' would leave this step out and go on"
             raise NonFiniteGradientError(message)
         if self.consecutive_skips >= self.max_consecutive_skips:
-            facts = f", loss scale {self.loss_scale:g}" if self.loss_scale is not None else ""
-            if self.last_finite_norm is not None:
-                facts += f", last finite norm {self.last_finite_norm:.4g}"
             message = (
                 f"{self.consecutive_skips} steps in a row were skipped{facts}: {report}. "
                 "Lower the learning rate, clip, or use bfloat16; max_consecutive_skips= allows more"
@@ -195,6 +289,16 @@ class Precision:
         if self.scaler is not None and self.scaler.is_enabled() and state_dict["grad_scaler"]:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
         self.consecutive_skips = int(state_dict["consecutive_skips"])
+
+
+def always() -> bool:
+    """Return True: without an engine nobody knows that a window was given up."""
+    return True
+
+
+def _scale_of(scaler: torch.amp.GradScaler) -> torch.Tensor | None:
+    # The tensor itself, whose number the host would have to wait for; a scaler that is switched off has none.
+    return getattr(scaler, "_scale", None)
 
 
 def check_scaler(scaler: torch.amp.GradScaler | None) -> torch.amp.GradScaler | None:
@@ -217,10 +321,12 @@ def describe_nonfinite(
 ) -> str:
     """Say which parameter is the first without a finite gradient, and which micro-batch's loss was not finite."""
     for name, parameter in named_parameters:
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad.detach()).all()):
+        if parameter.grad is not None and not bool(torch.isfinite(entries(parameter.grad)).all()):
             culprit = f"first in {name!r}, shape {tuple(parameter.shape)}"
             break
     else:
         culprit = "every entry is finite, their norm is not"
     bad = [index for index, loss in losses if not bool(torch.isfinite(loss))]
-    return f"{culprit}; " + (f"the loss of micro-batch {bad[0]} was not finite" if bad else "all losses were finite")
+    if bad:
+        return f"{culprit}; the loss of micro-batch {bad[0]} was not finite"
+    return f"{culprit}; micro-batch unknown: all losses were finite"

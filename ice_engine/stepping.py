@@ -29,12 +29,13 @@ from ice_engine.errors import (
     IceEngineWarning,
     NoGradientsError,
 )
-from ice_engine.events import StepRecord, check_name, fire, has_listeners, optimizer_events
+from ice_engine.events import StepRecord, check_name, fire, has_listeners, is_running, optimizer_events
 from ice_engine.facade import OptimizerFacade
 from ice_engine.gradients import Gradient
 from ice_engine.horizon import Course, OnChange, Terms
 from ice_engine.isolation import gradients_aside
 from ice_engine.measures import MEASURES, Measures
+from ice_engine.norms import entries
 from ice_engine.peers import Member
 from ice_engine.precision import Policy, Precision, describe_nonfinite
 from ice_engine.processors.agreement import Gather
@@ -99,10 +100,19 @@ class Stepping(OptimizerFacade):
             message = f"this {type(self._inner).__name__} is wrapped already, by optimizer {owner.name!r}; use that one"
             raise ArgumentTypeError(message)
         vars(self._inner)["_ice_owner"] = weakref.ref(self)
-        if self.needs_closure and (accumulation_steps > 1 or grad_scaler is not None or clip is not None):
+        of_windows = {
+            "accumulation_steps": accumulation_steps > 1,
+            "tail": tail != "step",
+            "clip": clip is not None,
+            "grad_scaler": grad_scaler is not None,
+            "nonfinite": nonfinite is not None,
+            "processors": bool(self._processors),
+        }
+        if self.needs_closure and any(of_windows.values()):
             message = (
                 f"{type(self._inner).__name__} evaluates the loss in a closure, several times a step, so it cannot "
-                "accumulate, clip or scale; leave out accumulation_steps, clip and grad_scaler, and call "
+                "accumulate, clip, scale, skip or schedule; leave out "
+                f"{', '.join(name for name, given in of_windows.items() if given)}, and call "
                 "optimizer.step(closure) in train_step"
             )
             raise ClosureError(message)
@@ -116,8 +126,12 @@ class Stepping(OptimizerFacade):
         self._course = Course(on_change)
         self._measurements: dict[str, tuple[float, ...]] = {}
         self._loaded: bool = False
+        self._said_drop: bool = False
         self._stepping: bool = False
         self._closing: bool = False
+        self._in_close: bool = False
+        # Each parameter with the gradient that backward() left it, and that gradient's version.
+        self._left: list[tuple[torch.Tensor, torch.Tensor | None, int]] = []
         self._counts_before: dict[str, int] = {}
         self._overflowed: bool | None = None
         self._measures = Measures()
@@ -220,7 +234,8 @@ class Stepping(OptimizerFacade):
             ArgumentTypeError: If *loss* is not a tensor or *weight* not a number.
             ArgumentValueError: If *weight* is negative or not finite.
             BackwardError: If *loss* is no scalar or requires no gradient, if only some losses of the window
-                have a weight, or if the engine that this is attached to is not running.
+                have a weight, if somebody else put, changed or cleared a gradient since the window opened, in a
+                handler of this optimizer's events, or if the engine that this is attached to is not running.
         """
         if not isinstance(loss, torch.Tensor):
             message = f"loss must be a tensor, got {type(loss).__name__}; pass the loss itself, not loss.item()"
@@ -228,27 +243,23 @@ class Stepping(OptimizerFacade):
         if loss.numel() != 1:
             message = f"loss must be a scalar, got shape {tuple(loss.shape)}; reduce it first: loss.mean()"
             raise BackwardError(message)
-        if not loss.requires_grad:
+        if not loss.requires_grad and self._window.items(weight) != 0.0:
             message = (
                 "loss requires no grad: no trainable parameter is behind it; "
                 "look for detach(), torch.no_grad() or frozen parameters between the model and the loss"
             )
             raise BackwardError(message)
         self._require_window()
-        if self._engine is not None and self._engine._dataloader_iter is None:  # noqa: SLF001 - set while run() iterates
+        self._refuse_inside_close("backward()")
+        if self._engine is not None and not self._running:
             message = (
                 f"backward() outside a run: optimizer {self._name!r} is attached to an engine that is not running, "
                 "so nobody would step; call it in train_step, or optimizer.detach() for a loop of your own"
             )
             raise BackwardError(message)
-        if self._window.weight and all(p.grad is None for p in self._parameters()):
-            self._discard("model.zero_grad()")
-            message = (
-                f"the gradients of optimizer {self._name!r} were cleared inside its window, by model.zero_grad()? "
-                "Take that out of train_step, gradients are cleared after every step"
-            )
-            raise BackwardError(message)
-        part = self._window.enter(loss, weight)
+        self._require_own_gradients()
+        half = not self._window.is_open and any(p.dtype == torch.float16 for p in self._parameters())
+        part = self._window.enter(loss, weight, half=half)
         if self._engine is None and not self._clocks.counts["iteration"] and len(self._window.losses) == _FORGOTTEN:
             warnings.warn(
                 f"backward() was called {_FORGOTTEN} times and update() never: optimizer {self._name!r} does not "
@@ -257,7 +268,12 @@ class Stepping(OptimizerFacade):
                 stacklevel=2,
             )
         if part is None:
+            self._pass_over(loss)
             return
+        if self._window.shrink != 1.0:
+            Gradient([p for p in self._parameters() if p.grad is not None], self._window.shrink).multiply()
+        if self._member is not None:
+            self._member.sync.before_backward()
         try:
             # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters that
             # it must not train: what it leaves there would enter the other's step.
@@ -271,6 +287,16 @@ class Stepping(OptimizerFacade):
             # Part of the gradients may be there and part not; the caller may catch this and go on.
             self._discard("a backward() that failed")
             raise
+        self._note_gradients()
+
+    def _pass_over(self, loss: torch.Tensor) -> None:
+        """Let a loss that weighs nothing reach no gradient, and still be one of the backward passes of all ranks."""
+        if self._member is not None and self._member.sync.reduces:
+            self._member.sync.before_backward()
+            with gradients_aside(self._foreign_parameters()):
+                self._member.sync.take_part(loss)
+            self._member.differentiated += 1
+            self._note_gradients()
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Step the wrapped optimizer, always; by hand in an attached run with a warning.
@@ -282,8 +308,7 @@ class Stepping(OptimizerFacade):
         Returns:
             What the wrapped optimizer returns.
         """
-        by_hand = self._engine is not None and not (self._stepping or self.needs_closure)
-        if by_hand and self._engine._dataloader_iter is not None:  # type: ignore[union-attr] # noqa: SLF001 - as in backward()
+        if self._running and not (self._stepping or self.needs_closure):
             warnings.warn(
                 f"step() by hand in a run whose engine steps optimizer {self._name!r}: gradients are applied past its "
                 "window, clipping and clocks. Take step() out of train_step, or do not attach",
@@ -302,8 +327,11 @@ class Stepping(OptimizerFacade):
             set_to_none: Set them to None rather than to zeros.
 
         Raises:
-            BackwardError: Inside an open window, whose gradients would be lost.
+            BackwardError: Inside an open window, whose gradients would be lost; one that a failed run left open is
+                dropped.
         """
+        if self._window.is_open and self._engine is not None and not self._running:
+            self._clear()
         if self._window.is_open:
             done = self._window.micro_batches + self._window.pending
             message = (
@@ -343,6 +371,7 @@ class Stepping(OptimizerFacade):
             NoGradientsError: If the window closes and no parameter has a gradient.
             NonFiniteGradientError: By the ``nonfinite`` policy.
             ProcessorError: If a processor returns or writes something impossible; no param group has changed.
+            BackwardError: If the loss scale was changed inside the window, or in a handler of this optimizer's events.
         """
         require_one_process("update()")
         size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
@@ -366,30 +395,39 @@ class Stepping(OptimizerFacade):
         self, grad_scaler: torch.amp.GradScaler | None = None, size: int = 1, **given: int | None
     ) -> None:
         self._require_window()
+        self._refuse_inside_close("update()")
         self._window.require_weight()  # before the iteration is counted: a refused call changes nothing
         self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
+        by_caller = not self._window.pending
+        if by_caller:
+            self._precision.enter_by_caller()
         self._clocks.micro_batch(**given)
         self._window.end_micro_batch()
-        if "noise_scale" in self._measures.wanted and size > 1:
+        measures_first = "noise_scale" in self._measures.wanted and size > 1
+        if measures_first:
             self._note_first()
+        if by_caller or measures_first:
+            self._note_gradients()
 
     def flush(self) -> bool:
         """Step now with the micro-batches at hand, if there are any.
 
-        For loops without an engine whose epoch length is unknown; an attached engine does it itself.
+        For loops without an engine whose epoch length is unknown; an attached engine does it itself. It steps whatever
+        the ``tail``, which is heeded where ``update(epoch_steps=..., epoch_size=...)`` says that an epoch ends.
 
         Returns:
             True if a step was applied.
         """
+        self._refuse_inside_close("flush()")
         if self._window.pending:
             self._window.end_micro_batch()
         return self._close(self._window.size) if self._window.micro_batches else False
 
     def _drop_tail(self) -> None:
         if self._window.tail == "drop" and self._window.is_open:
-            logger.info(
-                "optimizer %r: dropped %d micro-batches at the epoch's end", self._name, self._window.micro_batches
-            )
+            level, self._said_drop = (logging.INFO if self._said_drop else logging.WARNING), True
+            dropped = self._window.micro_batches
+            logger.log(level, "optimizer %r: dropped %d micro-batches at the epoch's end", self._name, dropped)
             self._clear()
 
     def report(self, **metrics: float) -> None:
@@ -433,6 +471,51 @@ class Stepping(OptimizerFacade):
             )
             raise AttachError(message)
 
+    def _refuse_inside_close(self, what: str) -> None:
+        if self._in_close:
+            message = (
+                f"{what} of optimizer {self._name!r} in a handler of its own events, while its window is closed: its "
+                "gradients would enter this step or be cleared after it; call it in train_step, or in a handler of "
+                "ITERATION_COMPLETED"
+            )
+            raise BackwardError(message)
+
+    def _note_gradients(self) -> None:
+        self._left = [(p, g := p.grad, 0 if g is None else g._version) for p in self._parameters()]  # noqa: SLF001
+
+    def _require_own_gradients(self) -> None:
+        """Refuse gradients that backward() did not leave as they are: in the window's mean they would be wrong."""
+        mend = (
+            "call optimizer.backward(loss) instead of loss.backward(), and detach() what another optimizer's loss "
+            "should not reach"
+        )
+        if not self._left:
+            if any(p.grad is not None for p in self._parameters()):
+                message = (
+                    f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); "
+                    f"{mend}; optimizer.zero_grad() clears what is left from before"
+                )
+                raise BackwardError(message)
+            return
+        for parameter, gradient, version in self._left:
+            now = parameter.grad
+            if now is gradient and (now is None or now._version == version):  # noqa: SLF001 - has no public name
+                continue
+            cleared = gradient is not None and (now is None or not bool(entries(now).any()))
+            self._discard("model.zero_grad()" if cleared else "changed gradients")
+            message = (
+                f"gradients of optimizer {self._name!r} were cleared inside its window, by model.zero_grad()? Take "
+                "that out of train_step, gradients are cleared after every step"
+                if cleared
+                else f"gradients of optimizer {self._name!r} were changed inside its window, not by its backward(); "
+                f"{mend}; a handler of {self._name.upper()}_GRADIENTS_READY may change the window's"
+            )
+            raise BackwardError(message)
+
+    @property
+    def _running(self) -> bool:
+        return self._engine is not None and is_running(self._engine)
+
     def _require_window(self) -> None:
         if self.needs_closure:
             message = (
@@ -444,21 +527,24 @@ class Stepping(OptimizerFacade):
     # -- one window ---------------------------------------------------------------------------------------
 
     def _close(self, size: int) -> bool:
-        self._closing, self._size = True, size
+        self._closing = self._in_close = True
+        self._size = size
         self._counts_before = dict(self._clocks.counts)
         try:
             return self._attempt()
         except BaseException:
             # Of what raised before it was a step or a skip nothing is left: attempt = step + skipped stays true.
             if self._closing:
-                self._count("attempt", -1)
+                self._count("attempt", self._counts_before["attempt"] - self._clocks.counts["attempt"])
             raise
         finally:
             self._closing = False
             self._clear()
+            self._in_close = False
 
     def _attempt(self) -> bool:
         window = self._window
+        self._precision.require_one_scale()
         self._count("attempt")
         if window.weight == 0.0:
             return self._skip("the window's weight is 0")
@@ -479,6 +565,12 @@ class Stepping(OptimizerFacade):
         gradient.multiply()
         self._fire("GRADIENTS_READY")
         parameters = [p for p in self._parameters() if p.grad is not None]
+        if not parameters:
+            message = (
+                f"no parameter of optimizer {self._name!r} has a gradient after the handlers of GRADIENTS_READY; "
+                "set gradients to 0 there, not to None"
+            )
+            raise NoGradientsError(message)
         return self._decide(Gradient(parameters, 1.0), parameters)
 
     def _decide(self, gradient: Gradient, parameters: list[torch.Tensor]) -> bool:
@@ -523,10 +615,15 @@ class Stepping(OptimizerFacade):
                 norm = self._clip.by_group([group["params"] for group in self.param_groups])
             else:
                 norm = self._clip(parameters)
-            if not isinstance(norm, torch.Tensor | float | int):
-                message = f"clip returned {type(norm).__name__}; wanted the norm before clipping, as from ice.clip_norm"
+            whole = isinstance(norm, torch.Tensor) and norm.numel() == 1
+            if not whole and (isinstance(norm, bool) or not isinstance(norm, Real)):
+                shape = f" of shape {tuple(norm.shape)}" if isinstance(norm, torch.Tensor) else ""
+                message = (
+                    f"clip returned {type(norm).__name__}{shape}; wanted the norm before clipping, one number, as from "
+                    "ice.clip_norm"
+                )
                 raise ArgumentTypeError(message)
-            return torch.as_tensor(norm), None
+            return (norm.detach().reshape(()) if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))), None
         return None, None if self._precision.policy == "off" else gradient.multiply_and_check()
 
     def _step(self, norm: torch.Tensor | None) -> bool:
@@ -538,6 +635,7 @@ class Stepping(OptimizerFacade):
             context = {**self._clocks.context(self._size, self._window.tail), **self._owners()}
             run_processors(self._processors, self.param_groups, context, self._gather())
         self._count("step")
+        record_before = self._last_record
         try:
             self._note(norm, None)
             if self._fire("STEP_STARTED"):
@@ -549,6 +647,7 @@ class Stepping(OptimizerFacade):
             self.step()
         except BaseException:
             self._count("step", -1)
+            self._publish_record(record_before)
             raise
         finally:
             self._stepping = False
@@ -650,7 +749,7 @@ class Stepping(OptimizerFacade):
         )
         self._publish_record(record)
 
-    def _publish_record(self, record: StepRecord) -> None:
+    def _publish_record(self, record: StepRecord | None) -> None:
         self._last_record = record
         if self._engine is not None:
             setattr(self._engine.state, f"{self._name}_record", record)
@@ -661,6 +760,7 @@ class Stepping(OptimizerFacade):
         self._overflowed = None
         self._measures.forget()
         self._window.reset()
+        self._left = []
         self.zero_grad()
 
     def _discard(self, cause: str) -> None:

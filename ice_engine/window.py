@@ -7,8 +7,10 @@ many there are:
 .. math:: g = \frac{\sum_m w_m \nabla L_m}{\sum_m w_m}
 
 To keep fp16 in range, each loss is multiplied by :math:`w_m / c` and the gradient, at the end, by
-:math:`c / \sum_m w_m`, where :math:`c` is the window's first weight: with equal weights every
-loss enters as it is.
+:math:`c / \sum_m w_m`, where the unit :math:`c` is the window's first weight: with equal weights every
+loss enters as it is. Where a weight is much larger than that, :math:`c` grows by a power of two, and
+what was accumulated shrinks by it. Gradients that are fp16 themselves must hold the sum of all losses
+as well, so with such parameters the unit is :math:`c` times the size of the window.
 """
 
 import math
@@ -23,6 +25,8 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError, BackwardErr
 
 Tail = Literal["step", "carry", "drop"]
 Reduction = Literal["mean", "sum"]
+
+_MUCH = 8.0  # times the unit, from which on a weight makes it grow
 
 
 class Window:
@@ -41,6 +45,8 @@ class Window:
         weighted: Whether losses come with a weight; None before the first.
         unit_of: Returns the unit that a first weight makes; the weight itself, unless other ranks have a say.
         common: The unit of every window, where it is the same on many ranks; 0 where each takes its own.
+        shrink: What the gradients accumulated so far are to be multiplied with before the loss that entered last is
+            differentiated; 1.0 nearly always.
     """
 
     def __init__(self, size: int, tail: Tail = "step", reduction: Reduction = "mean") -> None:
@@ -59,8 +65,10 @@ class Window:
         self.weight: float = 0.0
         self.pending: bool = False
         self.losses: list[tuple[int, torch.Tensor]] = []
+        self.shrink: float = 1.0
         self.unit: float = self.common
         self.weighted: bool | None = None
+        self._spread: float = 1.0
 
     @property
     def is_open(self) -> bool:
@@ -81,13 +89,14 @@ class Window:
         """What the accumulated gradients are multiplied with to become the window's mean."""
         return self.unit / self.weight
 
-    def enter(self, loss: torch.Tensor, weight: float | None) -> torch.Tensor | None:
+    def enter(self, loss: torch.Tensor, weight: float | None, *, half: bool = False) -> torch.Tensor | None:
         """Take a loss into the micro-batch under way and return what to differentiate.
 
         Args:
             loss: The loss, shape ().
             weight: Items behind it, at least 0. None, in all calls of a window: every micro-batch weighs
                 the same, and several losses in one micro-batch add up, as with ``loss.backward()``.
+            half: Whether gradients are accumulated in fp16; asked of a window's first loss.
 
         Returns:
             The loss times its factor; None if it weighs nothing and so contributes nothing.
@@ -104,21 +113,31 @@ class Window:
                 "pass weight= to every backward() call or to none"
             )
             raise BackwardError(message)
-        items = self._items(weight)
+        items = self.items(weight)
+        spread = self._spread if self.is_open else float(self.size) if half else 1.0
+        if not math.isfinite(self.weight + items * spread):
+            message = f"the weights of this window add up to more than a float can hold, the last is {items:g}"
+            raise ArgumentValueError(message)
+        self._spread = spread
         self.weighted = weight is not None
         self.losses.append((self.micro_batches + 1, loss.detach()))
         first_of_micro_batch = not self.pending
         self.pending = True
         if items == 0.0:
             return None
-        self.unit = self.unit or (1.0 if weight is None else self.unit_of(items))
+        self.unit = self.unit or (items * spread if weight is None else self.unit_of(items * spread))
+        self.shrink = 1.0
+        if items * spread > _MUCH * self.unit and not self.common:
+            grown = 2.0 ** math.floor(math.log2(min(items * spread / self.unit, 2.0**1000)))
+            self.unit, self.shrink = self.unit * grown, 1.0 / grown
         if weight is not None or first_of_micro_batch:
             self.weight += items
         if self.reduction == "sum":
             return loss / self.unit
         return loss if items == self.unit else loss * (items / self.unit)
 
-    def _items(self, weight: float | None) -> float:
+    def items(self, weight: float | None) -> float:
+        """Return the items that a loss with this *weight* stands for; see :meth:`enter` for what is raised."""
         if weight is None:
             if self.reduction == "sum":
                 message = (
@@ -127,15 +146,20 @@ class Window:
                 )
                 raise ArgumentValueError(message)
             return 1.0
-        if isinstance(weight, bool) or not (
-            isinstance(weight, Real) or (isinstance(weight, torch.Tensor) and weight.numel() == 1)
-        ):
+        if isinstance(weight, torch.Tensor):
+            number = weight.numel() == 1 and not (weight.is_complex() or weight.dtype == torch.bool)
+        else:
+            number = isinstance(weight, Real) and not isinstance(weight, bool)
+        if not number:
             message = (
                 f"weight must be a number, got {type(weight).__name__}; "
                 "it is the number of items (samples, tokens) behind the loss"
             )
             raise ArgumentTypeError(message)
-        items = float(weight)
+        try:
+            items = float(weight)
+        except OverflowError:  # an int beyond every float
+            items = math.inf
         if not (math.isfinite(items) and items >= 0.0):
             message = f"weight must be finite and at least 0, got {items}"
             raise ArgumentValueError(message)
@@ -145,9 +169,11 @@ class Window:
         """Refuse to end a micro-batch whose weight nobody told.
 
         Raises:
-            BackwardError: If no loss has entered it and the window is one of weighted or summed losses.
+            BackwardError: If no loss has entered it and the window is one of weighted or summed losses, or of
+                losses that entered divided, because gradients are fp16.
         """
-        if not self.pending and (self.weighted or self.reduction == "sum"):
+        divided = self.unit not in (0.0, 1.0)
+        if not self.pending and (self.weighted or self.reduction == "sum" or divided):
             message = (
                 "update() was called for a micro-batch of which backward() was not told the weight; "
                 "call optimizer.backward(loss, weight=n) instead of loss.backward()"

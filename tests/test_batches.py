@@ -36,6 +36,36 @@ def test_lists_of_strings_are_cut_if_there_is_one_for_each_sample():
     assert cut([list("abcd"), list("xy"), 3], 1, 3, 4) == [["b", "c"], ["x", "y"], 3]
 
 
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ([[1], [2, 3], [], [4]], [[2, 3], []]),
+        ((1, 2, 3, 4), (2, 3)),
+        ([{"id": 1}, {"id": 2}, {"id": 3}, {"id": 4}], [{"id": 2}, {"id": 3}]),
+        ([(1, 2), (3, 4)], [(1, 2), (3, 4)]),
+        ([list("abcd"), [1, 2, 3, 4], list("abcd"), (0, 0, 0, 0)], [["b", "c"], [2, 3], ["b", "c"], (0, 0)]),
+        ("abcd", "abcd"),
+        ({"lengths": [4, 3, 2, 1]}, {"lengths": [3, 2]}),
+    ],
+)
+def test_lists_are_cut_if_they_have_an_entry_for_each_sample(value, part):
+    assert cut(value, 1, 3, 4) == part
+
+
+def test_arrays_are_cut_like_tensors():
+    numpy = pytest.importorskip("numpy")
+    ids, shared = numpy.arange(4), numpy.arange(3)
+    part = cut([ids, shared, [numpy.zeros(1), numpy.zeros(2), numpy.zeros(3), numpy.zeros(5)]], 1, 3, 4)
+    assert part[0].tolist() == [1, 2]
+    assert part[1] is shared
+    assert [len(each) for each in part[2]] == [2, 3]
+
+
+def test_lists_of_tensors_are_looked_into_whatever_their_length():
+    part = cut([torch.arange(2), torch.arange(2)], 0, 1, 2)
+    assert [each.tolist() for each in part] == [[0], [0]]
+
+
 def test_tensors_without_dimensions_are_shared_by_all_samples():
     assert samples({"a": torch.zeros(5, 2), "t": torch.tensor(1.0)}, None) == 5
     assert replaced(cut(torch.tensor(1.0), 0, 2, 5), lambda t, _: t + 1) == 2.0

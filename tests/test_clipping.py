@@ -378,6 +378,39 @@ def test_any_function_of_the_parameters_may_clip():
     assert optimizer.record.grad_norm == 7.0
 
 
+@pytest.mark.parametrize(
+    ("returned", "named"),
+    [(torch.ones(2), r"Tensor of shape \(2,\)"), (True, "bool"), ("1.0", "str"), (1j, "complex")],
+)
+def test_a_clip_that_returns_no_number_is_refused(returned, named):
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), clip=lambda _: returned)
+    optimizer.backward(weight * 4.0)
+
+    with pytest.raises(ArgumentTypeError, match=f"clip returned {named}; wanted the norm before clipping, one number"):
+        optimizer.update()
+
+    assert weight.item() == 0.0
+
+
+@pytest.mark.parametrize("kind", ["numpy", "one entry", "with a graph"])
+def test_a_clip_may_return_any_number(kind):
+    numpy = pytest.importorskip("numpy")
+    weight = torch.nn.Parameter(torch.zeros(()))
+    returned = {
+        "numpy": numpy.float32(7.0),
+        "one entry": torch.tensor([7.0]),
+        "with a graph": (weight + 7.0),
+    }
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), clip=lambda _: returned[kind])
+    optimizer.backward(weight * 4.0)
+
+    assert optimizer.update()
+    assert optimizer.record.grad_norm.shape == ()
+    assert not optimizer.record.grad_norm.requires_grad
+    assert float(optimizer.record.grad_norm) == 7.0
+
+
 def test_a_clip_that_returns_nothing_is_refused():
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), clip=lambda p: torch.nn.utils.clip_grad_value_(p, 1.0))

@@ -822,6 +822,45 @@ def test_the_model_and_all_generators_are_untouched(k):
     assert_untouched(model, before)
 
 
+class Reassigning(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen = self.seen + 1
+        return self.linear(x.to(self.linear.weight.dtype)).to(x.dtype)
+
+
+def test_modules_that_a_loss_closes_over_are_untouched():
+    projection = nn.Sequential(Reassigning(), nn.BatchNorm1d(1, affine=False))
+    buffers = {name: (id(b), b.clone()) for name, b in projection.named_buffers()}
+
+    check(mlp(), loss_fn=lambda y_pred, y: F.mse_loss(projection[0](y_pred), y) + projection[1](y).sum())
+
+    assert all(p.grad is None for p in projection.parameters())
+    assert {name: id(b) for name, b in projection.named_buffers()} == {name: i for name, (i, _) in buffers.items()}
+    assert all(torch.equal(b, buffers[name][1]) for name, b in projection.named_buffers())
+
+
+def test_it_works_where_gradients_are_off():
+    with torch.no_grad():
+        exact(check(mlp()))
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_weights_in_lists_and_arrays_are_cut_with_the_samples(as_array):
+    x, y = regression()
+    scores = [float(i + 1) for i in range(len(x))]
+
+    def loss_fn(y_pred, y):
+        return (F.mse_loss(y_pred, y["y"], reduction="none").mean(1) * torch.as_tensor(y["scores"])).mean()
+
+    batch = x, {"y": y, "scores": np.array(scores) if as_array else scores}
+    exact(check(mlp(), batch, loss_fn, prepare_batch=lambda batch, **_: batch))  # Ignite's own refuses numbers
+
+
 def failing(at):
     calls = []
 

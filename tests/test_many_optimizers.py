@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from torch.nn import functional
 
 import ice_engine as ice
@@ -387,6 +387,64 @@ def test_both_are_saved_and_restored_with_their_scaler():
     assert resumed[1].clocks == generator.clocks
 
 
+def test_no_scale_is_loaded_into_the_open_window_of_another():
+    a, b = torch.nn.Parameter(torch.zeros(())), torch.nn.Parameter(torch.zeros(()))
+    shared = scaler()
+    first = ice.Optimizer(SGD([a], lr=1.0), name="first", grad_scaler=shared)
+    second = ice.Optimizer(SGD([b], lr=1.0), name="second", grad_scaler=shared, accumulation_steps=2)
+    state = copy.deepcopy(first.state_dict())
+    state["ice_engine"]["grad_scaler"] = scaler(init_scale=64.0).state_dict()
+    second.backward(b * 1.0)
+    second.update()
+
+    with pytest.raises(AttachError, match="inside an open window of another optimizer, which shares the GradScaler"):
+        first.load_state_dict(state)
+    assert shared.get_scale() == 16.0
+    second.backward(b * 1.0)
+    second.update()
+    first.load_state_dict(state)
+    assert (b.item(), shared.get_scale()) == (-1.0, 64.0)
+
+
+def test_a_run_that_failed_does_not_hold_the_scale_of_another_engine():
+    a, b = torch.nn.Parameter(torch.zeros(())), torch.nn.Parameter(torch.zeros(()))
+    shared = scaler(init_scale=4.0, growth_interval=1)
+    first = ice.Optimizer(SGD([a], lr=1.0), name="first", grad_scaler=shared, accumulation_steps=2)
+    second = ice.Optimizer(SGD([b], lr=1.0), name="second", grad_scaler=shared)
+
+    def fail(engine, batch):
+        first.backward(a * batch)
+        raise ZeroDivisionError
+
+    failing, other = Engine(fail), Engine(lambda _, batch: second.backward(b * batch))
+    first.attach(failing)
+    second.attach(other)
+    with pytest.raises(ZeroDivisionError):
+        failing.run([1.0])
+    other.run([1.0] * 4)
+
+    assert shared.get_scale() == 64.0
+    second.load_state_dict(second.state_dict())  # nor does it forbid to load
+
+
+def test_a_run_that_is_interrupted_holds_the_scale():
+    a, b = torch.nn.Parameter(torch.zeros(())), torch.nn.Parameter(torch.zeros(()))
+    shared = scaler(init_scale=4.0, growth_interval=1)
+    first = ice.Optimizer(SGD([a], lr=1.0), name="first", grad_scaler=shared, accumulation_steps=2)
+    second = ice.Optimizer(SGD([b], lr=1.0), name="second", grad_scaler=shared)
+    paused, other = (Engine(lambda _, x, o=o, w=w: o.backward(w * x)) for o, w in ((first, a), (second, b)))
+    first.attach(paused)
+    second.attach(other)
+    paused.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda e: e.interrupt())
+    paused.run([1.0, 3.0])
+    other.run([1.0] * 4)
+    assert shared.get_scale() == 4.0
+    paused.run([1.0, 3.0])
+
+    assert shared.get_scale() == 8.0
+    assert (a.item(), b.item()) == (-2.0, -4.0)
+
+
 def test_one_scaler_each_adapts_alone():
     data, of_generator, of_critic = batches(6), scaler(growth_interval=2), scaler(growth_interval=100)
     trainer, *_ = pair(data, of_generator, of_critic, k=(3, 1), bad=(4,))
@@ -474,6 +532,17 @@ def test_toggle_inside_toggle():
             pass
         assert not any(flags(d))
     assert all(flags(g, d, encoder))
+
+
+def test_toggle_is_for_one_with():
+    g, d = net(2, 3, 0), net(3, 1, 1)
+    toggled = ice.Optimizer(SGD(g.parameters(), lr=0.1), name="generator").toggle(d)
+    with toggled:
+        pass
+
+    with pytest.raises(AttachError, match=r"is for one with; write with optimizer.toggle\(...\): anew"), toggled:
+        pass
+    assert all(flags(g, d))
 
 
 def test_toggle_gives_back_after_an_exception():

@@ -150,6 +150,15 @@ def test_two_optimizers_of_one_name_do_not_attach(name):
     assert len(engine._ice_optimizers) == 1
 
 
+@pytest.mark.parametrize(("one", "other"), [("ß", "ss"), ("ss", "ß")])
+def test_two_names_that_make_the_same_events_do_not_attach(one, other):
+    engine = Engine(lambda e, b: None)
+    sgd(name=one).attach(engine)
+
+    with pytest.raises(AttachError, match=f"named '{one}' is attached"):
+        sgd(name=other).attach(engine)
+
+
 def test_a_parameter_in_two_optimizers_does_not_attach():
     engine, shared = Engine(lambda e, b: None), parameter()
     sgd(shared).attach(engine)
@@ -325,10 +334,21 @@ def test_step_always_steps_and_counts_nothing():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"accumulation_steps": 2}, {"grad_scaler": torch.amp.GradScaler("cpu")}, {"clip": ice.clip_norm(1.0)}]
+    "settings",
+    [
+        {"accumulation_steps": 2},
+        {"grad_scaler": torch.amp.GradScaler("cpu")},
+        {"clip": ice.clip_norm(1.0)},
+        {"processors": [ice.schedules.constant(0.1)]},
+        {"nonfinite": "raise"},
+        {"tail": "drop"},
+    ],
 )
 def test_lbfgs_does_not_go_with_windows(settings):
-    with pytest.raises(ClosureError, match=r"LBFGS evaluates the loss in a closure.*optimizer.step\(closure\)"):
+    given = next(iter(settings))
+    with pytest.raises(
+        ClosureError, match=rf"LBFGS evaluates the loss in a closure.* {given}, .*optimizer.step\(closure\)"
+    ):
         ice.Optimizer(torch.optim.LBFGS([parameter()]), **settings)
 
 
@@ -392,6 +412,254 @@ def test_gradients_that_the_model_cleared_inside_a_window_are_missed():
         pytest.raises(BackwardError, match="cleared inside its window"),
     ):
         engine.run([0, 0])
+
+
+def stepped_gradients(optimizer, *weights):
+    """A list to which every step adds the gradients that it is taken with."""
+    seen = []
+    optimizer.inner.register_step_pre_hook(lambda *_: seen.append(tuple(w.grad and w.grad.item() for w in weights)))
+    return seen
+
+
+def test_what_a_handler_left_between_windows_is_cleared_as_by_a_plain_loop():
+    weight = parameter()
+    optimizer = sgd(weight)
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    seen = stepped_gradients(optimizer, weight)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: (weight * 100.0).backward())  # such as saliency
+    engine.run([1.0, 2.0], max_epochs=2)
+
+    assert seen == [(1.0,), (2.0,), (1.0,), (2.0,)]
+
+
+def test_a_plain_backward_before_ours_in_the_same_iteration_is_found():
+    weight = parameter()
+    optimizer = sgd(weight)
+
+    def train_step(engine, slope):
+        (weight * 100.0).backward()
+        optimizer.backward(weight * slope)
+
+    engine = Engine(train_step)
+    optimizer.attach(engine)
+    with pytest.raises(BackwardError, match=r"call optimizer.backward\(loss\) instead of loss.backward\(\)"):
+        engine.run([1.0])
+
+
+def test_what_was_there_before_the_first_backward_of_a_loop_is_found():
+    weight = parameter()
+    optimizer = sgd(weight)
+    (weight * 100.0).backward()
+
+    with pytest.raises(BackwardError, match=r"optimizer.zero_grad\(\) clears what is left from before"):
+        optimizer.backward(weight * 1.0)
+    optimizer.zero_grad()
+    optimizer.backward(weight * 1.0)
+    assert optimizer.update()
+    assert weight.item() == -1.0
+
+
+@pytest.mark.parametrize("then", ["ours", "nothing"])
+def test_a_plain_backward_inside_an_open_window_is_found(then):
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=3)
+
+    def train_step(engine, slope):
+        if engine.state.iteration == 2:
+            (weight * slope).backward()
+        if engine.state.iteration != 2 or then == "ours":
+            optimizer.backward(weight * slope)
+
+    engine = Engine(train_step)
+    optimizer.attach(engine)
+    with (
+        pytest.warns(ice.IceEngineWarning, match="dropped the 1 micro-batches of a window that changed gradients"),
+        pytest.raises(BackwardError, match="were changed inside its window, not by its backward"),
+    ):
+        engine.run([1.0, 10.0, 1.0])
+    assert weight.grad is None
+
+
+def test_a_plain_backward_while_the_run_is_interrupted_is_found():
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=4)
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda e: e.interrupt())
+    engine.run([1.0] * 4)
+    (weight * 100.0).backward()
+
+    with pytest.warns(ice.IceEngineWarning, match="dropped"), pytest.raises(BackwardError, match="were changed"):
+        engine.run()
+
+
+@pytest.mark.parametrize("event", ["ITERATION_STARTED", "ITERATION_COMPLETED", "EPOCH_STARTED"])
+def test_attached_in_the_middle_of_a_run_it_starts_without_gradients(event):
+    weight = parameter()
+    optimizer = sgd(weight)
+    seen = stepped_gradients(optimizer, weight)
+
+    def train_step(engine, slope):
+        if optimizer.engine is not None:
+            optimizer.backward(weight * slope)
+        else:
+            (weight * 100.0).backward()
+
+    engine = Engine(train_step)
+    engine.add_event_handler(getattr(Events, event)(once=2), lambda: optimizer.attach(engine))
+    engine.run([1.0, 1.0, 1.0], max_epochs=2)
+
+    assert set(seen) == {(1.0,)}
+
+
+def test_the_callers_own_micro_batches_go_with_ours_in_one_window():
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=4)
+    for slope in (1.0, 2.0, 3.0, 6.0):
+        if slope in (2.0, 3.0):
+            (weight * slope).backward()
+        else:
+            optimizer.backward(weight * slope)
+        optimizer.update()
+
+    assert weight.item() == -3.0
+
+
+def test_a_window_may_begin_with_losses_that_do_not_reach_its_parameters():
+    weight, other = parameter(), parameter()
+    optimizer = sgd(weight, accumulation_steps=2)
+
+    def train_step(engine, slope):
+        optimizer.backward((other if engine.state.iteration % 2 else weight) * slope)
+
+    engine = Engine(train_step)
+    optimizer.attach(engine)
+    seen = stepped_gradients(optimizer, weight)
+    engine.run([1.0, 3.0, 1.0, 5.0])
+
+    assert seen == [(1.5,), (2.5,)]
+
+
+@pytest.mark.parametrize("how", ["one of two", "to zero"])
+def test_clearing_a_part_of_a_window_is_found(how):
+    a, b = parameter(), parameter()
+    optimizer = ice.Optimizer(torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0), accumulation_steps=2)
+
+    def train_step(engine, slope):
+        if how == "one of two":
+            a.grad = None
+        elif a.grad is not None:
+            a.grad.zero_()
+        optimizer.backward((a + b) * slope)
+
+    engine = Engine(train_step)
+    optimizer.attach(engine)
+    with (
+        pytest.warns(ice.IceEngineWarning, match="dropped"),
+        pytest.raises(BackwardError, match="cleared inside its window"),
+    ):
+        engine.run([1.0, 1.0])
+
+
+@pytest.mark.parametrize("event", ["EPOCH_COMPLETED", "ITERATION_COMPLETED"])
+def test_parameters_added_in_a_run_start_without_gradients(event):
+    a, b = parameter(), parameter()
+    optimizer = sgd(a, accumulation_steps=2)
+    engine = trainer_of(optimizer, lambda slope: (a + b) * slope)
+    optimizer.attach(engine)
+    seen = stepped_gradients(optimizer, b)
+    engine.add_event_handler(getattr(Events, event)(once=1), lambda: optimizer.add_param_group({"params": [b]}))
+    engine.run([2.0, 2.0, 2.0, 2.0], max_epochs=2)
+
+    assert seen[2:] == [(2.0,), (2.0,)]
+    assert event == "EPOCH_COMPLETED" or seen[:2] == [(1.0,), (2.0,)]  # first of the second micro-batch alone
+
+
+def test_parameters_of_another_optimizer_of_the_engine_cannot_be_added():
+    a, b = parameter(), parameter()
+    first, second = sgd(a, name="first"), sgd(b, name="second")
+    engine = Engine(lambda *_: None)
+    first.attach(engine)
+    second.attach(engine)
+
+    with pytest.raises(AttachError, match="share 1 parameters"):
+        second.add_param_group({"params": [a]})
+    assert len(second.param_groups) == 1
+
+
+@pytest.mark.parametrize("call", ["backward", "update", "flush"])
+@pytest.mark.parametrize("kind", ["GRADIENTS_READY", "STEP_STARTED", "STEP_COMPLETED", "STEP_SKIPPED"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_window_takes_nothing_while_it_closes(kind, call, scaled):
+    weight = parameter()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
+    optimizer = sgd(weight, grad_scaler=scaler, nonfinite="skip")
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    calls = {"backward": lambda: optimizer.backward(weight * 3.0), "update": optimizer.update, "flush": optimizer.flush}
+    engine.add_event_handler(optimizer.event(kind), lambda: calls[call]())
+
+    with pytest.raises(BackwardError, match=rf"{call}\(\) of optimizer 'optimizer' in a handler of its own events"):
+        engine.run([math.inf if kind == "STEP_SKIPPED" else 1.0])
+    assert weight.grad is None
+    assert optimizer.clocks["attempt"] == optimizer.clocks["step"] + optimizer.clocks["skipped"]
+
+
+@pytest.mark.parametrize("tail", ["step", "carry", "drop"])
+def test_a_micro_batch_whose_exception_was_swallowed_enters_no_step(tail):
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=2, tail=tail)
+
+    def train_step(engine, slope):
+        optimizer.backward(weight * slope)
+        if engine.state.iteration == 2:
+            raise ZeroDivisionError
+
+    engine = Engine(train_step)
+    optimizer.attach(engine)
+    engine.add_event_handler(Events.EXCEPTION_RAISED, lambda *_: None)
+    seen = stepped_gradients(optimizer, weight)
+    with pytest.warns(ice.IceEngineWarning, match="dropped the 2 micro-batches of a window that an exception"):
+        engine.run([1.0, 10.0, 100.0, 1000.0], max_epochs=2)
+
+    assert seen == [(550.0,), (5.5,)]  # Ignite goes on in the data
+
+
+def test_the_record_is_of_the_last_window_if_a_handler_of_step_started_raises():
+    weight = parameter()
+    optimizer = sgd(weight)
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    engine.add_event_handler(optimizer.event("STEP_STARTED")(once=2), lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.run([1.0, 1.0])
+
+    assert optimizer.record.step == engine.state.optimizer_record.step == optimizer.clocks["step"] == 1
+
+
+def test_loading_inside_its_own_open_window_drops_it_with_a_warning():
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=2)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.backward(weight * 1.0)
+    optimizer.update()
+
+    with pytest.warns(ice.IceEngineWarning, match=r"dropped the 1 micro-batches of a window that load_state_dict\(\)"):
+        optimizer.load_state_dict(state)
+    assert weight.grad is None
+
+
+def test_gradients_of_a_failed_run_may_be_cleared_by_hand():
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=2)
+    engine = trainer_of(optimizer, lambda slope: weight / slope if slope else 1 / 0)
+    optimizer.attach(engine)
+    with pytest.raises(ZeroDivisionError):
+        engine.run([1.0, 0.0])
+    optimizer.zero_grad()
+
+    assert weight.grad is None
 
 
 class _OutOfMemory(torch.autograd.Function):

@@ -7,7 +7,13 @@ import torch
 from ignite.engine import Engine, Events
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, NonFiniteGradientError
+from ice_engine.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    BackwardError,
+    NoGradientsError,
+    NonFiniteGradientError,
+)
 
 
 def make(slopes, **settings):
@@ -155,6 +161,75 @@ def test_too_many_skips_in_a_row_stop_the_run_with_a_report():
     assert optimizer.clocks["skipped"] == 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "measured", "told"),
+    [
+        ({"nonfinite": "raise", "clip": ice.clip_norm(9.0)}, (), "last finite norm 2"),
+        ({"nonfinite": "raise"}, ("grad_norm",), "last finite norm 2"),
+        ({"nonfinite": "raise"}, (), r"last finite norm unknown \(optimizer.measure\('grad_norm'\) computes it\)"),
+        ({"nonfinite": "skip"}, (), "last finite norm unknown"),
+        ({"grad_scaler": True}, (), "loss scale 2, last finite norm unknown"),
+        ({"grad_scaler": True, "clip": ice.clip_norm(9.0)}, (), "loss scale 2, last finite norm 2"),
+    ],
+)
+def test_the_report_tells_the_last_finite_norm_or_that_nobody_computed_it(settings, measured, told):
+    if settings.get("grad_scaler"):
+        settings = {**settings, "grad_scaler": torch.amp.GradScaler("cpu", init_scale=4.0)}
+    _, optimizer, run = make([2.0, math.inf], max_consecutive_skips=1, **settings)
+    optimizer.measure(*measured)
+
+    with pytest.raises(NonFiniteGradientError, match=told):
+        run()
+
+
+def test_the_report_says_that_the_micro_batch_is_unknown_if_all_losses_were_finite():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=2, nonfinite="raise")
+    optimizer.backward(weight.square().sqrt())  # 0, with a gradient of 0/0
+    optimizer.update()
+    optimizer.backward(weight * 1.0)
+
+    with pytest.raises(NonFiniteGradientError, match="micro-batch unknown: all losses were finite"):
+        optimizer.update()
+
+
+def test_a_fresh_run_counts_its_own_skips_in_a_row():
+    _, optimizer, _ = make([], nonfinite="skip", max_consecutive_skips=3, clip=ice.clip_norm(9.0))
+    optimizer.engine.run([2.0, math.inf, math.inf], max_epochs=1)
+    optimizer.engine.run([math.inf, math.inf, 1.0], max_epochs=1)
+
+    assert optimizer.clocks == {"step": 1, "attempt": 3, "skipped": 2, "iteration": 3}
+
+
+@pytest.mark.parametrize("settings", [{"clip": ice.clip_norm(1.0)}, {"grad_scaler": True}, {"nonfinite": "skip"}])
+def test_sparse_gradients_that_are_not_finite_are_skipped(settings):
+    if "grad_scaler" in settings:
+        settings = {"grad_scaler": torch.amp.GradScaler("cpu")}
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = ice.Optimizer(torch.optim.SparseAdam(embedding.parameters()), **settings)
+    optimizer.backward(embedding(torch.tensor([1, 1, 2])).sum() * math.nan)
+
+    assert not optimizer.update()
+    assert "first in 'param_groups.0.params.0', shape (5, 3)" in optimizer.record.skipped
+
+
+def test_gradients_in_double_precision_whose_norm_overflows_are_not_taken_for_infinite():
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1e-200), nonfinite="skip")
+    optimizer.backward((weight * 1e200).sum())
+
+    assert optimizer.update()
+    assert weight.tolist() == pytest.approx([-1.0, -1.0])
+
+
+def test_a_handler_that_takes_all_gradients_away_is_told():
+    weight, optimizer, run = make([1.0], grad_scaler=torch.amp.GradScaler("cpu"))
+    optimizer.engine.add_event_handler(optimizer.event("GRADIENTS_READY"), lambda: setattr(weight, "grad", None))
+
+    with pytest.raises(NoGradientsError, match="has a gradient after the handlers of GRADIENTS_READY"):
+        run()
+
+
 def test_skips_that_are_not_in_a_row_do_not_stop_the_run():
     _, optimizer, run = make([math.nan, 1.0] * 4, clip=ice.clip_norm(9.0), max_consecutive_skips=2)
     run()
@@ -210,6 +285,63 @@ def test_update_takes_the_scaler_that_the_caller_scaled_with():
         scaler.scale(weight * slope).backward()
         optimizer.update(scaler, 2, current_epoch=1, epoch_steps=1, global_steps=1, epoch_size=10)
 
+    assert weight.item() == -2.0
+
+
+def test_the_callers_own_micro_batches_hold_the_scale_until_their_window_closes():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    scales = []
+    for slope in (1.0, 3.0, 2.0, 4.0):
+        scales.append(scaler.get_scale())
+        scaler.scale(weight * slope).backward()
+        optimizer.update(scaler, 2)
+
+    assert scales == [8.0, 8.0, 16.0, 16.0]
+    assert weight.item() == -2.0 - 3.0
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("adopted", [True, False])
+def test_one_scaler_for_several_optimizers_does_not_go_with_the_callers_own_backward(k, adopted):
+    a, b = torch.nn.Parameter(torch.zeros(())), torch.nn.Parameter(torch.zeros(()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    given = {} if adopted else {"grad_scaler": scaler}
+    first = ice.Optimizer(torch.optim.SGD([a], lr=1.0), name="first", **given)
+    second = ice.Optimizer(torch.optim.SGD([b], lr=1.0), name="second", accumulation_steps=k, **given)
+    scaler.scale(a * 1.0).backward()
+    scaler.scale(b * 1.0).backward()
+
+    if adopted:
+        assert first.update(scaler)  # nobody knows of the other yet
+    with pytest.raises(ArgumentValueError, match="a GradScaler that several optimizers share"):
+        second.update(scaler)
+    assert b.item() == 0.0
+
+
+@pytest.mark.parametrize("how", ["update", "load", "other"])
+def test_a_loss_scale_that_was_changed_inside_a_window_is_found(how):
+    weight = torch.nn.Parameter(torch.zeros(()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=2, grad_scaler=scaler)
+    optimizer.backward(weight * 1.0)
+    optimizer.update()
+    change = {
+        "update": lambda: scaler.update(16.0),
+        "load": lambda: scaler.load_state_dict({**scaler.state_dict(), "scale": 16.0}),
+        "other": lambda: setattr(scaler, "_scale", torch.tensor(16.0)),
+    }
+    change[how]()
+    optimizer.backward(weight * 1.0)
+
+    with pytest.raises(BackwardError, match="the loss scale was changed inside a window"):
+        optimizer.update()
+    assert (weight.item(), weight.grad) == (0.0, None)
+    assert optimizer.clocks == {"step": 0, "attempt": 0, "skipped": 0, "iteration": 2}
+    for slope in (1.0, 3.0):
+        optimizer.backward(weight * slope)
+        optimizer.update()
     assert weight.item() == -2.0
 
 

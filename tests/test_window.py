@@ -48,6 +48,7 @@ def test_drop_leaves_the_tail_out_and_says_how_much(caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "optimizer 'optimizer': dropped 1 micro-batches at the epoch's end"
     ] * 2
+    assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_unknown_epoch_length_flushes_at_the_epochs_end():
@@ -179,6 +180,13 @@ def test_a_micro_batch_of_weight_0_contributes_nothing_even_if_nan():
     assert gradient == 5.0
 
 
+def test_a_constant_of_weight_0_contributes_nothing_as_well():
+    stepped, gradient = loop([(lambda w: torch.tensor(math.nan), {"weight": 0}), (lambda w: w * 5.0, {"weight": 2})])
+
+    assert stepped
+    assert gradient == 5.0
+
+
 def test_a_window_of_weight_0_is_skipped_with_the_reason():
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0))
@@ -211,6 +219,85 @@ def test_fp16_gradients_stay_in_range_over_a_long_window():
     assert weight.item() == -10000.0
 
 
+@pytest.mark.parametrize(("k", "weight"), [(8, None), (8, 32), (6, 1000)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_fp16_gradients_stay_in_range_where_their_sum_does_not(k, weight, reduction):
+    if reduction == "sum" and weight is None:
+        return
+    parameter = torch.nn.Parameter(torch.zeros((), dtype=torch.float16))
+    optimizer = ice.Optimizer(
+        torch.optim.SGD([parameter], lr=1.0), accumulation_steps=k, loss_reduction=reduction, nonfinite="skip"
+    )
+    for _ in range(k):
+        total = (parameter * 10000.0).float() * (weight if reduction == "sum" else 1.0)
+        optimizer.backward(total, weight=weight)
+        stepped = optimizer.update()
+
+    assert stepped
+    assert parameter.item() == pytest.approx(-10000.0, rel=2e-3)
+
+
+def test_fp16_gradients_of_a_short_last_window_are_divided_by_its_own_size():
+    parameter = torch.nn.Parameter(torch.zeros((), dtype=torch.float16))
+    optimizer = ice.Optimizer(torch.optim.SGD([parameter], lr=1.0), accumulation_steps=8)
+    for slope in (1.0, 2.0, 6.0):
+        optimizer.backward(parameter * slope)
+        optimizer.update()
+    optimizer.flush()
+
+    assert parameter.item() == -3.0
+
+
+def test_the_callers_own_micro_batch_is_refused_after_one_that_entered_divided():
+    parameter = torch.nn.Parameter(torch.zeros((), dtype=torch.float16))
+    optimizer = ice.Optimizer(torch.optim.SGD([parameter], lr=1.0), accumulation_steps=2)
+    optimizer.backward(parameter * 1.0)
+    optimizer.update()
+    (parameter * 3.0).backward()
+
+    with pytest.raises(BackwardError, match=r"call optimizer.backward\(loss, weight=n\) instead of loss.backward"):
+        optimizer.update()
+
+
+@pytest.mark.parametrize(
+    "weights", [(1, 4096), (4096, 1), (1, 20, 5, 4096, 1e5, 3), (1, 3, 9, 27, 81, 243), (1, 8, 64)]
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_whatever_the_first_weight_no_loss_is_multiplied_much(weights, reduction):
+    parameter = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer = ice.Optimizer(
+        torch.optim.SGD([parameter], lr=1.0), accumulation_steps=len(weights), loss_reduction=reduction
+    )
+    slopes = [float(i) for i in range(1, len(weights) + 1)]
+    for weight, slope in zip(weights, slopes, strict=True):
+        entered = []
+        loss = parameter * slope
+        loss.register_hook(entered.append)
+        optimizer.backward(loss * (weight if reduction == "sum" else 1.0), weight=weight)
+        optimizer.update()
+        assert float(entered[0]) <= 8.0
+
+    mean = math.fsum(w * s for w, s in zip(weights, slopes, strict=True)) / math.fsum(weights)
+    assert parameter.item() == pytest.approx(-mean, rel=1e-12)
+
+
+def test_autocast_fp16_steps_though_the_first_weight_is_small():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    optimizer = ice.Optimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        accumulation_steps=2,
+        grad_scaler=torch.amp.GradScaler("cpu", init_scale=1024.0),
+    )
+    for weight in (1, 4096):
+        with torch.autocast("cpu", torch.float16):
+            loss = (model(torch.randn(16, 8)) - 3.0).square().mean()
+        optimizer.backward(loss, weight=weight)
+        stepped = optimizer.update()
+
+    assert stepped
+
+
 def test_losses_with_and_without_weight_do_not_mix():
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=2)
@@ -229,6 +316,9 @@ def test_losses_with_and_without_weight_do_not_mix():
         ("3", ArgumentTypeError, "weight must be a number, got str"),
         (True, ArgumentTypeError, "got bool"),
         (torch.ones(2), ArgumentTypeError, "got Tensor"),
+        (torch.tensor(True), ArgumentTypeError, "got Tensor"),
+        (torch.tensor(1j), ArgumentTypeError, "got Tensor"),
+        (10**400, ArgumentValueError, "finite"),
     ],
 )
 def test_impossible_weights_are_refused(weight, error, message):
@@ -239,6 +329,15 @@ def test_impossible_weights_are_refused(weight, error, message):
         optimizer.backward(parameter * 1.0, weight=weight)
 
     assert parameter.grad is None
+
+
+def test_weights_that_add_up_to_infinity_are_refused():
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([parameter], lr=1.0), accumulation_steps=2)
+    optimizer.backward(parameter * 1.0, weight=1e308)
+
+    with pytest.raises(ArgumentValueError, match="add up to more than a float can hold"):
+        optimizer.backward(parameter * 1.0, weight=1e308)
 
 
 def test_summed_losses_need_their_number_of_items():
@@ -280,6 +379,21 @@ def test_flush_steps_with_what_is_there_and_is_idempotent():
 
     assert [optimizer.flush(), optimizer.flush()] == [True, False]
     assert weight.item() == -3.0
+
+
+def test_flush_steps_whatever_the_tail_and_update_heeds_it_where_told_of_the_epochs_end():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=2, tail="drop")
+    for i, slope in enumerate((1.0, 3.0, 5.0), 1):
+        optimizer.backward(weight * slope)
+        optimizer.update(epoch_steps=i, epoch_size=3)
+    assert not optimizer.flush()
+    assert weight.item() == -2.0
+    optimizer.backward(weight * 5.0)
+    optimizer.update()
+
+    assert optimizer.flush()
+    assert weight.item() == -7.0
 
 
 @pytest.mark.parametrize(

@@ -101,14 +101,16 @@ def check_accumulation(
     <ice_engine.optimizer.Optimizer>`: the batch at once, cut into equal micro-batches, and into a ragged split.
     If gradients differ, every module's outputs are compared to name the ones that break it; then the loss, to
     find the weights that are right. Dropout and other draws of torch are held still meanwhile, and noted. The model,
-    its gradients and the random generators stay as they are.
+    its gradients and the global random generators stay as they are, and so do gradients and buffers of modules that
+    *loss_fn* closes over; what else it reaches, such as globals or a numpy ``Generator`` of its own, does not.
 
     Args:
         model: Called as ``model(x)``. In evaluation mode, all of it is checked in training mode; in training mode,
             modules that are in evaluation mode stay so. Its hooks run for the copies, too.
         loss_fn: ``loss_fn(y_pred, y)``, shape ().
         batch: What a loader gives: of at least *accumulation_steps* samples, in the first dimension of each
-            tensor of the ``x`` and ``y`` that *prepare_batch* makes of it.
+            tensor of the ``x`` and ``y`` that *prepare_batch* makes of it; arrays and lists with an entry for each
+            sample are cut as well.
         accumulation_steps: Micro-batches per window, at least 2.
         prepare_batch: ``(batch, device=, non_blocking=) -> (x, y)``, called once.
         weight: ``(x, y) ->`` items behind the loss; by default the samples.
@@ -151,7 +153,7 @@ def check_accumulation(
         tolerance = positive("tolerance", tolerance)
     model = _bare(model)
     _check_trainable(model)
-    with nothing_left_behind(model):
+    with nothing_left_behind(model, loss_fn), torch.enable_grad():
         device = next(model.parameters()).device
         x, y = _prepared(prepare_batch(batch, device=device, non_blocking=False))
         total = samples(x, y)

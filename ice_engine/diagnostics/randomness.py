@@ -11,16 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextlib.contextmanager
-def nothing_left_behind(model: torch.nn.Module) -> Iterator[None]:
-    """Give back the state of all random generators, and *model*'s gradients and buffers, whatever happens inside.
+def nothing_left_behind(model: torch.nn.Module, loss_fn: Any = None) -> Iterator[None]:
+    """Give back the state of all random generators, and the gradients and buffers of *model*, whatever happens inside.
 
-    Copies are what is run; but a loss may know the model itself, and reach it.
+    Copies are what is run; but a loss may know the model itself, and reach it, or other modules that it closes over.
     """
+    modules = {each: None for known in (model, *_closed_over(loss_fn)) for each in known.modules()}
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    gradients = [(p, p.grad) for module in modules for p in module.parameters(recurse=False)]
+    buffers = [(b, b.detach().clone()) for module in modules for b in module.buffers(recurse=False)]
+    places = [(module._buffers, dict(module._buffers)) for module in modules]  # noqa: SLF001 - some assign new ones
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=list(devices)):
         try:
@@ -33,10 +35,20 @@ def nothing_left_behind(model: torch.nn.Module) -> Iterator[None]:
                 numpy.random.set_state(numpy_state)
             for p, gradient in gradients:
                 p.grad = gradient
+            for place, kept in places:
+                place.update(kept)
             for buffer, value in buffers:
                 if not _identical(buffer, value):
                     with torch.no_grad():
                         buffer.copy_(value)
+
+
+def _closed_over(function: Any) -> list[torch.nn.Module]:
+    found = []
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            found += [cell.cell_contents] if isinstance(cell.cell_contents, torch.nn.Module) else []
+    return found
 
 
 def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -28,13 +28,22 @@ _BUCKET = 8 * 1024 * 1024  # elements that are reduced at once
 class Synchroniser(Protocol):
     """How the gradients of one model get from rank to rank."""
 
+    model: Any
+    """The module."""
+
     together: bool
     """Whether even a forward needs all ranks, so that none may have a micro-batch more than the others."""
+
+    reduces: bool
+    """Whether a backward reduces now."""
 
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
 
-    def take_part(self) -> None:
+    def before_backward(self) -> None:
+        """Get ready for one more backward of a micro-batch."""
+
+    def take_part(self, loss: torch.Tensor | None = None) -> None:
         """Take part with zeros in the reduction that the other ranks' backward makes."""
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -55,31 +64,40 @@ class DDPSync:
     together = False
 
     def __init__(self, model: DistributedDataParallel, sync: Sync) -> None:
-        self._model: Any = model
+        self.model: Any = model
+        self.reduces = True
         self._always = sync == "memory"
-        self._settled = False
+        self._used = self._settled = False
 
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
-        self._model.require_backward_grad_sync = last or self._always
+        self.model.require_backward_grad_sync = self.reduces = last or self._always
+        self._used = False
         # DDP sends buffers in the first forward after a reduction, when perhaps not every rank has data: here it is in
         # the forward of the reduction itself.
-        self._model.require_forward_param_sync = last
+        self.model.require_forward_param_sync = last
 
-    def take_part(self) -> None:
+    def before_backward(self) -> None:
+        """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
+        if self.reduces and self._used:
+            self.settle()  # what DDP notes of its first backward for its buckets must be of one
+            self.model.reducer.prepare_for_backward([])
+        self._used = True
+
+    def take_part(self, loss: torch.Tensor | None = None) -> None:  # noqa: ARG002 - needs none
         """Take part with zeros in the reduction that the other ranks' backward makes."""
-        parameters = [p for p in self._model.module.parameters() if p.requires_grad]
-        self._model.reducer.prepare_for_backward([])  # as the forward does that this rank may not have had
+        parameters = [p for p in self.model.module.parameters() if p.requires_grad]
+        self.model.reducer.prepare_for_backward([])  # as the forward does that this rank may not have had
         torch.autograd.backward(parameters, [torch.zeros_like(p) for p in parameters])
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
         """Average gradients that no backward has reduced."""
-        average(parameters, self._model.process_group)
+        average(parameters, self.model.process_group)
 
     def settle(self) -> None:
         """Let DDP agree on its buckets now; it would in the next forward, where a rank may be missing."""
         if not self._settled:
-            self._model.reducer._rebuild_buckets()  # noqa: SLF001 - no public way to it
+            self.model.reducer._rebuild_buckets()  # noqa: SLF001 - no public way to it
             self._settled = True
 
 
@@ -94,15 +112,23 @@ class FSDPSync:
     together = True
 
     def __init__(self, model: FSDPModule, sync: Sync) -> None:
-        self._model = model
+        self.model: Any = model
+        self.reduces = True
         self._always = sync == "memory"
 
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
-        self._model.set_requires_gradient_sync(last or self._always)
+        self.reduces = last or self._always
+        self.model.set_requires_gradient_sync(self.reduces)
 
-    def take_part(self) -> None:
-        """Refuse: without a forward there is nothing to take part with."""
+    def before_backward(self) -> None:
+        """Do nothing: every backward reduces for itself."""
+
+    def take_part(self, loss: torch.Tensor | None = None) -> None:
+        """Differentiate *loss* with gradient 0; without one there is nothing to take part with."""
+        if loss is not None:
+            torch.autograd.backward(loss, torch.zeros_like(loss))
+            return
         message = (
             f"rank {rank()} called no backward() in an iteration in which others did; every forward and backward of a "
             "fully_shard'ed model needs all ranks. Call it on all, with weight=0 where there is nothing to learn"
@@ -127,11 +153,18 @@ class NoSync:
     """For tensor parallelism alone: every rank has the gradients of its shards, of the same data."""
 
     together = True
+    reduces = False
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model: Any = model
 
     def on(self, last: bool) -> None:
         """Do nothing."""
 
-    def take_part(self) -> None:
+    def before_backward(self) -> None:
+        """Do nothing."""
+
+    def take_part(self, loss: torch.Tensor | None = None) -> None:
         """Do nothing."""
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -161,7 +194,7 @@ def synchroniser(model: torch.nn.Module | None, parameters: Iterable[torch.Tenso
                 "well, after its parts"
             )
             raise AttachError(message)
-        return NoSync()
+        return NoSync(inner)
     given = "no model" if model is None else f"a {type(model).__name__}, whose gradients nobody reduces"
     message = (
         f"this is rank {rank()} of {world_size()} and attach() was given {given}: every rank would train a model of "

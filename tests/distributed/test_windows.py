@@ -164,7 +164,10 @@ def _all() -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def results(world: int) -> list[dict[str, dict[str, Any]]]:
-    return launch(_all, world)
+    try:
+        return launch(_all, world)
+    except AssertionError as error:
+        return [{name: {"failed": str(error)} for name in CASES}]  # once, not once a test
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
