@@ -615,7 +615,7 @@ class Stepping(OptimizerFacade):
                 norm = self._clip.by_group([group["params"] for group in self.param_groups])
             else:
                 norm = self._clip(parameters)
-            whole = isinstance(norm, torch.Tensor) and norm.numel() == 1
+            whole = isinstance(norm, torch.Tensor) and norm.numel() == 1 and not norm.is_complex()
             if not whole and (isinstance(norm, bool) or not isinstance(norm, Real)):
                 shape = f" of shape {tuple(norm.shape)}" if isinstance(norm, torch.Tensor) else ""
                 message = (

@@ -157,7 +157,7 @@ class Window:
             )
             raise ArgumentTypeError(message)
         try:
-            items = float(weight)
+            items = float(weight.detach() if isinstance(weight, torch.Tensor) else weight)
         except OverflowError:  # an int beyond every float
             items = math.inf
         if not (math.isfinite(items) and items >= 0.0):

@@ -380,14 +380,22 @@ def test_any_function_of_the_parameters_may_clip():
 
 @pytest.mark.parametrize(
     ("returned", "named"),
-    [(torch.ones(2), r"Tensor of shape \(2,\)"), (True, "bool"), ("1.0", "str"), (1j, "complex")],
+    [
+        (torch.ones(2), r"Tensor of shape \(2,\)"),
+        (True, "bool"),
+        ("1.0", "str"),
+        (1j, "complex"),
+        (torch.tensor(1j), "Tensor"),
+    ],
 )
 def test_a_clip_that_returns_no_number_is_refused(returned, named):
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), clip=lambda _: returned)
     optimizer.backward(weight * 4.0)
 
-    with pytest.raises(ArgumentTypeError, match=f"clip returned {named}; wanted the norm before clipping, one number"):
+    with pytest.raises(
+        ArgumentTypeError, match=f"clip returned {named}.*; wanted the norm before clipping, one number"
+    ):
         optimizer.update()
 
     assert weight.item() == 0.0
