@@ -213,6 +213,8 @@ class Peers:
         if self._epoch_over:
             return  # TERMINATE_SINGLE_EPOCH came before EPOCH_COMPLETED
         self._epoch_over = True
+        if engine.state.epoch_length == 0:
+            engine.state.epoch_length = None  # Ignite takes a rank without data to be at the end of its run
         rows = self._gate(Kind.EPOCH_END)
         while any(row[0] == Kind.GATE for row in rows):
             for member in self._members_of(rows, 2):

@@ -316,17 +316,15 @@ def check_scaler(scaler: torch.amp.GradScaler | None) -> torch.amp.GradScaler | 
     raise ArgumentTypeError(message)
 
 
-def describe_nonfinite(
-    named_parameters: Iterable[tuple[str, torch.Tensor]], losses: Iterable[tuple[int, torch.Tensor]]
-) -> str:
-    """Say which parameter is the first without a finite gradient, and which micro-batch's loss was not finite."""
+def first_nonfinite(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Say which parameter is the first without a finite gradient."""
     for name, parameter in named_parameters:
         if parameter.grad is not None and not bool(torch.isfinite(entries(parameter.grad)).all()):
-            culprit = f"first in {name!r}, shape {tuple(parameter.shape)}"
-            break
-    else:
-        culprit = "every entry is finite, their norm is not"
+            return f"first in {name!r}, shape {tuple(parameter.shape)}"
+    return "every entry is finite, their norm is not"
+
+
+def nonfinite_loss(losses: Iterable[tuple[int, torch.Tensor]]) -> str:
+    """Say which micro-batch is the first whose loss was not finite; nothing if all were."""
     bad = [index for index, loss in losses if not bool(torch.isfinite(loss))]
-    if bad:
-        return f"{culprit}; the loss of micro-batch {bad[0]} was not finite"
-    return f"{culprit}; micro-batch unknown: all losses were finite"
+    return f"the loss of micro-batch {bad[0]} was not finite" if bad else ""

@@ -18,7 +18,7 @@ from ice_engine.clipping import ClipNorm
 from ice_engine.clocks import Clocks
 from ice_engine.distributed import world
 from ice_engine.distributed.build import Sharding, build
-from ice_engine.distributed.rounds import gatherer
+from ice_engine.distributed.rounds import gatherer, rounds
 from ice_engine.distributed.world import require_one_process
 from ice_engine.errors import (
     ArgumentTypeError,
@@ -37,7 +37,7 @@ from ice_engine.isolation import gradients_aside
 from ice_engine.measures import MEASURES, Measures
 from ice_engine.norms import entries
 from ice_engine.peers import Member
-from ice_engine.precision import Policy, Precision, describe_nonfinite
+from ice_engine.precision import Policy, Precision, first_nonfinite, nonfinite_loss
 from ice_engine.processors.agreement import Gather
 from ice_engine.processors.group import (
     check_processors,
@@ -590,11 +590,18 @@ class Stepping(OptimizerFacade):
         if reason is None:
             gradient.multiply(1.0 if clip is None or norm is None else clip.coefficient(norm))
             return self._step(norm)
-        reason = f"{reason}, {describe_nonfinite(self.named_parameters(), self._window.losses)}"
+        reason = f"{reason}, {first_nonfinite(self.named_parameters())}; {self._nonfinite_losses()}"
         self._skip(reason, norm)
         attempt = self._clocks.counts["attempt"]
         precision.stop_if_exhausted(f"{reason} (optimizer {self._name!r}, attempt {attempt}, rank {world.rank()})")
         return False
+
+    def _nonfinite_losses(self) -> str:
+        bad = nonfinite_loss(self._window.losses)
+        if self._member is not None:
+            told = rounds().texts(bad, "the report on a gradient that is not finite")
+            bad = ", ".join(f"rank {r}: {text}" for r, text in enumerate(told) if text)
+        return bad or "micro-batch unknown: all losses were finite"
 
     @property
     def _folded_clip(self) -> ClipNorm | None:
