@@ -13,6 +13,7 @@ from ice_engine.optimizer import Optimizer
 from ice_engine.param_groups import param_groups
 from ice_engine.plan import Plan
 from ice_engine.processors import Collect, Compose, Processor, dictprocess, schedules
+from ice_engine.sharded import load_sharded, save_sharded
 from ice_engine.tensorboard import TensorBoard
 from ice_engine.trainer import create_trainer
 from ice_engine.typing import DictProcessor
@@ -42,7 +43,9 @@ __all__ = [
     "clip_value",
     "create_trainer",
     "dictprocess",
+    "load_sharded",
     "optimizer_events",
     "param_groups",
+    "save_sharded",
     "schedules",
 ]

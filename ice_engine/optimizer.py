@@ -485,7 +485,11 @@ class Optimizer(Stepping):
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world.world_size():
             message = f"rank must be an integer from 0 to {world.world_size() - 1}, got {rank!r}"
             raise ArgumentValueError(message)
-        extra = {
+        return pack(dict(self._inner.state_dict()), self._names(), self._extra_state())
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What a state dict of ours has beyond torch's."""
+        return {
             "name": self._name,
             "class": type(self._inner).__name__,
             "clocks": self._whole_counts(),
@@ -494,9 +498,8 @@ class Optimizer(Stepping):
             "noise": self._measures.noise.state_dict(),
             "window": {"micro_batches": self._window.micro_batches, "weight": self._window.weight},
             **self._precision.state_dict(),
+            "shapes": shapes(self.named_parameters()),
         }
-        extra["shapes"] = shapes(self.named_parameters())
-        return pack(dict(self._inner.state_dict()), self._names(), extra)
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadReport:  # type: ignore[override]
         """Load a state dict of ours or of the wrapped optimizer's class; nothing of the argument is kept.
