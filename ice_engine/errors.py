@@ -6,6 +6,7 @@
     ├── ArgumentTypeError       TypeError     an argument has the wrong type
     ├── ArgumentValueError      ValueError    an argument has an impossible value
     ├── AttachError             RuntimeError  optimizer and engine do not go together (now)
+    ├── RankError               RuntimeError  ranks that must act together do not
     ├── BackwardError           RuntimeError  the loss cannot be differentiated, or not here
     ├── NoGradientsError        RuntimeError  a window closed and no parameter has a gradient
     ├── NonFiniteGradientError  ArithmeticError  infinite or NaN gradients, by policy or too often
@@ -45,6 +46,10 @@ class ArgumentValueError(IceEngineError, ValueError):
 
 class AttachError(IceEngineError, RuntimeError):
     """An optimizer and an engine do not go together, or not now."""
+
+
+class RankError(IceEngineError, RuntimeError):
+    """Ranks that must do the same thing together do not, or one of them cannot."""
 
 
 class BackwardError(IceEngineError, RuntimeError):
