@@ -11,7 +11,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ice_engine.errors import StateDictError
-from ice_engine.names import PLACE, bare, few
+from ice_engine.names import PLACE, bare, class_name, few
 
 _MOST = 5  # names in an error
 
@@ -119,7 +119,7 @@ def fit(
 
 
 def _check_class(optimizer: torch.optim.Optimizer, plain: dict[str, Any], extra: Mapping[str, Any] | None) -> None:
-    saved_class, wrapped = (extra or {}).get("class"), type(optimizer).__name__
+    saved_class, wrapped = (extra or {}).get("class"), class_name(optimizer)
     for i, group in enumerate(plain["param_groups"]):
         lacking = [key for key in optimizer.defaults if key not in group]
         if lacking and saved_class not in (None, wrapped):

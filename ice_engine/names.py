@@ -16,6 +16,11 @@ def bare(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
+def class_name(optimizer: Any) -> str:
+    """Return the name of an optimizer's class; of one that is sharded over ranks, of the plain one."""
+    return str(getattr(optimizer, "wrapped_class", type(optimizer)).__name__)
+
+
 def unwrapped(names: Sequence[str]) -> list[str]:
     """Return all *names* of a model without its wrappers' prefixes.
 

@@ -12,6 +12,8 @@ from ignite.engine import Engine, Events
 
 from ice_engine.clocks import Clocks
 from ice_engine.distributed import world
+from ice_engine.distributed.build import remove_last_param_group
+from ice_engine.distributed.consolidation import consolidate, is_sharded, resharded
 from ice_engine.distributed.sync import Sync, Synchroniser, bare, synchroniser
 from ice_engine.errors import (
     ArgumentTypeError,
@@ -24,6 +26,7 @@ from ice_engine.events import is_running, register
 from ice_engine.hooks import HookRegistry
 from ice_engine.isolation import GradOff
 from ice_engine.matching import LoadReport, fit, shapes
+from ice_engine.names import class_name
 from ice_engine.peers import Member, Peers, peers
 from ice_engine.plan import Plan
 from ice_engine.precision import always
@@ -31,7 +34,7 @@ from ice_engine.processors.agreement import exact
 from ice_engine.processors.group import check_names, rewind, set_initial_values
 from ice_engine.processors.group_mapping import group_name
 from ice_engine.processors.processor import name_of
-from ice_engine.state import pack, unpack
+from ice_engine.state import pack, stub, unpack
 from ice_engine.stepping import Stepping
 
 _FIRST = -100  # order of our handlers: validation and checkpoints on the same event see the step already taken
@@ -464,7 +467,7 @@ class Optimizer(Stepping):
             if self._processors:
                 set_initial_values(self._processors, self.param_groups)
         except BaseException:
-            self.param_groups.pop()
+            remove_last_param_group(self._inner)
             raise
         if self._engine is not None or self._window.is_open:
             for parameter in added:  # what earlier losses left there came from no backward() of this optimizer
@@ -473,25 +476,35 @@ class Optimizer(Stepping):
     def state_dict(self, rank: int = 0) -> dict[str, Any]:
         """Return torch's own state dict with parameter names and one key more, ``ice_engine``.
 
-        A plain torch optimizer of the same class loads it as it is. Call on every rank.
+        A plain torch optimizer of the same class loads it as it is. Call on every rank: state that is sharded,
+        by ``sharding="zero1"`` or ``fully_shard()``, is gathered, one tensor after the other.
 
         Args:
             rank: The rank that gets the whole state.
 
         Returns:
             ``state``, ``param_groups`` (each with ``param_names``) and ``ice_engine``: plain data that
-            loads with ``weights_only=True``. Tensors are the live ones, as in torch.
+            loads with ``weights_only=True``. Tensors are the live ones, as in torch; of sharded state they are
+            copies on the CPU, and ranks other than *rank* get a stub that refuses to be loaded.
+
+        Raises:
+            ArgumentValueError: If there is no such *rank*.
+            RankError: If the state is sharded and a rank does not call this too, within seconds.
         """
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world.world_size():
             message = f"rank must be an integer from 0 to {world.world_size() - 1}, got {rank!r}"
             raise ArgumentValueError(message)
-        return pack(dict(self._inner.state_dict()), self._names(), self._extra_state())
+        extra = self._extra_state()
+        if not is_sharded(self._inner):
+            return pack(dict(self._inner.state_dict()), self._names(), extra)
+        whole = consolidate(self._inner, rank, self._name)
+        return stub(rank) if whole is None else pack(whole, self._names(), extra)
 
     def _extra_state(self) -> dict[str, Any]:
         """What a state dict of ours has beyond torch's."""
         return {
             "name": self._name,
-            "class": type(self._inner).__name__,
+            "class": class_name(self._inner),
             "clocks": self._whole_counts(),
             "horizon": self._course.state_dict(self._terms()),
             "measurements": {metric: list(values) for metric, values in self._measurements.items()},
@@ -536,7 +549,7 @@ class Optimizer(Stepping):
         # Loaded twice before the run: what the script asked for is what it had before the first time.
         configured = before if self._course.configured is None else self._course.configured
         names = [group.get("param_names") for group in self.param_groups]
-        self._inner.load_state_dict(plain)
+        self._inner.load_state_dict(resharded(self._inner, plain))
         for group, initial, own in zip(self.param_groups, before, names, strict=True):
             for key, value in initial.items():
                 group.setdefault(key, value)

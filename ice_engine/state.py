@@ -14,6 +14,11 @@ def pack(state: dict[str, Any], names: list[list[str]], extra: dict[str, Any]) -
     return {**state, "param_groups": groups, "ice_engine": {"version": VERSION, **extra}}
 
 
+def stub(rank: int) -> dict[str, Any]:
+    """Return what stands for the state on ranks that do not hold it; :func:`unpack` refuses it."""
+    return {"ice_engine": {"version": VERSION, "consolidated_on": rank}}
+
+
 def unpack(state: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Split *state* into torch's part and ours, None where a plain optimizer saved it.
 

@@ -12,6 +12,7 @@ BUILTIN = {
     "ArgumentTypeError": TypeError,
     "ArgumentValueError": ValueError,
     "AttachError": RuntimeError,
+    "RankError": RuntimeError,
     "BackwardError": RuntimeError,
     "NoGradientsError": RuntimeError,
     "NonFiniteGradientError": ArithmeticError,

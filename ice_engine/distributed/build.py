@@ -3,11 +3,15 @@
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from ice_engine.arguments import choice
-from ice_engine.distributed.world import require_one_process
+from ice_engine.distributed.world import world_size
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.typing import OptimizerFactory
+
+if dist.is_available():
+    from ice_engine.distributed.zero import refuse_raw, shard
 
 Sharding = Literal["zero1"]
 
@@ -23,7 +27,8 @@ def build(
     Raises:
         ArgumentTypeError: If *optimizer* is neither an optimizer nor a factory of one.
         ArgumentValueError: If *params* or *sharding* do not go with it.
-        AttachError: If it would be sharded over many ranks.
+        ClosureError: If it would be sharded and needs a closure.
+        RankError: If it would be sharded, and another rank does not build the same.
     """
     choice("sharding", sharding, (None, "zero1"))
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -36,6 +41,8 @@ def build(
                 f"Optimizer(functools.partial({type(optimizer).__name__}, lr=...), model.parameters(), sharding=...)"
             )
             raise ArgumentValueError(message)
+        if dist.is_available():
+            refuse_raw(type(optimizer))
         return optimizer
     if not callable(optimizer):
         message = f"optimizer must be a torch.optim.Optimizer or a factory of one, got {type(optimizer).__name__}"
@@ -46,10 +53,18 @@ def build(
     if isinstance(params, torch.nn.Module | torch.Tensor):
         message = f"params must be parameters, pairs or groups, got {type(params).__name__}; pass model.parameters()"
         raise ArgumentTypeError(message)
-    if sharding is not None:
-        require_one_process(f"sharding={sharding!r}")
+    if sharding is not None and world_size() > 1:
+        return shard(optimizer, params)
     made = optimizer(params)
     if not isinstance(made, torch.optim.Optimizer):
         message = f"the factory {optimizer!r} returned {type(made).__name__}; it must return a torch.optim.Optimizer"
         raise ArgumentTypeError(message)
+    if dist.is_available():
+        refuse_raw(type(made))
     return made
+
+
+def remove_last_param_group(optimizer: torch.optim.Optimizer) -> None:
+    """Undo the last ``add_param_group()`` of *optimizer*, before its next step."""
+    remove = getattr(optimizer, "remove_last_param_group", optimizer.param_groups.pop)
+    remove()

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from ice_engine.distributed import manifest, world
 from ice_engine.distributed.manifest import METADATA, Manifest
 from ice_engine.distributed.metadata import read_metadata
-from ice_engine.distributed.together import agree, connected, fail_if, gather, group, reason, together
+from ice_engine.distributed.together import agree, connected, fail_if, gather, reason, together
 from ice_engine.errors import CheckpointError
 
 
@@ -43,10 +43,8 @@ def write(folder: Path, objects: list[str], collect: Callable[[], dict[str, Any]
     together(doing, lambda: manifest.clear(folder) if world.rank() == 0 else None)
     _write_parts(doing, folder, entries)
     own = together(doing, lambda: _own_files(folder))
-    with connected(doing):
-        files = {
-            name: (size, sha) for text in gather(json.dumps(own)) for name, (size, sha) in json.loads(text).items()
-        }
+    told = gather(doing, json.dumps(own))
+    files = {name: (size, sha) for text in told for name, (size, sha) in json.loads(text).items()}
     whole = Manifest(objects, world.world_size(), files)
     together(doing, lambda: manifest.commit(folder, whole) if world.rank() == 0 else None)
 
@@ -58,7 +56,7 @@ def _write_parts(doing: str, folder: Path, entries: dict[str, Any]) -> None:
                 entries,
                 storage_writer=FileSystemWriter(folder, overwrite=False),
                 planner=DefaultSavePlanner(flatten_state_dict=False),
-                process_group=group(),
+                process_group=world.own_group() if world.world_size() > 1 else None,
                 no_dist=world.world_size() == 1,
             )
     except CheckpointException as err:

@@ -54,10 +54,14 @@ _WORDS = {
     Kind.RUN_END: "is at the end of its run",
     Kind.UNIT: "enters its first weighted loss",
     Kind.CLOSE: "closes a window",
-    Kind.TEXT: "compares what it has with the others",
+    Kind.TEXT: "needs all ranks",
     Kind.RAISED: "raised",
 }
-_TOGETHER = ({Kind.GATE, Kind.EPOCH_END, Kind.RUN_END, Kind.UNIT}, {Kind.EPOCH_START, Kind.RUN_END})
+_TOGETHER = (
+    *({kind} for kind in Kind),
+    {Kind.GATE, Kind.EPOCH_END, Kind.RUN_END, Kind.UNIT},
+    {Kind.EPOCH_START, Kind.RUN_END},
+)
 
 Row = list[float]
 
@@ -92,8 +96,9 @@ class Rounds:
             reasons = self._texts("", kinds)
             raised = [f"rank {r} raised {why}" for r, why in enumerate(reasons) if kinds[r] is Kind.RAISED]
             raise RankError("; ".join(raised))
-        if not all(_go_together(kind, other) for other in kinds):
-            said = "; ".join(f"rank {r} {other}" for r, other in enumerate(kinds))
+        if Kind.RAISED not in kinds and not any({*kinds} <= allowed for allowed in _TOGETHER):
+            places = self._texts(self._doing, kinds)
+            said = "; ".join(f"rank {r} {other}, at {places[r]}" for r, other in enumerate(kinds))
             message = (
                 f"the ranks are not at the same place: {said}. Do on every rank what one does: a handler, a "
                 "checkpoint or a step on one rank only leaves the others waiting"
@@ -149,7 +154,7 @@ class Rounds:
         try:
             work = self._group.allgather([gathered], [row])
         except RuntimeError as error:
-            raise self._gone(error) from error
+            raise self.gone(error) from error
         self._wait(work, patience)
         return [each.tolist() for each in gathered]
 
@@ -160,7 +165,7 @@ class Rounds:
                 work.wait(patience or _SOON)
             except RuntimeError as error:
                 if "timed out" not in str(error).lower():
-                    raise self._gone(error) from error
+                    raise self.gone(error) from error
                 if patience is not None:
                     raise TimeoutError from error
             else:
@@ -168,7 +173,8 @@ class Rounds:
             waited = time.monotonic() - begin
             suspects.look(self._watch.ask(others()), waited, self._doing)
 
-    def _gone(self, error: BaseException) -> RankError:
+    def gone(self, error: BaseException) -> RankError:
+        """Return the error that says who is gone, after a connection was lost with *error*."""
         silent = [r for r, answer in self._watch.ask(others()).items() if answer is None]
         notes = self._watch.notes()
         # Those who lost it as well say nothing new.
@@ -210,10 +216,6 @@ class _Suspects:
                 self._said.add(text)
                 logger.warning("rank %d waits at %s for %.0f s, perhaps for %s", rank(), doing, waited, text)
         self._before = answers
-
-
-def _go_together(one: Kind, other: Kind) -> bool:
-    return one is other or Kind.RAISED in (one, other) or any({one, other} <= allowed for allowed in _TOGETHER)
 
 
 def _ranks(numbers: Sequence[int]) -> str:

@@ -1,63 +1,45 @@
 """A step that all ranks take or none: what fails on one of them is an error on all, and nobody waits for ever."""
 
 import contextlib
-import datetime
-import functools
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
-import torch.distributed as dist
-
 from ice_engine.distributed import world
-from ice_engine.errors import CheckpointError, IceEngineError
+from ice_engine.distributed.rounds import rounds
+from ice_engine.errors import CheckpointError, IceEngineError, RankError
 
 T = TypeVar("T")
-
-# For the slowest disk. A rank that is gone is noticed at once, as its connection closes.
-_PATIENCE = datetime.timedelta(minutes=10)
-
-
-@functools.cache
-def _group_of(_default: dist.ProcessGroup) -> dist.ProcessGroup:
-    # A rank may write for minutes while others wait, so not the group of the windows, whose patience is shorter.
-    return cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=_PATIENCE))
-
-
-def group() -> dist.ProcessGroup | None:
-    """Return the gloo group of all ranks in which a checkpoint is spoken of; None with one process."""
-    return _group_of(dist.group.WORLD) if world.world_size() > 1 else None
 
 
 @contextlib.contextmanager
 def connected(doing: str) -> Iterator[None]:
-    """Turn a lost connection inside into an error that says what was being done.
+    """Turn a connection lost inside, in a collective of torch's, into an error that says what was being done.
 
     Raises:
-        CheckpointError: If another rank is gone or does not answer.
+        CheckpointError: If another rank is gone.
     """
-    common = group()
     try:
         yield
     except RuntimeError as err:
-        if common is None:
+        if world.world_size() == 1:
             raise
-        # Closed at once: ranks that wait for this one see it now, not when their patience ends.
-        dist.destroy_process_group(common)
-        _group_of.cache_clear()
-        message = (
-            f"{doing}: rank {world.rank()} lost another of the {world.world_size()} ranks, which has ended or does not "
-            f"answer ({str(err).splitlines()[0]}). Start all ranks again"
-        )
+        message = f"{doing}: {rounds().gone(err)}"
         raise CheckpointError(message) from err
 
 
-def gather(text: str) -> list[str]:
-    """Return every rank's *text*, in the order of ranks."""
+def gather(doing: str, text: str) -> list[str]:
+    """Return every rank's *text*, in the order of ranks.
+
+    Raises:
+        CheckpointError: If another rank is gone, or does something else.
+    """
     if world.world_size() == 1:
         return [text]
-    texts = [""] * world.world_size()
-    dist.all_gather_object(texts, text, group=group())
-    return texts
+    try:
+        return rounds().texts(text, doing)
+    except RankError as err:
+        message = f"{doing}: {err}"
+        raise CheckpointError(message) from err
 
 
 def agree(doing: str, text: str) -> None:
@@ -66,18 +48,7 @@ def agree(doing: str, text: str) -> None:
     Raises:
         CheckpointError: If one comes with another, or does not come.
     """
-    own = world.gatherer()
-    if own is None:
-        return
-    try:
-        # Of the windows' group and shorter patience: nobody is writing yet, and the other group may not exist.
-        texts = own(text)
-    except RuntimeError as err:
-        message = (
-            f"{doing}: rank {world.rank()} waited in vain for the other ranks ({str(err).splitlines()[0]}). "
-            "Call it on every rank, not on one only"
-        )
-        raise CheckpointError(message) from err
+    texts = gather(doing, text)
     for rank, other in enumerate(texts):
         if other != texts[0]:
             message = f"{doing} differs between ranks: {texts[0]} on rank 0, {other} on rank {rank}; give all the same"
@@ -100,8 +71,7 @@ def together(doing: str, step: Callable[[], T]) -> T:
         result = step()
     except Exception as err:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
         failure = err
-    with connected(doing):
-        reasons = gather("" if failure is None else reason(failure))
+    reasons = gather(doing, "" if failure is None else reason(failure))
     fail_if(doing, dict(enumerate(reasons)), failure)
     return cast("T", result)
 
