@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import ice_engine as ice
-from ice_engine.distributed import world
+from ice_engine.distributed import rounds
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, ClosureError, RankError
 from ice_engine.processors.group import run_processors
 from tests.distributed.launch import launch
@@ -99,7 +99,7 @@ def groups_and_processors():
     reference = adam(ice.param_groups(plain, split, default={"name": "head"}))
     train(model, optimizer, 1)
     train(plain, reference, 1)
-    run_processors(halved, optimizer.param_groups, {"step": 1}, world.gatherer())
+    run_processors(halved, optimizer.param_groups, {"step": 1}, rounds.gatherer())
     for group in reference.param_groups:
         group["lr"] *= 0.5
     # A key that goes, and one that changes.
