@@ -170,6 +170,7 @@ class Reference:
         if iteration == 0 and not self.loaded:
             self.clocks = dict.fromkeys(self.clocks, 0)
             self.rates = list(RATES)
+            self.row = 0
         self.loaded = False
 
     def flush(self):
@@ -264,11 +265,12 @@ class Reference:
         factor = SCHEDULES[setup.schedule](self.clocks["step"])
         self.rates = [rate * factor for rate in RATES]
         self.clocks["step"] += 1
-        self.record = self.note(weight, micro_batches, norm, skipped=False)
+        before, self.record = self.record, self.note(weight, micro_batches, norm, skipped=False)
         try:
             self.fire("STEP_STARTED")
         except Boom:
             self.clocks["step"] -= 1
+            self.record = before  # of the last window that was a step or a skip
             self.adapt(overflowed)
             raise
         for index in (0, 1):
