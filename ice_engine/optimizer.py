@@ -189,6 +189,7 @@ class Optimizer(Stepping):
             values=self._values,
             close=lambda: self._close(self._window.size),
             drop=self._drop_tail,
+            discard=self._discard,
             touched=self._note_gradients,
         )
         together.join(member)

@@ -46,7 +46,8 @@ class Member:
         facts: Returns what must be the same on all ranks when a run starts, as plain data.
         values: Returns the entries of its param groups, likewise at every step.
         close: Steps or skips the window.
-        drop: Drops it.
+        drop: Drops it, as its tail says.
+        discard: Drops it, with a warning that names a cause.
         touched: Is told that other ranks' gradients have been averaged into this one's.
         differentiated: Backward passes so far.
         broken: Whether the last of them raised.
@@ -60,6 +61,7 @@ class Member:
     values: Callable[[], dict[str, dict[str, str]]]
     close: Callable[[], Any]
     drop: Callable[[], Any]
+    discard: Callable[[str], Any]
     touched: Callable[[], Any]
     differentiated: int = 0
     broken: bool = False
@@ -183,19 +185,11 @@ class Peers:
                 engine.terminate()
                 return
             self._reducing = all(row[0] == Kind.GATE for row in rows)
-            if alone and not self._reducing:
-                done = [r for r, row in enumerate(rows) if row[0] != Kind.GATE]
-                message = (
-                    f"rank {done[0]} has no data any more at micro-batch {self._position} of epoch "
-                    f"{engine.state.epoch}, others have; the model needs all ranks in every forward. Give all the same "
-                    "number of micro-batches"
-                )
-                raise RankError(message)
         self._before = [m.differentiated for m in self._members]
         for member in self._members:
             member.broken = False
-        # A window of unknown end cannot be reduced after the fact where even the forward needs all ranks.
-        self._switch(last=False, closing=self._closing if self._reducing else self._members if alone else [])
+        # Where even the forward needs all ranks, a window whose end nobody knows cannot be reduced after the fact.
+        self._switch(last=False, closing=self._members if alone else self._closing if self._reducing else [])
 
     def _on_iteration_completed(self, _: Engine) -> None:
         if not self._closing:
@@ -257,6 +251,13 @@ class Peers:
             rows = self._rounds.exchange(kind, [-1 if length is None else length, *flags], self._place(kind))
             if not self._take_unit(rows):
                 break
+        done = [r for r, row in enumerate(rows) if row[0] == Kind.EPOCH_END]
+        if done and len(done) < len(rows) and any(m.sync.together for m in self._members):
+            message = (
+                f"rank {done[0]} is at the end of its data in epoch {self._engine.state.epoch}, others are not; the "
+                "model needs all ranks in every forward. Give all the same number of micro-batches"
+            )
+            raise RankError(message)
         gates = {tuple(row[2 : 2 + 2 * len(self._members) : 2]) for row in rows if row[0] == Kind.GATE}
         if len(gates) > 1:
             said = "; ".join(
@@ -304,9 +305,10 @@ class Peers:
             member.touched()
             return  # no rank had a loss for it in this iteration
         window.share(sum(row[3] for row in rows), world_size())
-        if not reduced:
-            member.sync.reduce(member.parameters())
-        member.close()
+        if reduced or member.sync.reduce(member.parameters()):
+            member.close()
+        else:
+            member.discard("a stop")
         member.sync.settle()
 
     def _check_close(self, member: Member, rows: Sequence[Row], values: dict[str, dict[str, str]]) -> None:

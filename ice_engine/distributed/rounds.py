@@ -131,6 +131,7 @@ class Rounds:
             kinds = [Kind(int(row[0])) for row in rows]
             if any(kind is not Kind.RAISED for kind in kinds):
                 self._texts(describe(error), kinds)
+            self._watch.raised(None)  # all have heard it
         except TimeoutError:
             logger.warning("rank %d raised, and the others did not come to hear it", rank())
 
@@ -170,6 +171,8 @@ class Rounds:
                     raise TimeoutError from error
             else:
                 return
+            if self._watch.notes():
+                raise self.gone(TimeoutError("a rank that raised does not come"))
             waited = time.monotonic() - begin
             suspects.look(self._watch.ask(others()), waited, self._doing)
 

@@ -46,8 +46,8 @@ class Synchroniser(Protocol):
     def take_part(self, loss: torch.Tensor | None = None) -> None:
         """Take part with zeros in the reduction that the other ranks' backward makes."""
 
-    def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Average gradients that no backward has reduced."""
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Average gradients that no backward has reduced; return whether that could be done."""
 
     def settle(self) -> None:
         """Do, where all ranks are, what would need them all at the next forward."""
@@ -90,9 +90,10 @@ class DDPSync:
         self.model.reducer.prepare_for_backward([])  # as the forward does that this rank may not have had
         torch.autograd.backward(parameters, [torch.zeros_like(p) for p in parameters])
 
-    def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Average gradients that no backward has reduced."""
         average(parameters, self.model.process_group)
+        return True
 
     def settle(self) -> None:
         """Let DDP agree on its buckets now; it would in the next forward, where a rank may be missing."""
@@ -115,6 +116,7 @@ class FSDPSync:
         self.model: Any = model
         self.reduces = True
         self._always = sync == "memory"
+        self._behind = False
 
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
@@ -122,7 +124,8 @@ class FSDPSync:
         self.model.set_requires_gradient_sync(self.reduces)
 
     def before_backward(self) -> None:
-        """Do nothing: every backward reduces for itself."""
+        """Note whether this one reduces what was accumulated, or leaves more."""
+        self._behind = not self.reduces
 
     def take_part(self, loss: torch.Tensor | None = None) -> None:
         """Differentiate *loss* with gradient 0; without one there is nothing to take part with."""
@@ -135,15 +138,9 @@ class FSDPSync:
         )
         raise BackwardError(message)
 
-    def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Find everything reduced already, or refuse: what is not cannot be reached."""
-        if not self._always and any(p.requires_grad and p.grad is None for p in parameters):
-            message = (
-                "a window ended where nobody knew it would, and the gradients of a fully_shard'ed model that were not "
-                "reduced cannot be any more; attach(engine, model, sync='memory') reduces every micro-batch, or give "
-                "the run an epoch_length"
-            )
-            raise BackwardError(message)
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002 - reduced already, or out of reach
+        """Return whether the last backward has reduced; what was not, nobody can reach."""
+        return not self._behind
 
     def settle(self) -> None:
         """Do nothing: nothing is left for the next forward."""
@@ -167,8 +164,9 @@ class NoSync:
     def take_part(self, loss: torch.Tensor | None = None) -> None:
         """Do nothing."""
 
-    def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002 - nothing to reduce
         """Do nothing."""
+        return True
 
     def settle(self) -> None:
         """Do nothing."""

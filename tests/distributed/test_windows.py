@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
+from ice_engine.errors import RankError
 from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.distributed
@@ -359,3 +361,79 @@ def test_terminate_epoch_on_one_rank_ends_its_data_only():
     (first, *rest), (second, *others) = launch(_stopped, 2, "terminate_epoch")
     assert first == second
     assert rest == others == [6, 2]
+
+
+def _fully_sharded_step(_: Engine, batch: Batch, model: Any, optimizer: ice.Optimizer) -> None:
+    _plain(model, optimizer, batch)
+
+
+def _fully_sharded() -> dict[str, Any]:
+    cases = {
+        "even": (EVEN, 4, False, "communication", False),
+        "ragged, a tail": (RAGGED, 3, False, "communication", False),
+        "every micro-batch": (RAGGED, 3, False, "memory", False),
+        "unknown length": (RAGGED, 3, True, "communication", False),
+        "clipped and scaled": (RAGGED, 3, False, "communication", True),
+    }
+    found: dict[str, Any] = {}
+    for name, (sizes, k, unknown, sync, scaled) in cases.items():
+        model = network()
+        for layer in (model[0], model[2]):
+            fully_shard(layer)
+        fully_shard(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if scaled else None
+        clip = ice.clip_norm(1e9) if scaled else None
+        optimizer = ice.Optimizer(sgd(model), accumulation_steps=k, clip=clip, grad_scaler=scaler)
+        trainer = Engine(functools.partial(_fully_sharded_step, model=model, optimizer=optimizer))
+        optimizer.attach(trainer, model=model, sync=sync)
+        data = batches(dist.get_rank(), sizes)
+        trainer.run(Loader(data) if unknown else data, max_epochs=EPOCHS)
+        parameters = [p.full_tensor().flatten().tolist() for p in model.parameters()]
+        found[name] = (sizes, k, parameters, optimizer.clocks["step"])
+    return found
+
+
+def test_a_fully_sharded_model_takes_the_same_steps():
+    for rank in launch(_fully_sharded, 2):
+        assert len(rank) == 5
+        for name, (sizes, k, parameters, step) in rank.items():
+            assert step == EPOCHS * -(-len(sizes[0]) // k), name
+            torch.testing.assert_close(flat(parameters), flat(oracle(2, sizes, k)), rtol=1e-12, atol=1e-12)
+
+
+def _uneven() -> str:
+    said = []
+    for loader in (list, Loader):
+        model = network()
+        fully_shard(model)
+        optimizer = ice.Optimizer(sgd(model), accumulation_steps=3)
+        trainer = Engine(functools.partial(_fully_sharded_step, model=model, optimizer=optimizer))
+        optimizer.attach(trainer, model=model)
+        with pytest.raises(RankError) as refused:
+            trainer.run(loader(batches(dist.get_rank(), SHORT)), max_epochs=1)
+        said.append(str(refused.value))
+    return "; ".join(said)
+
+
+def test_a_fully_sharded_model_and_uneven_data_are_refused_on_all_ranks():
+    for said in launch(_uneven, 2):
+        assert "epoch_length differs: 10 on rank 0, 5 on rank 1" in said
+        assert "rank 1 is at the end of its data in epoch 1, others are not" in said
+
+
+def _fully_sharded_stopped() -> list[Any]:
+    model = network()
+    fully_shard(model)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=3)
+    trainer = Engine(lambda _, batch: _plain(model, optimizer, batch))
+    optimizer.attach(trainer, model=model)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), trainer.terminate)
+    with pytest.warns(ice.IceEngineWarning, match="dropped the 2 micro-batches of a window that a stop left open"):
+        trainer.run(batches(dist.get_rank(), RAGGED), max_epochs=1)
+    return [optimizer.clocks["step"], [p.full_tensor().flatten().tolist() for p in model.parameters()]]
+
+
+def test_what_a_fully_sharded_model_cannot_reduce_any_more_is_dropped_with_a_warning():
+    first, second = launch(_fully_sharded_stopped, 2)
+    assert first == second
+    assert first[0] == 1
