@@ -3,6 +3,9 @@
 import contextlib
 import datetime
 import functools
+import gc
+import re
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
@@ -35,20 +38,32 @@ def connected(doing: str) -> Iterator[None]:
     Raises:
         CheckpointError: If another rank is gone or does not answer.
     """
-    common = group()
     try:
         yield
     except RuntimeError as err:
-        if common is None:
+        if world.world_size() == 1:
             raise
-        # Closed at once: ranks that wait for this one see it now, not when their patience ends.
-        dist.destroy_process_group(common)
-        _group_of.cache_clear()
+        _hang_up(err)
         message = (
             f"{doing}: rank {world.rank()} lost another of the {world.world_size()} ranks, which has ended or does not "
-            f"answer ({str(err).splitlines()[0]}). Start all ranks again"
+            f"answer ({_brief(err)}). Start all ranks again"
         )
         raise CheckpointError(message) from err
+
+
+def _hang_up(err: BaseException) -> None:
+    # Ranks that wait for this one, not for the one that is gone, hear of it only as this connection closes. Gloo closes
+    # it when nothing refers to the group any more: neither destroying nor aborting it does, and a traceback refers.
+    traceback.clear_frames(err.__traceback__)
+    if _group_of.cache_info().currsize:
+        dist.destroy_process_group(group())
+    _group_of.cache_clear()
+    gc.collect()
+
+
+def _brief(err: BaseException) -> str:
+    # Gloo begins with a place in its source, and ends with advice.
+    return re.sub(r"^\[\S+\] ", "", str(err).splitlines()[0]).partition(". This is")[0]
 
 
 def gather(text: str) -> list[str]:
@@ -74,7 +89,7 @@ def agree(doing: str, text: str) -> None:
         texts = own(text)
     except RuntimeError as err:
         message = (
-            f"{doing}: rank {world.rank()} waited in vain for the other ranks ({str(err).splitlines()[0]}). "
+            f"{doing}: rank {world.rank()} waited in vain for the other ranks ({_brief(err)}). "
             "Call it on every rank, not on one only"
         )
         raise CheckpointError(message) from err

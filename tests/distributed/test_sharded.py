@@ -415,7 +415,7 @@ def test_what_fails_on_one_rank_is_an_error_on_all_and_the_folder_can_be_used_ag
     assert all(bool((weight == 1.0).all()) for weight in restored.weights)
 
 
-def die_while_writing(folder: Path) -> tuple[str, float]:
+def die_while_writing(folder: Path) -> str:
     model = Large(1.0)
     ice.save_sharded(folder / "first", {"model": model})
     if world.rank() == 1:
@@ -427,30 +427,28 @@ def die_while_writing(folder: Path) -> tuple[str, float]:
             os.kill(os.getpid(), signal.SIGKILL)
 
         threading.Thread(target=kill, daemon=True).start()
-    began = time.monotonic()
     try:
         ice.save_sharded(folder / "second", {"model": Large(2.0)})
     except CheckpointError as error:
-        said = str(error), time.monotonic() - began
+        said = str(error)
         # Outlives its error: the others must not need this rank's end to hear of it.
-        while not (folder / f"heard by {2 - world.rank()}").exists() and dist.get_world_size() == 3:
-            (folder / f"heard by {world.rank()}").touch()
-            time.sleep(0.01)
         (folder / f"heard by {world.rank()}").touch()
+        while len(list(folder.glob("heard by *"))) < dist.get_world_size() - 1:
+            time.sleep(0.01)
         return said
-    return "saved", 0.0
+    return "saved"
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path, world_size: int) -> None:
-    outcomes = watch(die_while_writing, world_size, tmp_path)
+    outcomes = watch(die_while_writing, world_size, tmp_path, timeout=200)
 
     assert outcomes[1].exitcode == -signal.SIGKILL
     for outcome in outcomes[0], *outcomes[2:]:
         assert outcome.error is None
-        message, _ = outcome.value
+        message = outcome.value
         assert f"saving {tmp_path}/second: rank {outcome.rank} lost another of the {world_size} ranks" in message
     with pytest.raises(CheckpointError, match="second: the folder has no COMMIT marker"):
         ice.load_sharded(tmp_path / "second", {"model": Large(0.0)})
