@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from ice_engine.distributed import manifest, world
 from ice_engine.distributed.manifest import METADATA, Manifest
 from ice_engine.distributed.metadata import read_metadata
-from ice_engine.distributed.together import agree, connected, fail_if, gather, reason, together
+from ice_engine.distributed.together import agree, connected, fail_if, gather, group, reason, together
 from ice_engine.errors import CheckpointError
 
 
@@ -56,7 +56,7 @@ def _write_parts(doing: str, folder: Path, entries: dict[str, Any]) -> None:
                 entries,
                 storage_writer=FileSystemWriter(folder, overwrite=False),
                 planner=DefaultSavePlanner(flatten_state_dict=False),
-                process_group=world.own_group() if world.world_size() > 1 else None,
+                process_group=group(),
                 no_dist=world.world_size() == 1,
             )
     except CheckpointException as err:

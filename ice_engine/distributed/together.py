@@ -1,14 +1,32 @@
 """A step that all ranks take or none: what fails on one of them is an error on all, and nobody waits for ever."""
 
 import contextlib
+import functools
+import gc
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
+
+import torch.distributed as dist
 
 from ice_engine.distributed import world
 from ice_engine.distributed.rounds import rounds
 from ice_engine.errors import CheckpointError, IceEngineError, RankError
 
 T = TypeVar("T")
+
+
+@functools.cache
+def _group_of(_default: dist.ProcessGroup) -> dist.ProcessGroup:
+    return cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=world.PATIENCE))
+
+
+def group() -> dist.ProcessGroup | None:
+    """Return a gloo group of all ranks for torch's own collectives on checkpoints; None with one process.
+
+    Not that of the rounds: when a rank is gone, this one has to be closed for the others to notice.
+    """
+    return _group_of(dist.group.WORLD) if world.world_size() > 1 else None
 
 
 @contextlib.contextmanager
@@ -23,8 +41,20 @@ def connected(doing: str) -> Iterator[None]:
     except RuntimeError as err:
         if world.world_size() == 1:
             raise
-        message = f"{doing}: {rounds().gone(err)}"
+        gone = rounds().gone(err)
+        _hang_up(err)
+        message = f"{doing}: {gone}"
         raise CheckpointError(message) from err
+
+
+def _hang_up(err: BaseException) -> None:
+    # Ranks that wait for this one, not for the one that is gone, hear of it only as this connection closes. Gloo closes
+    # it when nothing refers to the group any more: neither destroying nor aborting it does, and a traceback refers.
+    traceback.clear_frames(err.__traceback__)
+    if _group_of.cache_info().currsize:
+        dist.destroy_process_group(group())
+    _group_of.cache_clear()
+    gc.collect()
 
 
 def gather(doing: str, text: str) -> list[str]:

@@ -78,7 +78,7 @@ def watch(function: Callable[..., Any], world_size: int, *args: Any, timeout: fl
         try:
             _listen({pipes[r][0]: outcomes[r] for r in range(world_size)}, time.monotonic() + timeout + _GRACE)
             for process in ranks:
-                process.join(_GRACE)
+                process.join(4 * _GRACE)  # a busy machine takes its time to end one
         finally:
             for process in ranks:
                 process.kill()
