@@ -4,6 +4,7 @@ The oracle is a plain torch optimizer in one process that was never interrupted.
 ranks: what is tested is the state.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -62,15 +63,9 @@ def build(kind: str, seed: int) -> tuple[torch.nn.Module, ice.Optimizer]:
     if kind == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
     named = list(model.named_parameters())
-    if kind == "zero":
-        # torch's takes no names.
-        groups = [{"params": [p for _, p in named[:2]]}, {"params": [p for _, p in named[2:]], "lr": 0.02}]
-        made = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=0.01)
-        for group, part in zip(made.param_groups, (named[:2], named[2:]), strict=True):
-            group["param_names"] = [name for name, _ in part]
-        return model, ice.Optimizer(made)
     groups = [{"params": named[:2]}, {"params": named[2:], "lr": 0.02}]
-    return model, ice.Optimizer(torch.optim.AdamW(groups, lr=0.01))
+    adamw = functools.partial(torch.optim.AdamW, lr=0.01)
+    return model, ice.Optimizer(adamw, groups, sharding="zero1" if kind == "zero" else None)
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
