@@ -1,0 +1,122 @@
+"""What accumulation over ranks costs beside a hand-written no_sync loop: ``python tests/benchmarks/ddp.py``.
+
+Both train the same model in the same processes, a window of one and then a window of the other, so that both meet the
+same machine. Printed are the median throughput of ours, as a ratio to the hand-written loop's, with quartiles; the same
+on uneven data, which the hand-written loop cannot have; and what the ranks' agreement takes per window.
+"""
+
+import argparse
+import contextlib
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from ignite.engine import Engine
+from torch.nn.parallel import DistributedDataParallel
+
+import ice_engine as ice
+from ice_engine.distributed.rounds import Kind, rounds
+
+STEPS = 8  # micro-batches per window
+
+
+def model(width: int) -> DistributedDataParallel:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(width, width), torch.nn.ReLU()] * 5
+    layers = [torch.nn.Linear(width, width) if isinstance(layer, torch.nn.Linear) else layer for layer in layers]
+    return DistributedDataParallel(torch.nn.Sequential(*layers), gradient_as_bucket_view=True)
+
+
+def by_hand(width: int, batches: list[torch.Tensor]) -> Iterator[float]:
+    """Yield the seconds of one window after the other of a loop as one writes it."""
+    ddp = model(width)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
+    while True:
+        begin = time.perf_counter()
+        for i, batch in enumerate(batches):
+            with contextlib.nullcontext() if i == STEPS - 1 else ddp.no_sync():
+                (ddp(batch).square().mean() / STEPS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield time.perf_counter() - begin
+
+
+def ours(width: int, batches: list[torch.Tensor]) -> Iterator[float]:
+    """Yield the same of an attached optimizer: its engine runs one epoch of one window at a time."""
+    ddp = model(width)
+    optimizer = ice.Optimizer(torch.optim.SGD(ddp.parameters(), lr=1e-3), accumulation_steps=STEPS)
+
+    def step(_: Engine, batch: torch.Tensor) -> None:
+        optimizer.backward(ddp(batch).square().mean(), weight=len(batch))
+
+    engine = Engine(step)
+    optimizer.attach(engine, model=ddp)
+    engine.add_event_handler(optimizer.event("STEP_COMPLETED"), engine.interrupt)
+    data = batches * 1000
+    begin = time.perf_counter()
+    while True:
+        engine.run(data, max_epochs=1)
+        yield time.perf_counter() - begin
+        begin = time.perf_counter()
+
+
+def work(rank: int, world: int, port: int, settings: argparse.Namespace) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    even = [torch.randn(settings.batch, settings.width) for _ in range(STEPS)]
+    ragged = [torch.randn(max(1, settings.batch + (rank + i) % 5 - 2), settings.width) for i in range(STEPS)]
+    loops = {"by hand": by_hand(settings.width, even), "ours": ours(settings.width, even)}
+    loops["ours, ragged"] = ours(settings.width, ragged)
+    taken: dict[str, list[float]] = {name: [] for name in loops}
+    for window in range(settings.windows + 3):
+        for name, loop in loops.items():
+            dist.barrier()
+            seconds = next(loop)
+            if window >= 3:  # the first ones allocate
+                taken[name].append(seconds)
+    agreement = []
+    for _ in range(500):
+        begin = time.perf_counter()
+        rounds().exchange(Kind.GATE)
+        agreement.append(time.perf_counter() - begin)
+    if rank == 0:
+        report(taken, agreement, world, settings)
+    dist.barrier()
+    os._exit(0)  # the interrupted runs wait for nothing
+
+
+def report(taken: dict[str, list[float]], agreement: list[float], world: int, settings: argparse.Namespace) -> None:
+    parameters = 5 * settings.width * (settings.width + 1)
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo")
+    print(f"{world} ranks, {parameters / 1e6:.2f}M parameters, {STEPS} micro-batches of {settings.batch} a window")
+    print(f"{'':14}{'ms a window':>12}{'throughput':>12}   quartiles")
+    for name, seconds in taken.items():
+        ratios = [hand / own for hand, own in zip(taken["by hand"], seconds, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{name:14}{1e3 * statistics.median(seconds):12.1f}{middle:12.3f}   {low:.3f} to {high:.3f}")
+    low, middle, high = statistics.quantiles([1e6 * seconds for seconds in agreement], n=4)
+    print(f"one round of agreement: {middle:.0f} us ({low:.0f} to {high:.0f}); two a window")
+
+
+def main(argv: Any = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--width", type=int, default=1024, help="of five square layers; 1024 makes 5.25M parameters")
+    parser.add_argument("--batch", type=int, default=8, help="samples in a micro-batch")
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--port", type=int, default=29533)
+    settings = parser.parse_args(argv)
+    mp.start_processes(
+        work, args=(settings.ranks, settings.port, settings), nprocs=settings.ranks, start_method="spawn"
+    )
+
+
+if __name__ == "__main__":
+    main()
