@@ -34,7 +34,7 @@ _ORDER = -99  # after the optimizers' own handlers, before everybody else's
 _MANY = 32  # optimizers on one engine: what a row has room for
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """An optimizer as its peers on the other ranks see it.
 
@@ -117,6 +117,7 @@ class Peers:
     def leave(self, member: Member) -> None:
         """Let an optimizer go; with the last one, the engine is as it was."""
         member.sync.on(last=True)
+        member.window.unit_of = float
         self._members.remove(member)
         if not self._members:
             for hook in HookRegistry(self._engine):
@@ -149,7 +150,7 @@ class Peers:
         self._run_over, self._closing, self._reducing = False, [], False
         state = engine.state
         self._resumed = state.iteration % state.epoch_length if state.iteration and state.epoch_length else 0
-        facts = {"max_epochs": state.max_epochs, "max_iters": state.max_iters, "iteration": state.iteration}
+        facts = {"max_epochs": state.max_epochs, "max_iters": state.max_iters}
         for member in self._members:
             facts |= {f"{key} of optimizer {member.name!r}": value for key, value in member.facts().items()}
         self._rounds.exchange(Kind.START)
@@ -252,7 +253,8 @@ class Peers:
             if not self._take_unit(rows):
                 break
         done = [r for r, row in enumerate(rows) if row[0] == Kind.EPOCH_END]
-        if done and len(done) < len(rows) and any(m.sync.together for m in self._members):
+        going = any(row[0] == Kind.GATE for row in rows)
+        if done and going and any(m.sync.together for m in self._members):
             message = (
                 f"rank {done[0]} is at the end of its data in epoch {self._engine.state.epoch}, others are not; the "
                 "model needs all ranks in every forward. Give all the same number of micro-batches"

@@ -108,7 +108,7 @@ def where(frame: FrameType | None) -> Answer:
     while frame is not None:
         code = frame.f_code
         path = code.co_filename
-        if path.startswith(f"{_TORCH}/distributed/"):
+        if path == dist.distributed_c10d.__file__:  # and not what computes with tensors spread over ranks
             if code.co_name not in {"wrapper", "wait"}:
                 collective = code.co_name
         elif path.startswith(_OURS):
