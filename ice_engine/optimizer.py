@@ -60,8 +60,9 @@ class Optimizer(Stepping):
             warning the first time in a run.
         loss_reduction: What ``backward(loss, weight=n)`` is given: a ``"mean"`` over n items or their ``"sum"``.
         clip: Called with the parameters; limits their gradients and returns the norm before.
-        grad_scaler: A ``torch.amp.GradScaler`` for any device. Optimizers may share one: its scale adapts once, when
-            none of their windows is open that it entered.
+        grad_scaler: A ``torch.amp.GradScaler`` for any device, whose ``scale``, ``unscale_``, ``step`` and ``update``
+            are then called here and nowhere else. Optimizers may share one: its scale adapts once, when none of their
+            windows is open that it entered.
         nonfinite: What an infinite or NaN gradient means: ``"skip"`` the step, ``"raise"``, or ``"off"``;
             None for ``"skip"`` where a norm or a scaler is at hand, else ``"off"``.
         max_consecutive_skips: Skips in a row after which training stops with an error; at least 1. A window of
@@ -569,7 +570,8 @@ class Optimizer(Stepping):
                 warnings.warn(
                     f"the state of optimizer {self._name!r} was saved inside a window; its "
                     f"{extra['window']['micro_batches']} micro-batches are not in it and the window starts anew. "
-                    f"Save on {self._name.upper()}_STEP_COMPLETED or EPOCH_COMPLETED to lose none",
+                    f"Save on {self._name.upper()}_STEP_COMPLETED to lose none"
+                    + (", or on EPOCH_COMPLETED" if self._window.tail != "carry" else ""),
                     IceEngineWarning,
                     stacklevel=2,
                 )

@@ -83,6 +83,11 @@ def test_a_factory_takes_parameters_pairs_or_groups(params):
             ArgumentTypeError,
             r"clip must be callable, got 1.0; such as clip=ice.clip_norm\(1.0\)",
         ),
+        (
+            lambda: sgd(clip=torch.nn.utils.clip_grad_norm_),
+            ArgumentTypeError,
+            r"clip_grad_norm_ cannot be: missing a required argument: 'max_norm'; write clip=ice.clip_norm\(1.0\)",
+        ),
         (lambda: sgd(processors=lambda d: d), ArgumentTypeError, r"processors must be a list"),
         (lambda: sgd(processors=[None]), ArgumentTypeError, r"processors\[0\] must be callable, got None"),
         (
@@ -1174,6 +1179,18 @@ def test_a_state_saved_inside_a_window_says_what_it_lacks():
 
     with pytest.warns(ice.IceEngineWarning, match="saved inside a window; its 2 micro-batches are not in it"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("tail", "said"), [("step", True), ("drop", True), ("carry", False)])
+def test_a_state_saved_inside_a_window_says_where_none_is_open(tail, said):
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=2, tail=tail)
+    train(optimizer, weight, [1.0])
+    with pytest.warns(ice.IceEngineWarning, match="Save on OPTIMIZER_STEP_COMPLETED to lose none") as told:
+        sgd(accumulation_steps=2, tail=tail).load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    # With "carry" a window is open where an epoch ends.
+    assert ("or on EPOCH_COMPLETED" in str(told[0].message)) is said
 
 
 def test_clocks_that_were_loaded_survive_the_start_of_a_run():
