@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import warnings
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from ice_engine.errors import (
     ArgumentValueError,
     AttachError,
     ClosureError,
-    IceEngineWarning,
+    warn,
 )
 from ice_engine.events import is_running, register
 from ice_engine.hooks import HookRegistry
@@ -255,19 +254,15 @@ class Optimizer(Stepping):
             self._measurements.clear()
         elif engine.state.iteration == 0 and self._clocks.counts["step"]:
             step = self._clocks.counts["step"]
-            warnings.warn(
+            warn(
                 f"optimizer {self._name!r} goes on at step {step}, as it was loaded, but its engine "
                 "starts at iteration 0. To go on where the run was, load the engine's state too and, after a complete "
-                "run, raise max_epochs",
-                IceEngineWarning,
-                stacklevel=2,
+                "run, raise max_epochs"
             )
         elif engine.state.iteration > 0 and not self._loaded and not self._clocks.counts["iteration"]:
-            warnings.warn(
+            warn(
                 f"the engine goes on at iteration {engine.state.iteration}, optimizer {self._name!r} starts at step 0, "
-                "and so do its schedules; load its state too: optimizer.load_state_dict(...)",
-                IceEngineWarning,
-                stacklevel=2,
+                "and so do its schedules; load its state too: optimizer.load_state_dict(...)"
             )
         self._settle()
         self._loaded = self._said_drop = False
@@ -300,11 +295,7 @@ class Optimizer(Stepping):
 
     def _on_epoch_completed(self, engine: Engine) -> None:
         if self._clocks.counts["iteration"] <= self._epoch_began and not self.needs_closure:
-            warnings.warn(
-                f"optimizer {self._name!r} got no loss in epoch {engine.state.epoch}: its backward() was not called",
-                IceEngineWarning,
-                stacklevel=2,
-            )
+            warn(f"optimizer {self._name!r} got no loss in epoch {engine.state.epoch}: its backward() was not called")
         self._epoch_began = engine.state.iteration
         self._measures.watch.stop()  # what comes now, such as validation, is none of a window's
 
@@ -567,13 +558,11 @@ class Optimizer(Stepping):
             self._loaded = True
             self._publish()
             if extra["window"]["micro_batches"]:
-                warnings.warn(
+                warn(
                     f"the state of optimizer {self._name!r} was saved inside a window; its "
                     f"{extra['window']['micro_batches']} micro-batches are not in it and the window starts anew. "
                     f"Save on {self._name.upper()}_STEP_COMPLETED to lose none"
-                    + (", or on EPOCH_COMPLETED" if self._window.tail != "carry" else ""),
-                    IceEngineWarning,
-                    stacklevel=2,
+                    + (", or on EPOCH_COMPLETED" if self._window.tail != "carry" else "")
                 )
         self._discard("load_state_dict()")
         self._clear()

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import inspect
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
@@ -27,8 +26,8 @@ from ice_engine.errors import (
     AttachError,
     BackwardError,
     ClosureError,
-    IceEngineWarning,
     NoGradientsError,
+    warn,
 )
 from ice_engine.events import StepRecord, check_name, fire, has_listeners, is_running, optimizer_events
 from ice_engine.facade import OptimizerFacade
@@ -262,11 +261,9 @@ class Stepping(OptimizerFacade):
         half = not self._window.is_open and any(p.dtype == torch.float16 for p in self._parameters())
         part = self._window.enter(loss, weight, half=half)
         if self._engine is None and not self._clocks.counts["iteration"] and len(self._window.losses) == _FORGOTTEN:
-            warnings.warn(
+            warn(
                 f"backward() was called {_FORGOTTEN} times and update() never: optimizer {self._name!r} does not "
-                "step; call optimizer.attach(engine) before the run, or optimizer.update() after each micro-batch",
-                IceEngineWarning,
-                stacklevel=2,
+                "step; call optimizer.attach(engine) before the run, or optimizer.update() after each micro-batch"
             )
         if part is None:
             self._pass_over(loss)
@@ -313,11 +310,9 @@ class Stepping(OptimizerFacade):
             What the wrapped optimizer returns.
         """
         if self._running and not (self._stepping or self.needs_closure):
-            warnings.warn(
+            warn(
                 f"step() by hand in a run whose engine steps optimizer {self._name!r}: gradients are applied past its "
-                "window, clipping and clocks. Take step() out of train_step, or do not attach",
-                IceEngineWarning,
-                stacklevel=2,
+                "window, clipping and clocks. Take step() out of train_step, or do not attach"
             )
         return super().step(closure, **kwargs)
 
@@ -795,11 +790,7 @@ class Stepping(OptimizerFacade):
         if self._window.is_open:
             dropped = self._window.micro_batches + self._window.pending
             self._clear()
-            warnings.warn(
-                f"optimizer {self._name!r} dropped the {dropped} micro-batches of a window that {cause} left open",
-                IceEngineWarning,
-                stacklevel=3,
-            )
+            warn(f"optimizer {self._name!r} dropped the {dropped} micro-batches of a window that {cause} left open")
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

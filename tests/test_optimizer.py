@@ -1240,3 +1240,12 @@ def test_hook_names_of_the_optimizer_are_taken():
 
     with pytest.raises(HookError, match=r"optimizer\.started"):
         optimizer.hooks.add(Events.STARTED, lambda: None, name="optimizer.started")
+
+
+def test_a_warning_in_a_handler_of_ours_points_at_the_users_line():
+    optimizer = sgd()
+    engine = Engine(lambda engine, batch: None)
+    optimizer.attach(engine)
+    with pytest.warns(ice.IceEngineWarning, match="got no loss in epoch 1") as told:
+        engine.run([1.0])
+    assert told[0].filename == __file__
