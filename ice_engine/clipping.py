@@ -191,6 +191,7 @@ def clip_value(max_value: float) -> ClipValue:
 
     where :math:`c` is *max_value*. Of complex gradients it limits the real and the imaginary parts. Unlike
     ``torch.nn.utils.clip_grad_value_`` it does not turn an infinite entry into :math:`c`: the step is then skipped.
+    Each entry is limited by itself, so over all parameters and per param group are the same here.
 
     Args:
         max_value: Largest absolute value let through, above 0, in the unit of the gradient.
@@ -224,7 +225,8 @@ def clip_adaptive(clip_factor: float = 0.01, *, eps: float = 1e-3) -> ClipAdapti
 
     where :math:`\lambda` is *clip_factor* and :math:`\epsilon` is *eps*. A unit :math:`u` is one output of a linear
     layer or a convolution, an index of the weight's dimension 0; a bias, like any parameter with fewer than two
-    dimensions, is one unit. The paper leaves the last linear layer unclipped: give it to an optimizer of its own.
+    dimensions, is one unit. Over all parameters and per param group are the same here. The paper leaves the last linear
+    layer unclipped: give it to an optimizer of its own.
 
     Args:
         clip_factor: Largest norm of a unit's gradient over that of its weights, above 0; from 0.01 to 0.16 in the

@@ -27,6 +27,11 @@
 Messages say what, what was found, what was wanted, and the line that mends it.
 """
 
+import sys
+import warnings
+
+_OURS = {"ice_engine", "ignite", "torch", "functools"}
+
 
 class IceEngineError(Exception):
     """Base of every error raised by ice_engine."""
@@ -34,6 +39,14 @@ class IceEngineError(Exception):
 
 class IceEngineWarning(UserWarning):
     """Category of every warning issued by ice_engine."""
+
+
+def warn(message: str) -> None:
+    """Issue an :class:`IceEngineWarning` at the user's line, such as that of ``trainer.run()`` in a handler of ours."""
+    level, frame = 2, sys._getframe(1)  # noqa: SLF001 - warnings count frames and have no other way before Python 3.12
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, IceEngineWarning, stacklevel=level)
 
 
 class ArgumentTypeError(IceEngineError, TypeError):

@@ -30,6 +30,7 @@ on these events count steps (attempts for ``GRADIENTS_READY``, skips for ``STEP_
 
 import functools
 from dataclasses import dataclass, field
+from enum import EnumMeta
 from typing import Any, cast
 
 from ignite.engine import Engine
@@ -45,7 +46,20 @@ _KINDS = {
 }
 
 
-class OptimizerEvents(EventEnum):
+class _Named(EnumMeta):
+    def __getattr__(cls, name: str) -> Any:
+        members = vars(cls).get("_member_map_", {})
+        if name in members:  # before Python 3.12 this is how enums find them
+            return members[name]
+        message = f"{cls.__name__} has no {name}, only {', '.join(members)}"
+        raise AttributeError(message)
+
+
+class _Events(EventEnum, metaclass=_Named):
+    """Says which events there are, if asked for another one."""
+
+
+class OptimizerEvents(_Events):
     """The events of the optimizer named ``optimizer``, which is the default name."""
 
     OPTIMIZER_GRADIENTS_READY = "optimizer_gradients_ready"
@@ -98,7 +112,7 @@ def optimizer_events(name: str = "optimizer") -> type[EventEnum]:
     if check_name(name) == "optimizer":
         return OptimizerEvents
     members = {f"{name}_{kind}".upper(): f"{name}_{kind}".lower() for kind in _KINDS}
-    return cast("type[EventEnum]", EventEnum(f"{name.capitalize()}Events", members))  # type: ignore[call-arg]
+    return cast("type[EventEnum]", _Events(f"{name.capitalize()}Events", members))  # type: ignore[call-arg]
 
 
 def register(engine: Engine, name: str) -> dict[str, EventEnum]:

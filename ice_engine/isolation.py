@@ -1,7 +1,7 @@
 """Parameters that a loss must not reach: what it would leave in them, another optimizer would step on."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -9,13 +9,17 @@ from ice_engine.errors import AttachError
 
 
 @contextlib.contextmanager
-def gradients_aside(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Let *parameters* have the gradients at the end that they had at the beginning, whatever comes between."""
+def gradients_aside(parameters: Iterable[torch.Tensor]) -> Iterator[Callable[[], bool]]:
+    """Let *parameters* have the gradients at the end that they had at the beginning, whatever comes between.
+
+    Yields:
+        Whether any of them has got one meanwhile.
+    """
     before = [(parameter, parameter.grad) for parameter in parameters]
     try:
         for parameter, _ in before:
             parameter.grad = None
-        yield
+        yield lambda: any(parameter.grad is not None for parameter, _ in before)
     finally:
         for parameter, gradient in before:
             parameter.grad = gradient

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import warnings
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from ice_engine.errors import (
     ArgumentValueError,
     AttachError,
     ClosureError,
-    IceEngineWarning,
+    warn,
 )
 from ice_engine.events import is_running, register
 from ice_engine.hooks import HookRegistry
@@ -60,8 +59,9 @@ class Optimizer(Stepping):
             warning the first time in a run.
         loss_reduction: What ``backward(loss, weight=n)`` is given: a ``"mean"`` over n items or their ``"sum"``.
         clip: Called with the parameters; limits their gradients and returns the norm before.
-        grad_scaler: A ``torch.amp.GradScaler`` for any device. Optimizers may share one: its scale adapts once, when
-            none of their windows is open that it entered.
+        grad_scaler: A ``torch.amp.GradScaler`` for any device, whose ``scale``, ``unscale_``, ``step`` and ``update``
+            are then called here and nowhere else. Optimizers may share one: its scale adapts once, when none of their
+            windows is open that it entered.
         nonfinite: What an infinite or NaN gradient means: ``"skip"`` the step, ``"raise"``, or ``"off"``;
             None for ``"skip"`` where a norm or a scaler is at hand, else ``"off"``.
         max_consecutive_skips: Skips in a row after which training stops with an error; at least 1. A window of
@@ -255,19 +255,15 @@ class Optimizer(Stepping):
             self._measurements.clear()
         elif engine.state.iteration == 0 and self._clocks.counts["step"]:
             step = self._clocks.counts["step"]
-            warnings.warn(
+            warn(
                 f"optimizer {self._name!r} goes on at step {step}, as it was loaded, but its engine "
                 "starts at iteration 0. To go on where the run was, load the engine's state too and, after a complete "
-                "run, raise max_epochs",
-                IceEngineWarning,
-                stacklevel=2,
+                "run, raise max_epochs"
             )
         elif engine.state.iteration > 0 and not self._loaded and not self._clocks.counts["iteration"]:
-            warnings.warn(
+            warn(
                 f"the engine goes on at iteration {engine.state.iteration}, optimizer {self._name!r} starts at step 0, "
-                "and so do its schedules; load its state too: optimizer.load_state_dict(...)",
-                IceEngineWarning,
-                stacklevel=2,
+                "and so do its schedules; load its state too: optimizer.load_state_dict(...)"
             )
         self._settle()
         self._loaded = self._said_drop = False
@@ -300,11 +296,7 @@ class Optimizer(Stepping):
 
     def _on_epoch_completed(self, engine: Engine) -> None:
         if self._clocks.counts["iteration"] <= self._epoch_began and not self.needs_closure:
-            warnings.warn(
-                f"optimizer {self._name!r} got no loss in epoch {engine.state.epoch}: its backward() was not called",
-                IceEngineWarning,
-                stacklevel=2,
-            )
+            warn(f"optimizer {self._name!r} got no loss in epoch {engine.state.epoch}: its backward() was not called")
         self._epoch_began = engine.state.iteration
         self._measures.watch.stop()  # what comes now, such as validation, is none of a window's
 
@@ -567,12 +559,11 @@ class Optimizer(Stepping):
             self._loaded = True
             self._publish()
             if extra["window"]["micro_batches"]:
-                warnings.warn(
+                warn(
                     f"the state of optimizer {self._name!r} was saved inside a window; its "
                     f"{extra['window']['micro_batches']} micro-batches are not in it and the window starts anew. "
-                    f"Save on {self._name.upper()}_STEP_COMPLETED or EPOCH_COMPLETED to lose none",
-                    IceEngineWarning,
-                    stacklevel=2,
+                    f"Save on {self._name.upper()}_STEP_COMPLETED to lose none"
+                    + (", or on EPOCH_COMPLETED" if self._window.tail != "carry" else "")
                 )
         self._discard("load_state_dict()")
         self._clear()

@@ -204,6 +204,29 @@ class Precision:
         )
         raise BackwardError(message)
 
+    def require_unscaled(self, loss: torch.Tensor) -> None:
+        """Refuse a loss that ``scaler.scale()`` has just given: it would be scaled twice.
+
+        Raises:
+            BackwardError: If it is one.
+        """
+        scale = _scale_of(self.scaler) if self.scaler is not None else None
+        if scale is not None and getattr(loss.grad_fn, "_saved_other", None) is scale:
+            message = f"backward() was given a loss that the GradScaler has scaled already; {_ONE_OWNER}"
+            raise BackwardError(message)
+
+    def require_one_owner(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Refuse gradients that the caller unscaled or stepped on, with any of *optimizers*, which stand for one.
+
+        Raises:
+            BackwardError: If it did.
+        """
+        states = getattr(self.scaler, "_per_optimizer_states", {})
+        touched = [states.pop(id(optimizer), None) for optimizer in optimizers]  # so that the next window starts anew
+        if any(touched):
+            message = f"the GradScaler's unscale_() or step() was called inside a window; {_ONE_OWNER}"
+            raise BackwardError(message)
+
     def require_loadable(self) -> None:
         """Refuse to load a loss scale into the open windows of others.
 
@@ -291,6 +314,12 @@ class Precision:
         self.consecutive_skips = int(state_dict["consecutive_skips"])
 
 
+_ONE_OWNER = (
+    "take scale(), unscale_(), step() and update() of the GradScaler out of train_step, the optimizer that was given "
+    "it calls them"
+)
+
+
 def always() -> bool:
     """Return True: without an engine nobody knows that a window was given up."""
     return True
@@ -327,4 +356,4 @@ def first_nonfinite(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> str
 def nonfinite_loss(losses: Iterable[tuple[int, torch.Tensor]]) -> str:
     """Say which micro-batch is the first whose loss was not finite; nothing if all were."""
     bad = [index for index, loss in losses if not bool(torch.isfinite(loss))]
-    return f"the loss of micro-batch {bad[0]} was not finite" if bad else ""
+    return f"the loss of micro-batch {bad[0]} of its window was not finite" if bad else ""

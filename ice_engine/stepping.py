@@ -2,8 +2,8 @@
 
 import dataclasses
 import difflib
+import inspect
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
@@ -26,8 +26,8 @@ from ice_engine.errors import (
     AttachError,
     BackwardError,
     ClosureError,
-    IceEngineWarning,
     NoGradientsError,
+    warn,
 )
 from ice_engine.events import StepRecord, check_name, fire, has_listeners, is_running, optimizer_events
 from ice_engine.facade import OptimizerFacade
@@ -84,10 +84,7 @@ class Stepping(OptimizerFacade):
         self._name = check_name(name)
         self._given = self._processors = check_processors(processors)
         self._window = Window(accumulation_steps, tail, loss_reduction)
-        if clip is not None and not callable(clip):
-            message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({clip!r})"
-            raise ArgumentTypeError(message)
-        self._clip = clip
+        self._clip = _check_clip(clip)
         self._precision = Precision(grad_scaler, nonfinite, max_consecutive_skips, has_norm=clip is not None)
         if isinstance(optimizer, OptimizerFacade):
             message = (
@@ -142,6 +139,7 @@ class Stepping(OptimizerFacade):
         self._member: Member | None = None
         self._last_record: StepRecord | None = None
         set_initial_values(self._processors, self.param_groups if self._processors else ())
+        _ALL.add(self)
 
     # -- what is asked for --------------------------------------------------------------------------------
 
@@ -258,14 +256,14 @@ class Stepping(OptimizerFacade):
             )
             raise BackwardError(message)
         self._require_own_gradients()
+        self._precision.require_unscaled(loss)
+        self._precision.require_one_owner(self, self._inner)
         half = not self._window.is_open and any(p.dtype == torch.float16 for p in self._parameters())
         part = self._window.enter(loss, weight, half=half)
         if self._engine is None and not self._clocks.counts["iteration"] and len(self._window.losses) == _FORGOTTEN:
-            warnings.warn(
+            warn(
                 f"backward() was called {_FORGOTTEN} times and update() never: optimizer {self._name!r} does not "
-                "step; call optimizer.attach(engine) before the run, or optimizer.update() after each micro-batch",
-                IceEngineWarning,
-                stacklevel=2,
+                "step; call optimizer.attach(engine) before the run, or optimizer.update() after each micro-batch"
             )
         if part is None:
             self._pass_over(loss)
@@ -277,13 +275,16 @@ class Stepping(OptimizerFacade):
         try:
             # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters that
             # it must not train: what it leaves there would enter the other's step.
-            with gradients_aside(self._foreign_parameters()):
+            with gradients_aside(self._foreign_parameters()) as reached:
                 torch.autograd.backward(self._precision.scale(part), retain_graph=retain_graph)
+                if self._engine is None and reached():
+                    self._refuse_reaching()
             if self._member is not None:
                 self._member.differentiated += 1
-        except BaseException:
+        except BaseException as error:
             if self._member is not None:
                 self._member.broken = True
+            _note_retain_graph(error)
             # Part of the gradients may be there and part not; the caller may catch this and go on.
             self._discard("a backward() that failed")
             raise
@@ -309,11 +310,9 @@ class Stepping(OptimizerFacade):
             What the wrapped optimizer returns.
         """
         if self._running and not (self._stepping or self.needs_closure):
-            warnings.warn(
+            warn(
                 f"step() by hand in a run whose engine steps optimizer {self._name!r}: gradients are applied past its "
-                "window, clipping and clocks. Take step() out of train_step, or do not attach",
-                IceEngineWarning,
-                stacklevel=2,
+                "window, clipping and clocks. Take step() out of train_step, or do not attach"
             )
         return super().step(closure, **kwargs)
 
@@ -460,8 +459,22 @@ class Stepping(OptimizerFacade):
             self._measurements[metric] = (*self._measurements.get(metric, ()), float(plain))
 
     def _foreign_parameters(self) -> list[torch.Tensor]:
-        attached = vars(self._engine)["_ice_optimizers"] if self._engine is not None else ()
-        return [p for other in attached if other is not self for p in other._parameters()]  # noqa: SLF001 - own class
+        if self._engine is not None:
+            others = vars(self._engine)["_ice_optimizers"]
+        else:
+            # Those that a loss of this one would spoil; not windows whose losses the caller differentiates itself.
+            others = [other for other in [*_ALL] if other._engine is None and other._window.losses]  # noqa: SLF001
+        mine = {id(p) for p in self._parameters()} if others else ()
+        of_others = (p for other in others if other is not self for p in other._parameters())  # noqa: SLF001 - own class
+        return [p for p in of_others if id(p) not in mine]
+
+    def _refuse_reaching(self) -> None:
+        message = (
+            f"a loss of optimizer {self._name!r} reaches parameters of another one, whose window is open; write "
+            f"with {self._name}.toggle(module): around it, with the module that it only passes through, or attach both "
+            "to one engine, which keeps them apart"
+        )
+        raise BackwardError(message)
 
     def _refuse_while_closing(self, what: str) -> None:
         if self._closing:
@@ -486,8 +499,8 @@ class Stepping(OptimizerFacade):
     def _require_own_gradients(self) -> None:
         """Refuse gradients that backward() did not leave as they are: in the window's mean they would be wrong."""
         mend = (
-            "call optimizer.backward(loss) instead of loss.backward(), and detach() what another optimizer's loss "
-            "should not reach"
+            "call optimizer.backward(loss) instead of loss.backward(), and keep another optimizer's loss from them: "
+            "write with other.toggle(module): around it, of the module that has them, or detach()"
         )
         if not self._left:
             if any(p.grad is not None for p in self._parameters()):
@@ -545,6 +558,7 @@ class Stepping(OptimizerFacade):
     def _attempt(self) -> bool:
         window = self._window
         self._precision.require_one_scale()
+        self._precision.require_one_owner(self, self._inner)
         self._count("attempt")
         if window.weight == 0.0:
             return self._skip("the window's weight is 0")
@@ -592,8 +606,10 @@ class Stepping(OptimizerFacade):
             return self._step(norm)
         reason = f"{reason}, {first_nonfinite(self.named_parameters())}; {self._nonfinite_losses()}"
         self._skip(reason, norm)
-        attempt = self._clocks.counts["attempt"]
-        precision.stop_if_exhausted(f"{reason} (optimizer {self._name!r}, attempt {attempt}, rank {world.rank()})")
+        counts, epoch = self._clocks.counts, self._clocks.epoch
+        place = f"attempt {counts['attempt']}, iteration {counts['iteration']}"
+        place += "" if epoch is None else f", epoch {epoch}"
+        precision.stop_if_exhausted(f"{reason} (optimizer {self._name!r}, {place}, rank {world.rank()})")
         return False
 
     def _nonfinite_losses(self) -> str:
@@ -774,11 +790,7 @@ class Stepping(OptimizerFacade):
         if self._window.is_open:
             dropped = self._window.micro_batches + self._window.pending
             self._clear()
-            warnings.warn(
-                f"optimizer {self._name!r} dropped the {dropped} micro-batches of a window that {cause} left open",
-                IceEngineWarning,
-                stacklevel=3,
-            )
+            warn(f"optimizer {self._name!r} dropped the {dropped} micro-batches of a window that {cause} left open")
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -794,3 +806,33 @@ class Stepping(OptimizerFacade):
             or [self._parameter_names.get(id(p), f"param_groups.{i}.params.{j}") for j, p in enumerate(group["params"])]
             for i, group in enumerate(self.param_groups)
         ]
+
+
+_ALL: weakref.WeakSet[Stepping] = weakref.WeakSet()
+
+
+def _note_retain_graph(error: BaseException) -> None:
+    if "backward through the graph a second time" in str(error) and hasattr(error, "add_note"):  # from Python 3.11 on
+        error.add_note(
+            "For optimizers that share a loss: optimizer.backward(loss, retain_graph=True) in all but the last"
+        )
+
+
+def _check_clip(clip: Clip | None) -> Clip | None:
+    if clip is not None and not callable(clip):
+        message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({clip!r})"
+        raise ArgumentTypeError(message)
+    try:
+        signature = inspect.signature(clip) if clip is not None else None
+    except (TypeError, ValueError):  # of compiled code
+        return clip
+    try:
+        if signature is not None:
+            signature.bind(())
+    except TypeError as err:
+        message = (
+            f"clip is called with the parameters alone, and {getattr(clip, '__name__', clip)} cannot be: {err}; "
+            "write clip=ice.clip_norm(1.0), or bind the rest with functools.partial"
+        )
+        raise ArgumentTypeError(message) from err
+    return clip

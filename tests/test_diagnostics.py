@@ -535,6 +535,68 @@ def test_a_draw_of_python_is_repeated_and_noted():
     assert "Python's or numpy's generator" in report.notes[0].why
 
 
+def test_draws_of_numpy_in_the_batchs_shape_are_named_and_not_said_to_be_held_still():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.from_numpy(np.random.randn(*x.shape)).to(x)  # noqa: NPY002
+
+    report = check(mlp(Noisy()))
+    assert culprits(report) == ["1"]
+    assert "draws random numbers in the shape of its batch from Python's or numpy's" in report.culprits[0].why
+    assert "torch.randn_like(x)" in report.culprits[0].mend
+    assert not any("held still here" in note.why for note in report.notes)
+
+
+def test_a_split_into_fewer_micro_batches_is_told():
+    report = check(mlp(), regression(5), k=4)
+    assert (report.ragged_sizes, report.accumulation_steps) == ((3, 2), 4)
+    assert "3 + 2 (2 micro-batches, not 4): gradients differ" in str(report)
+    assert "micro-batches, not" not in str(check(mlp(), regression(16), k=4))
+
+
+# -- a part of the loss that does not come from y_pred ----------------------------------------------------
+
+
+def penalised(how, reduction, model, times=lambda y: 1):
+    def loss_fn(model, y_pred, y):
+        return F.mse_loss(y_pred, y, reduction=reduction) + 5 * times(y) * model[0].weight.square().sum()
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, y_pred, y):
+            return loss_fn(self.model, y_pred, y)
+
+    closure = lambda y_pred, y: loss_fn(model, y_pred, y)  # noqa: E731
+    return {"closure": closure, "partial": functools.partial(loss_fn, model), "module": Loss()}[how]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", ["closure", "partial", "module"])
+def test_a_penalty_on_the_weights_is_compared_too(how, dtype):
+    model, batch = mlp().to(dtype), regression(dtype=dtype)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = state_of(model)
+    assert check(model, batch, penalised(how, "mean", model))
+    assert check(model, batch, penalised(how, "sum", model, times=len), loss_reduction="sum")
+    report = check(model, batch, penalised(how, "sum", model), loss_reduction="sum")
+    assert not report
+    assert report.parameter == "0.weight"
+    assert culprits(report) == ["loss_fn"]
+    assert "such as a penalty on the weights" in report.culprits[0].why
+    assert_untouched(model, before)
+
+
+def test_a_module_that_the_loss_closes_over_is_compared_too():
+    torch.manual_seed(0)
+    head, model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)).double(), mlp().double()
+    report = check(model, loss_fn=lambda y_pred, y: F.mse_loss(y_pred, y) + head(y.double()).square().sum())
+    assert not report
+    assert report.parameter.startswith("loss_fn.")
+
+
 def test_the_models_own_generator_is_not_moved():
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()
@@ -743,7 +805,7 @@ def test_a_loss_that_is_a_method_of_the_model_is_copied_with_it():
     assert report.notes == ()
 
 
-def test_a_loss_that_reaches_the_model_by_itself_leaves_no_gradient_and_is_noted():
+def test_a_loss_that_reaches_the_model_by_itself_leaves_no_gradient_and_is_compared():
     model, batch = mlp(nn.BatchNorm1d(8)), regression()
     model[1].eval()
     before = state_of(model)
@@ -753,7 +815,7 @@ def test_a_loss_that_reaches_the_model_by_itself_leaves_no_gradient_and_is_noted
         return F.mse_loss(y_pred, y) + model[0].weight.square().sum()
 
     report = check(model, batch, loss_fn)
-    assert "the model itself" in report.notes[-1].why
+    assert not any("not compared" in note.why for note in report.notes)
     assert_untouched(model, before)
 
 

@@ -45,6 +45,12 @@ def test_another_name_has_its_own_events_always_the_same():
     assert parts("generator")[1].events is events
 
 
+def test_an_event_that_is_not_there_says_which_are():
+    assert not hasattr(ice.OptimizerEvents, "OPTIMIZER_STEPPED")
+    with pytest.raises(AttributeError, match="GeneratorEvents has no OPTIMIZER_STEP_COMPLETED, only GENERATOR_GRADIE"):
+        ice.optimizer_events("generator").OPTIMIZER_STEP_COMPLETED  # noqa: B018 - asked for, not used
+
+
 def test_no_event_of_ours_equals_one_of_ignite_or_of_another_name():
     names = [event.name for name in ("optimizer", "generator", "critic") for event in ice.optimizer_events(name)]
     names += [event.name for event in Events]

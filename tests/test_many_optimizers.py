@@ -10,7 +10,7 @@ from ignite.engine import Engine, Events
 from torch.nn import functional
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentTypeError, AttachError
+from ice_engine.errors import ArgumentTypeError, AttachError, BackwardError
 
 Adam, SGD = torch.optim.Adam, torch.optim.SGD
 
@@ -452,6 +452,62 @@ def test_one_scaler_each_adapts_alone():
 
     assert of_generator.get_scale() == 32.0  # two windows
     assert of_critic.get_scale() == 8.0
+
+
+# -- without an engine ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("critic_first", [True, False])
+def test_without_an_engine_a_loss_that_reaches_the_others_parameters_is_refused(critic_first, k):
+    g, d = net(2, 3, 0), net(3, 1, 1)
+    generator = ice.Optimizer(SGD(g.parameters(), lr=0.1), name="generator", accumulation_steps=k)
+    critic = ice.Optimizer(SGD(d.parameters(), lr=0.1), name="critic", accumulation_steps=k)
+    real = batches(1)[0]
+    if critic_first:
+        critic.backward(judged(d, g, real))
+        expected = [p.grad.clone() for p in d.parameters()]
+        with (
+            pytest.warns(ice.IceEngineWarning, match="'generator' dropped the 1 micro-batches"),
+            pytest.raises(BackwardError, match=r"write with generator.toggle\(module\): around it"),
+        ):
+            generator.backward(drawn(d, g, real))
+        assert all(map(torch.equal, expected, [p.grad for p in d.parameters()]))
+        assert all(p.grad is None for p in g.parameters())
+    else:
+        generator.backward(drawn(d, g, real))
+        with pytest.raises(BackwardError, match=r"of optimizer 'critic'.*with other.toggle\(module\): around it"):
+            critic.backward(judged(d, g, real))
+        critic.zero_grad()
+        critic.backward(judged(d, g, real))
+        expected = [p.grad.clone() for p in d.parameters()]
+    with generator.toggle(d):
+        generator.backward(drawn(d, g, real))
+    assert all(map(torch.equal, expected, [p.grad for p in d.parameters()]))
+
+
+def test_without_an_engine_a_window_that_the_caller_differentiates_takes_what_the_others_loss_leaves():
+    a, b = torch.nn.Parameter(torch.ones(())), torch.nn.Parameter(torch.ones(()))
+    first, second = (ice.Optimizer(SGD([p], lr=1.0), accumulation_steps=2) for p in (a, b))
+    for slope in (1.0, 3.0):
+        first.backward((a + b) * slope)
+        first.update()
+        second.update()
+    assert (a.item(), b.item()) == (-1.0, -1.0)
+
+
+def test_a_forgotten_retain_graph_is_told_by_our_own_name():
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer = ice.Optimizer(SGD([weight], lr=1.0))
+    loss = weight.square()
+    optimizer.backward(loss)
+    with (
+        pytest.warns(ice.IceEngineWarning, match="dropped"),
+        pytest.raises(RuntimeError, match="second time") as caught,
+    ):
+        optimizer.backward(loss)
+    notes = getattr(caught.value, "__notes__", None)  # Python 3.10 has none
+    assert notes is None or "optimizer.backward(loss, retain_graph=True) in all but the last" in notes[0]
 
 
 # -- toggle --------------------------------------------------------------------------------------------------

@@ -83,6 +83,11 @@ def test_a_factory_takes_parameters_pairs_or_groups(params):
             ArgumentTypeError,
             r"clip must be callable, got 1.0; such as clip=ice.clip_norm\(1.0\)",
         ),
+        (
+            lambda: sgd(clip=torch.nn.utils.clip_grad_norm_),
+            ArgumentTypeError,
+            r"clip_grad_norm_ cannot be: missing a required argument: 'max_norm'; write clip=ice.clip_norm\(1.0\)",
+        ),
         (lambda: sgd(processors=lambda d: d), ArgumentTypeError, r"processors must be a list"),
         (lambda: sgd(processors=[None]), ArgumentTypeError, r"processors\[0\] must be callable, got None"),
         (
@@ -1176,6 +1181,18 @@ def test_a_state_saved_inside_a_window_says_what_it_lacks():
         other.load_state_dict(state)
 
 
+@pytest.mark.parametrize(("tail", "said"), [("step", True), ("drop", True), ("carry", False)])
+def test_a_state_saved_inside_a_window_says_where_none_is_open(tail, said):
+    weight = parameter()
+    optimizer = sgd(weight, accumulation_steps=2, tail=tail)
+    train(optimizer, weight, [1.0])
+    with pytest.warns(ice.IceEngineWarning, match="Save on OPTIMIZER_STEP_COMPLETED to lose none") as told:
+        sgd(accumulation_steps=2, tail=tail).load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    # With "carry" a window is open where an epoch ends.
+    assert ("or on EPOCH_COMPLETED" in str(told[0].message)) is said
+
+
 def test_clocks_that_were_loaded_survive_the_start_of_a_run():
     weight, optimizer = make()
     train(optimizer, weight, [1.0, 2.0, 3.0])
@@ -1223,3 +1240,12 @@ def test_hook_names_of_the_optimizer_are_taken():
 
     with pytest.raises(HookError, match=r"optimizer\.started"):
         optimizer.hooks.add(Events.STARTED, lambda: None, name="optimizer.started")
+
+
+def test_a_warning_in_a_handler_of_ours_points_at_the_users_line():
+    optimizer = sgd()
+    engine = Engine(lambda engine, batch: None)
+    optimizer.attach(engine)
+    with pytest.warns(ice.IceEngineWarning, match="got no loss in epoch 1") as told:
+        engine.run([1.0])
+    assert told[0].filename == __file__

@@ -123,9 +123,8 @@ def test_the_skip_event_says_which_parameter_and_micro_batch_were_not_finite():
     )
     run()
 
-    assert reasons == [
-        "gradient norm is nan, first in 'layer.weight', shape (); the loss of micro-batch 2 was not finite"
-    ]
+    reason = "gradient norm is nan, first in 'layer.weight', shape (); the loss of micro-batch 2 of its window was not"
+    assert reasons == [f"{reason} finite"]
 
 
 def test_the_first_bad_parameter_is_named_even_though_clipping_saw_it():
@@ -141,7 +140,8 @@ def test_raise_stops_at_the_first_and_leaves_everything_as_it_was():
     weight, optimizer, run = make([1.0, math.inf], nonfinite="raise")
 
     with pytest.raises(
-        NonFiniteGradientError, match=r"gradient norm is inf, first in 'layer.weight'.*attempt 2, rank 0"
+        NonFiniteGradientError,
+        match=r"gradient norm is inf, first in 'layer.weight'.*attempt 2, iteration 2, epoch 1, rank 0",
     ):
         run()
 
@@ -343,6 +343,46 @@ def test_a_loss_scale_that_was_changed_inside_a_window_is_found(how):
         optimizer.backward(weight * slope)
         optimizer.update()
     assert weight.item() == -2.0
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("owner", ["optimizer", "inner"])
+@pytest.mark.parametrize("by_hand", ["scale", "unscale_", "step"])
+@pytest.mark.filterwarnings("ignore:step.. by hand:ice_engine.errors.IceEngineWarning")
+def test_a_scaler_that_the_caller_drives_as_well_is_refused(by_hand, owner, k):
+    weight = torch.nn.Parameter(torch.zeros(()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=k, grad_scaler=scaler)
+
+    def train_step(engine, slope):
+        optimizer.backward(scaler.scale(weight * slope) if by_hand == "scale" else weight * slope)
+        if by_hand != "scale":
+            getattr(scaler, by_hand)(optimizer if owner == "optimizer" else optimizer.inner)
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer)
+    with pytest.raises(
+        BackwardError, match=r"take scale\(\), unscale_\(\), step\(\) and update\(\) .* out of train_step"
+    ):
+        trainer.run([1.0] * 4)
+    optimizer.zero_grad()
+    optimizer.detach()
+
+    before = weight.item()  # a step by hand was taken already, at its first call
+    for slope in [1.0, 3.0][:k]:
+        optimizer.backward(weight * slope)
+        optimizer.update()
+    assert weight.item() == before - (1.0 if k == 1 else 2.0)
+
+
+def test_a_loss_that_something_else_than_the_scale_multiplied_is_no_scaled_one():
+    weight, factor = torch.nn.Parameter(torch.zeros(())), torch.tensor(4.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), grad_scaler=scaler)
+    for _ in range(2):
+        optimizer.backward(weight * factor)
+        optimizer.update()
+    assert weight.item() == -8.0
 
 
 def test_update_refuses_a_scaler_that_backward_did_not_scale_with():

@@ -41,7 +41,7 @@ def test_carry_lets_windows_cross_epochs_and_loses_nothing_at_the_end():
 
 
 def test_drop_leaves_the_tail_out_and_says_how_much(caplog):
-    with caplog.at_level(logging.INFO, logger="ice_engine.optimizer"):
+    with caplog.at_level(logging.INFO, logger="ice_engine.stepping"):
         applied, _ = run([1.0, 2.0, 3.0], 2, epochs=2, tail="drop")
 
     assert applied == [1.5, 1.5]

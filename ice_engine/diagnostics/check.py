@@ -39,6 +39,8 @@ class AccumulationReport:
         dtype: Type that model and loss were run in.
         culprits: What makes the difference, in the order of execution; empty if there is none.
         notes: What makes no difference here, and is to be known.
+        accumulation_steps: Micro-batches that were asked for; the ragged split has fewer where only so they have
+            different sizes, of 2 samples or more.
     """
 
     equal: bool
@@ -51,6 +53,7 @@ class AccumulationReport:
     dtype: torch.dtype
     culprits: tuple[Finding, ...] = ()
     notes: tuple[Finding, ...] = ()
+    accumulation_steps: int = 0
 
     def __bool__(self) -> bool:
         return self.equal
@@ -63,7 +66,8 @@ class AccumulationReport:
         for sizes, worst in ((self.even_sizes, self.even), (self.ragged_sizes, self.ragged)):
             if worst is not None:
                 far = "no finite gradient" if math.isinf(worst) else f"gradients differ by {worst:.1e}"
-                lines.append(f"  {_listed(sizes)}: {far}")
+                few = f" ({len(sizes)} micro-batches, not {self.accumulation_steps})"
+                lines.append(f"  {_listed(sizes)}{few if len(sizes) != self.accumulation_steps else ''}: {far}")
         if not self.equal and self.parameter:
             lines.append(f"  most in {self.parameter!r}")
         for title, findings in (("broken by", self.culprits), ("note:", self.notes)):
@@ -100,9 +104,10 @@ def check_accumulation(
     Copies of model and loss are run in training mode, in float64 where they can, through :class:`Optimizer
     <ice_engine.optimizer.Optimizer>`: the batch at once, cut into equal micro-batches, and into a ragged split.
     If gradients differ, every module's outputs are compared to name the ones that break it; then the loss, to
-    find the weights that are right. Dropout and other draws of torch are held still meanwhile, and noted. The model,
-    its gradients and the global random generators stay as they are, and so do gradients and buffers of modules that
-    *loss_fn* closes over; what else it reaches, such as globals or a numpy ``Generator`` of its own, does not.
+    find the weights that are right. Dropout and other draws of torch are held still meanwhile, and noted. A part of the
+    loss that differentiates the model itself, or a module that *loss_fn* closes over, is compared with the rest. They,
+    their gradients and the global random generators stay as they are; what else *loss_fn* reaches, such as globals
+    other than the model or a numpy ``Generator`` of its own, does not, and is not compared.
 
     Args:
         model: Called as ``model(x)``. In evaluation mode, all of it is checked in training mode; in training mode,
@@ -245,6 +250,7 @@ def _report(trial: Trial, steps: int, tolerance: float | None) -> AccumulationRe
         dtype=trial.dtype or dtype,
         culprits=culprits(trial, broken[-1], limit) if broken else (),
         notes=notes(trial),
+        accumulation_steps=steps,
     )
 
 

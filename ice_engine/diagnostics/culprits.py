@@ -61,7 +61,9 @@ def culprits(trial: Trial, spans: Sequence[Span], limit: float) -> tuple[Finding
         seed()
         predictions, recorded = record(model, trial.piece(0, trial.total)[0])
         predictions = copied(predictions)
-        carried, fresh = (Comparison(recorded, trial.total, limit) for _ in range(2))
+        carried, fresh, other = (Comparison(recorded, trial.total, limit) for _ in range(3))
+        seed(1)  # torch is held still: what differs now draws from another generator
+        other.run(trial.fresh()[0], trial.piece(0, trial.total)[0], 0, trial.total)
         outputs, worn = [], trial.fresh()[0]
         for start, stop in spans:
             seed()
@@ -69,7 +71,9 @@ def culprits(trial: Trial, spans: Sequence[Span], limit: float) -> tuple[Finding
             seed()
             fresh.run(trial.fresh()[0], trial.piece(start, stop)[0], start, stop)
     findings = [
-        _module_finding(name, model.get_submodule(name), where, stateful=name not in fresh.parted)
+        _drawing_finding(name, model.get_submodule(name), where)
+        if name in other.parted
+        else _module_finding(name, model.get_submodule(name), where, stateful=name not in fresh.parted)
         for name, where in carried.parted.items()
     ]
     findings += [
@@ -78,7 +82,13 @@ def culprits(trial: Trial, spans: Sequence[Span], limit: float) -> tuple[Finding
         if name not in carried.parted
     ]
     findings += _loss_finding(trial, spans, [predictions, *outputs], limit, alone=not findings)
-    return tuple(findings) or (_unexplained(model),)
+    return tuple(findings) or (_unexplained(trial, predictions),)
+
+
+def _drawing_finding(name: str, module: torch.nn.Module, where: str) -> Finding:
+    why = "it draws random numbers in the shape of its batch from Python's or numpy's generator, not held still here"
+    mend = "draw them with torch, such as torch.randn_like(x), which is held still; or leave them out of this check"
+    return Finding(name, type(module).__name__, why + (f" ({where})" if where else ""), mend)
 
 
 def _module_finding(name: str, module: torch.nn.Module, where: str, *, stateful: bool) -> Finding:
@@ -107,7 +117,17 @@ def _failed_finding(name: str, module: torch.nn.Module, message: str) -> Finding
     return Finding(name, type(module).__name__, message, mend)
 
 
-def _unexplained(model: torch.nn.Module) -> Finding:
+def _unexplained(trial: Trial, predictions: Any) -> Finding:
+    model, loss_fn = trial.fresh()
+    with Still(lambda: None):
+        seed()
+        if loss_fn(copied(predictions), trial.piece(0, trial.total)[1]).requires_grad:
+            why = (
+                "a part of it does not come from y_pred, such as a penalty on the weights, and is not the mean of "
+                "those of the micro-batches"
+            )
+            mend = "where the loss is a sum over the samples, multiply that part with their number"
+            return Finding("loss_fn", _kind(trial.loss_fn), why, mend)
     return Finding(
         "",
         type(model).__name__,
@@ -204,6 +224,12 @@ def _kind(loss_fn: Any) -> str:
 def notes(trial: Trial) -> tuple[Finding, ...]:
     """Name what was held still or left as it is for the comparison."""
     model, found = trial.model, []
+    if trial.drawn_outside:
+        why = (
+            "draws at random (Python's or numpy's generator), anew for every micro-batch; here that begins anew from "
+            "the same seed for each, which holds still only what does not depend on their size"
+        )
+        found.append(Finding("", type(model).__name__, why, ""))
     for path, operation in trial.drawing.items():
         kind = _kind(trial.loss_fn) if path == "loss_fn" else type(model.get_submodule(path)).__name__
         why = (
@@ -219,8 +245,4 @@ def notes(trial: Trial) -> tuple[Finding, ...]:
             "which would end that"
         )
         found.append(Finding(asleep[0], kind, why, "override train() in the model to keep it"))
-    if any(p.grad is not None for p in model.parameters()):
-        why = "it differentiates the model itself, not only y_pred; the gradient of that part was not compared"
-        mend = "bind the model with functools.partial or in a module, which are copied together with it"
-        found.append(Finding("loss_fn", _kind(trial.loss_fn), why, mend))
     return tuple(found)

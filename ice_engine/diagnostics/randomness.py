@@ -16,7 +16,7 @@ def nothing_left_behind(model: torch.nn.Module, loss_fn: Any = None) -> Iterator
 
     Copies are what is run; but a loss may know the model itself, and reach it, or other modules that it closes over.
     """
-    modules = {each: None for known in (model, *_closed_over(loss_fn)) for each in known.modules()}
+    modules = {each: None for known in (model, *closed_over(loss_fn)) for each in known.modules()}
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
@@ -43,7 +43,8 @@ def nothing_left_behind(model: torch.nn.Module, loss_fn: Any = None) -> Iterator
                         buffer.copy_(value)
 
 
-def _closed_over(function: Any) -> list[torch.nn.Module]:
+def closed_over(function: Any) -> list[torch.nn.Module]:
+    """Return the modules that *function* closes over, which no copy of it has copies of."""
     found = []
     for cell in getattr(function, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # an empty cell
@@ -55,12 +56,12 @@ def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(torch.nan_to_num(a, 0.5), torch.nan_to_num(b, 0.5)) if a.is_floating_point() else a.equal(b)
 
 
-def seed() -> None:
+def seed(number: int = 0) -> None:
     """Let Python's, numpy's and torch's generators begin anew, as before every other micro-batch."""
-    random.seed(0)
+    random.seed(number)
     if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(0)
-    torch.manual_seed(0)
+        numpy.random.seed(number)
+    torch.manual_seed(number)
 
 
 def drawn_outside() -> bool:

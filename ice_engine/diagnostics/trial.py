@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ice_engine.batches import copied, cut, tensors
-from ice_engine.diagnostics.randomness import Still, drawn_outside, seed
+from ice_engine.diagnostics.randomness import Still, closed_over, drawn_outside, seed
 from ice_engine.diagnostics.tracing import Watch, record
 from ice_engine.errors import ArgumentValueError, IceEngineError, NoGradientsError, NonFiniteGradientError
 from ice_engine.optimizer import Optimizer
@@ -36,6 +36,7 @@ class Trial:
         dtype: Type that model, loss and batch are cast to; None for the types they have.
         narrowed: Types that were cast down to inside.
         drawing: By path of the module that drew at random: the operation.
+        drawn_outside: Whether it was Python's or numpy's generator that was drawn from.
     """
 
     model: torch.nn.Module
@@ -48,6 +49,7 @@ class Trial:
     dtype: torch.dtype | None = torch.float64
     narrowed: set[torch.dtype] = dataclasses.field(default_factory=set)
     drawing: dict[str, str] = dataclasses.field(default_factory=dict)
+    drawn_outside: bool = False
 
     def fresh(self) -> tuple[torch.nn.Module, Any]:
         """Return copies of model and loss, as the user's are now, in training mode."""
@@ -81,16 +83,20 @@ class Trial:
         weight = weight or self.weight
         model, loss_fn = self.fresh()
         named = _trainable(model, loss_fn)
+        named += _reached(self.model, self.loss_fn, named)
         found: Gradients = {}
 
         def capture(_: Any) -> torch.Tensor:
-            for name, p in named.items():
+            for name, p in named:
                 if p.grad is not None:
-                    found[name] = p.grad.to_dense().clone() if p.grad.is_sparse else p.grad.clone()
+                    gradient = p.grad.to_dense().clone() if p.grad.is_sparse else p.grad.clone()
+                    found[name] = found[name] + gradient if name in found else gradient
             return torch.zeros(())
 
+        for _, p in named:
+            p.grad = None  # of an attempt that failed
         optimizer = Optimizer(
-            torch.optim.SGD(named.values(), lr=0.0),
+            _Idle([p for _, p in named]),
             accumulation_steps=len(spans),
             clip=capture,
             nonfinite="off",
@@ -102,8 +108,7 @@ class Trial:
                 x, y = self.piece(start, stop)
                 watch.outside = "loss_fn"
                 loss = loss_fn(model(x), y)
-                if drawn_outside():
-                    still.drawing.setdefault("", "Python's or numpy's generator")
+                self.drawn_outside = drawn_outside() or self.drawn_outside
                 watch.outside = None  # backward may run parts of the forward again
                 items = weight(x, y)
                 if isinstance(items, torch.Tensor) and items.is_floating_point():
@@ -153,12 +158,33 @@ class Trial:
         return f"the loss is {loss:g} and {where}"
 
 
-def _trainable(model: torch.nn.Module, loss_fn: Any) -> dict[str, torch.Tensor]:
-    named: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if isinstance(loss_fn, torch.nn.Module):
-        known = {id(p) for p in model.parameters()}
-        named |= {f"loss_fn.{n}": p for n, p in loss_fn.named_parameters() if p.requires_grad and id(p) not in known}
-    return named
+class _Idle(torch.optim.Optimizer):
+    """Leaves parameters as they are: a loss may reach the user's own."""
+
+    def __init__(self, params: list[torch.Tensor]) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Do nothing."""
+
+
+Named = list[tuple[str, torch.Tensor]]
+
+
+def _trainable(model: torch.nn.Module, loss_fn: Any) -> Named:
+    return _named(model, [loss_fn] if isinstance(loss_fn, torch.nn.Module) else [])
+
+
+def _reached(model: torch.nn.Module, loss_fn: Any, copies: Named) -> Named:
+    """Return the user's own parameters, which a loss that knows them differentiates beside the copies."""
+    known = {id(p) for _, p in copies}
+    return [(name, p) for name, p in _named(model, closed_over(loss_fn)) if id(p) not in known]
+
+
+def _named(model: torch.nn.Module, of_loss: Sequence[torch.nn.Module]) -> Named:
+    every = [(f"loss_fn.{name}", p) for module in of_loss for name, p in module.named_parameters()]
+    by_parameter = {id(p): (name, p) for name, p in (*every, *model.named_parameters()) if p.requires_grad}
+    return [*by_parameter.values()]
 
 
 def gap(whole: Gradients, parts: Gradients, noise: float) -> tuple[float, str]:

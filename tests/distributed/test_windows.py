@@ -274,7 +274,7 @@ def test_a_nan_on_one_rank_is_skipped_on_all_and_names_the_rank():
     assert found[0] == found[1]
     clocks, scale, (reason,), _ = found[0]
     assert (clocks["step"], clocks["skipped"], scale) == (3, 1, 512.0)
-    assert "rank 1: the loss of micro-batch 1 was not finite" in reason
+    assert "rank 1: the loss of micro-batch 1 of its window was not finite" in reason
 
 
 def _buffers() -> list[Any]:
