@@ -58,9 +58,9 @@ _FORGOTTEN = 32  # losses in one micro-batch, without any update() before, from 
 
 
 class Stepping(OptimizerFacade):
-    """Steps a torch optimizer once per window; see :class:`ice_engine.Optimizer` for the arguments.
+    """Steps a torch optimizer once per window; see :class:`ice_engine.optimizer.Optimizer` for the arguments.
 
-    Fires the events of the engine that it is attached to, if there is one. Who calls :meth:`update`, what is saved
+    Fires the events of the engine that it is attached to, if there is one. Who calls ``update()``, what is saved
     and what is planned is the subclass's.
     """
 
