@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint as IgniteCheckpoint
 from ignite.handlers import DiskSaver
@@ -45,7 +46,8 @@ class _WriteThenRemove(DiskSaver):
             message = f"{self.dirname / filename} cannot be written: {err}. Checkpoints that were there still are"
             raise CheckpointError(message) from err
         for outdated in self.outdated:
-            if outdated != filename:
+            # The other ranks come here while the new file is still being written.
+            if outdated != filename and idist.get_rank() == self.save_on_rank:
                 (self.dirname / outdated).unlink(missing_ok=True)
         self.outdated.clear()
 

@@ -10,13 +10,13 @@ def count_steps(
     epoch_length: int | None,
     max_epochs: int | None,
     max_iters: int | None,
-    window_size: int,
+    window_size: int | None,
     tail: str,
     *,
     since: int = 0,
 ) -> int | None:
-    """Return how many windows close after iteration *since* of a run; None while its length is unknown."""
-    if epoch_length is None or (max_epochs is None and max_iters is None):
+    """Return how many windows close after iteration *since* of a run; None while its length or theirs is unknown."""
+    if not window_size or epoch_length is None or (max_epochs is None and max_iters is None):
         return None
     end = max_iters if max_iters is not None else cast("int", max_epochs) * epoch_length
     left = max(end - since, 0)

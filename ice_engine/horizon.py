@@ -34,7 +34,8 @@ class Terms:
     """What decides a schedule's values besides the clocks and the initial values.
 
     Attributes:
-        run: The run's ``epoch_length``, ``max_epochs``, ``max_iters``, ``accumulation_steps`` and ``tail``.
+        run: The run's ``epoch_length``, ``max_epochs``, ``max_iters``, ``accumulation_steps`` and ``tail``; with an
+            ``effective_batch_size``, that and the ``world_size`` as well.
         plan: Lengths that processors are shown, and ``stretch``; the run's own, unless an earlier run's were kept.
         processors: Each as plain data: the ``spec`` of a schedule, the expression or name of anything else.
     """
@@ -44,9 +45,9 @@ class Terms:
     processors: Sequence[Any]
 
     @classmethod
-    def of(cls, clocks: Clocks, size: int, tail: str, processors: Sequence[DictProcessor]) -> "Terms":
-        """Return those of the run that *clocks* count, as if it were fresh."""
-        run = {**clocks.run_lengths(), "accumulation_steps": size, "tail": tail}
+    def of(cls, clocks: Clocks, window: Mapping[str, Any], processors: Sequence[DictProcessor]) -> "Terms":
+        """Return those of the run that *clocks* count, as if it were fresh, with *window* that of its windows."""
+        run = {**clocks.run_lengths(), **window}
         return cls(run, cls.own_plan(run), [describe(processor) for processor in processors])
 
     @staticmethod
@@ -89,6 +90,11 @@ class Course:
         """Take over what was in force; *configured* are the initial values that this process was set up with."""
         self.terms = None if state is None else Terms(state["run"], state["plan"], state["processors"])
         self.configured = configured
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether nothing is in force yet, or what is was loaded and not compared with what the run brings."""
+        return self.terms is None or self.configured is not None
 
     def start_afresh(self) -> None:
         """Forget what was in force: a fresh run has nothing to keep."""
@@ -135,16 +141,19 @@ class Course:
             new = new.with_plan(Terms.own_plan(terms.run, clocks.counts["step"], scene.iteration))
         chosen = new
         change = _first_change(old, new, scene)
+        policy = self.policy
+        if policy == "error" and _other_world_only(old, new, groups):
+            policy = "replan"
         if change is not None:
-            if self.policy == "error":
+            if policy == "error":
                 message = (
                     f"the schedule of optimizer {name!r} would change as the run goes on: {change}. Say which you "
                     "want: Optimizer(..., on_change='replan') takes the new values, 'keep' stays with the saved ones, "
                     "'stretch' stretches what is left of the saved schedule over what is left of the run"
                 )
                 raise ScheduleChangedError(message)
-            if self.policy != "replan":
-                chosen = old.kept(terms, new, scene, stretch=self.policy == "stretch")
+            if policy != "replan":
+                chosen = old.kept(terms, new, scene, stretch=policy == "stretch")
                 change = change.declined(chosen, scene)
         holds = chosen.require_processors()
         # Only now, when nothing can fail any more: whoever catches the error and runs again gets it again.
@@ -152,7 +161,7 @@ class Course:
         self.configured = None
         clocks.plan = {} if chosen.terms.plan == Terms.own_plan(terms.run) else dict(chosen.terms.plan)
         if change is not None:
-            logger.warning("optimizer %r, on_change=%r: %s", name, self.policy, change)
+            logger.warning("optimizer %r, on_change=%r: %s", name, policy, change)
             for group, initial in zip(groups, chosen.initial or [], strict=False):
                 group.update(initial)
         return holds
@@ -353,6 +362,18 @@ def _probes(old: _Side, new: _Side, scene: _Scene) -> list[int]:
     return sorted(spread | {max(end - 2**i, 0) for end in ends for i in range(10)} | {*ends})
 
 
+def _other_world_only(old: _Side, new: _Side, groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether nothing but the number of ranks has changed, and what follows from it with the same effective batch.
+
+    The same items then take about as many steps, to what rounding leaves of a window; the user asked for no change.
+    """
+    follows = {"world_size", "accumulation_steps", "epoch_length"}
+    runs = [{key: value for key, value in side.terms.run.items() if key not in follows} for side in (old, new)]
+    same_rest = runs[0] == runs[1] and _same_processors(old, new) and not _initial_reasons(new, groups)
+    same_batch = runs[1].get("effective_batch_size") is not None
+    return same_rest and same_batch and old.terms.run["world_size"] != new.terms.run["world_size"]
+
+
 def _same_processors(old: _Side, new: _Side) -> bool:
     pairs = zip(old.terms.processors, new.terms.processors, strict=False)
     return len(old.terms.processors) == len(new.terms.processors) and all(same(a, b) for a, b in pairs)
@@ -371,6 +392,11 @@ def _reasons(old: _Side, new: _Side, groups: Sequence[dict[str, Any]]) -> list[s
     if not _same_processors(old, new):
         before, after = (", ".join(map(as_text, side.terms.processors)) for side in (old, new))
         found.append(f"processors [{before}] -> [{after}]" if before != after else f"other code in [{after}]")
+    return found + _initial_reasons(new, groups)
+
+
+def _initial_reasons(new: _Side, groups: Sequence[dict[str, Any]]) -> list[str]:
+    found: list[str] = []
     for index, initial in enumerate(new.initial or []):
         saved = groups[index]
         found += [

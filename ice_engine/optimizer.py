@@ -54,6 +54,12 @@ class Optimizer(Stepping):
             whole run takes every iteration for a micro-batch; for an optimizer that gets a loss in some of them only,
             give it ``unit="iteration"`` or a ``total=`` of its own.
         accumulation_steps: Micro-batches per window, at least 1.
+        effective_batch_size: Items (whatever the weights of :meth:`backward` count) of one step over all ranks,
+            instead of *accumulation_steps*: windows have the number of micro-batches that comes nearest to it, at
+            least 1, by the first weight of the run (the largest of all ranks). Where later ones weigh more or less, so
+            does the window; its mean is over what it has. A resumed run keeps that number with as many ranks, and
+            decides it anew with others: the steps of the run are then about as many, schedules over the whole run
+            follow with a line in the log, and ``on_change`` is not asked.
         tail: What becomes of a short last window of an epoch: ``"step"`` with its own mean,
             ``"carry"`` into the next epoch (and step at the run's end), or ``"drop"``, with a line in the log: a
             warning the first time in a run.
@@ -198,7 +204,8 @@ class Optimizer(Stepping):
     def _facts(self) -> dict[str, Any]:
         """What must be the same on every rank for their windows and steps to be."""
         return {
-            "accumulation_steps": self._window.size,
+            "accumulation_steps": self.accumulation_steps,
+            "effective_batch_size": self._window.batch,
             "tail": self._window.tail,
             "loss_reduction": self._window.reduction,
             "nonfinite": self._precision.policy,
@@ -248,6 +255,8 @@ class Optimizer(Stepping):
         if engine.state.iteration == 0 and not self._loaded:
             self._clocks.counts = dict.fromkeys(self._clocks.counts, 0)
             self._clocks.plan = {}
+            self._window.start_afresh()
+            self._size = self._window.size
             self._course.start_afresh()
             self._precision.start_afresh()
             self._processors = self._given
@@ -364,7 +373,12 @@ class Optimizer(Stepping):
     # -- before the run -----------------------------------------------------------------------------------
 
     def plan(
-        self, epoch_length: int | None = None, max_epochs: int | None = None, *, max_iters: int | None = None
+        self,
+        epoch_length: int | None = None,
+        max_epochs: int | None = None,
+        *,
+        max_iters: int | None = None,
+        accumulation_steps: int | None = None,
     ) -> Plan:
         """Compute every scheduled key at every step of a whole run, from its beginning; change nothing.
 
@@ -375,6 +389,8 @@ class Optimizer(Stepping):
             epoch_length: Micro-batches per epoch, at least 1, such as ``len(loader)``.
             max_epochs: Epochs of the run, at least 1.
             max_iters: Micro-batches of the run, at least 1, instead of *max_epochs*; it may end inside an epoch.
+            accumulation_steps: Micro-batches per window, if they are to follow from ``effective_batch_size`` and no
+                loss has decided them yet.
 
         Returns:
             What is planned; ``print(plan)`` shows a table, ``plan.problems`` lists what looks wrong, ``plan.plot()``
@@ -382,7 +398,7 @@ class Optimizer(Stepping):
 
         Raises:
             ArgumentTypeError: If an argument is no int, or a processor cannot be copied.
-            ArgumentValueError: If the length of the run is not known, given twice, or below 1.
+            ArgumentValueError: If the length of the run or of a window is not known, given twice, or below 1.
             ClosureError: If the wrapped optimizer needs a closure: it steps without windows and processors.
             ProcessorError: If a processor does something impossible; a note says at which step.
 
@@ -416,6 +432,14 @@ class Optimizer(Stepping):
                 "write optimizer.plan(epoch_length=len(loader), max_epochs=...)"
             )
             raise ArgumentValueError(message)
+        size = self.accumulation_steps if accumulation_steps is None else accumulation_steps
+        if size is None:
+            message = (
+                f"plan() needs accumulation_steps: with effective_batch_size={self._window.batch} they follow from the "
+                f"first loss, and there was none; write optimizer.plan(..., accumulation_steps=n), with n = "
+                f"{self._window.batch} / (items of a micro-batch * ranks)"
+            )
+            raise ArgumentValueError(message)
         asked = {"epoch_length": epoch_length, "max_epochs": max_epochs, "max_iters": max_iters}
         return Plan(
             self.param_groups,
@@ -423,7 +447,7 @@ class Optimizer(Stepping):
             epoch_length=epoch_length,
             max_epochs=max_epochs,
             max_iters=max_iters,
-            accumulation_steps=self._window.size,
+            accumulation_steps=size,
             tail=self._window.tail,
             name=self._name,
             optimizer=self._stand_in,
@@ -553,6 +577,10 @@ class Optimizer(Stepping):
         if extra is not None:
             self._clocks.counts.update({clock: int(value) for clock, value in extra["clocks"].items()})
             self._course.load_state_dict(extra.get("horizon"), configured)
+            if self._window.batch is not None:
+                self._window.ranks = world.world_size()
+                self._window.resume({} if self._course.terms is None else self._course.terms.run)
+                self._size = self._window.size
             self._measurements = {metric: tuple(values) for metric, values in extra.get("measurements", {}).items()}
             self._precision.load_state_dict(extra)
             self._measures.noise.load_state_dict(extra.get("noise", (0.0, 0.0, 0.0)))
@@ -588,7 +616,10 @@ class Optimizer(Stepping):
         raise ArgumentTypeError(message)
 
     def __repr__(self) -> str:
-        parts = [f"name={self._name!r}", f"accumulation_steps={self._window.size}"]
+        window = self._window
+        parts = [f"name={self._name!r}"]
+        parts += [f"accumulation_steps={window.size}"] if window.size else []
+        parts += [f"effective_batch_size={window.batch}"] if window.batch is not None else []
         parts += [f"clip={self._clip!r}"] if self._clip is not None else []
         parts += [f"processors={list(self._processors)!r}"] if self._processors else []
         return f"Optimizer({', '.join(parts)}) of {self._inner!r}"

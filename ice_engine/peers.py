@@ -113,6 +113,7 @@ class Peers:
                 member.sync = other.sync  # one switch for one model
         self._members.append(member)
         member.window.unit_of = functools.partial(self._common_unit, member)
+        member.window.ranks = world_size()
 
     def leave(self, member: Member) -> None:
         """Let an optimizer go; with the last one, the engine is as it was."""
@@ -286,6 +287,7 @@ class Peers:
             window = self._members[index].window
             window.common = max(row[2] for row in said if row[1] == index)
             window.unit = window.unit or window.common
+            window.decide(window.common)
         return bool(said)
 
     def _close(self, member: Member, *, reduced: bool = False, at_end: bool = False) -> None:
@@ -294,18 +296,18 @@ class Peers:
         values = member.values()
         digest = zlib.crc32(json.dumps(values).encode())
         weighted = -1.0 if window.weighted is None else float(window.weighted)
-        row = [
-            self._members.index(member),
-            float(window.micro_batches >= window.size or last),
-            window.weight,
-            weighted,
-            digest,
-        ]
-        rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
+        while True:
+            row = [self._members.index(member), float(window.is_full or last), window.weight, weighted, digest]
+            rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
+            if not self._take_unit(rows):
+                break  # else a rank without data is here, and the others at their first loss
         self._check_close(member, rows, values)
         if not (at_end or any(row[2] for row in rows)):
+            # No rank had a loss for it in this iteration, or the first loss has told that its windows are longer.
             member.touched()
-            return  # no rank had a loss for it in this iteration
+            if reduced:
+                member.sync.settle()
+            return
         window.share(sum(row[3] for row in rows), world_size())
         if reduced or member.sync.reduce(member.parameters()):
             member.close()

@@ -72,6 +72,7 @@ class Stepping(OptimizerFacade):
         name: str = "optimizer",
         processors: Sequence[DictProcessor] = (),
         accumulation_steps: int = 1,
+        effective_batch_size: int | None = None,
         tail: Tail = "step",
         loss_reduction: Reduction = "mean",
         clip: Clip | None = None,
@@ -83,7 +84,7 @@ class Stepping(OptimizerFacade):
     ) -> None:
         self._name = check_name(name)
         self._given = self._processors = check_processors(processors)
-        self._window = Window(accumulation_steps, tail, loss_reduction)
+        self._window = Window(accumulation_steps, tail, loss_reduction, effective_batch_size)
         self._clip = _check_clip(clip)
         self._precision = Precision(grad_scaler, nonfinite, max_consecutive_skips, has_norm=clip is not None)
         if isinstance(optimizer, OptimizerFacade):
@@ -99,6 +100,7 @@ class Stepping(OptimizerFacade):
         vars(self._inner)["_ice_owner"] = weakref.ref(self)
         of_windows = {
             "accumulation_steps": accumulation_steps > 1,
+            "effective_batch_size": effective_batch_size is not None,
             "tail": tail != "step",
             "clip": clip is not None,
             "grad_scaler": grad_scaler is not None,
@@ -132,7 +134,7 @@ class Stepping(OptimizerFacade):
         self._counts_before: dict[str, int] = {}
         self._overflowed: bool | None = None
         self._measures = Measures()
-        self._size: int = accumulation_steps
+        self._size: int = self._window.size
         self._epoch_began: int = 0
         self._parameter_names: dict[int, str] = {}
         self._engine: Engine | None = None
@@ -152,6 +154,11 @@ class Stepping(OptimizerFacade):
     def events(self) -> Any:
         """Its events, ``ice_engine.optimizer_events(name)``."""
         return optimizer_events(self._name)
+
+    @property
+    def accumulation_steps(self) -> int | None:
+        """Micro-batches per window; None until the first loss has decided, with ``effective_batch_size``."""
+        return self._window.size or None
 
     @property
     def processors(self) -> tuple[DictProcessor, ...]:
@@ -259,7 +266,10 @@ class Stepping(OptimizerFacade):
         self._precision.require_unscaled(loss)
         self._precision.require_one_owner(self, self._inner)
         half = not self._window.is_open and any(p.dtype == torch.float16 for p in self._parameters())
+        first = self._window.first
         part = self._window.enter(loss, weight, half=half)
+        if self._window.first != first:
+            self._say_size()
         if self._engine is None and not self._clocks.counts["iteration"] and len(self._window.losses) == _FORGOTTEN:
             warn(
                 f"backward() was called {_FORGOTTEN} times and update() never: optimizer {self._name!r} does not "
@@ -289,6 +299,22 @@ class Stepping(OptimizerFacade):
             self._discard("a backward() that failed")
             raise
         self._note_gradients()
+
+    def _say_size(self) -> None:
+        """Tell what was decided; loudly, if a resumed run's windows no longer hold what they should."""
+        window = self._window
+        items = window.size * window.ranks * window.first
+        other = window.batch is not None and window.size > 1 and not 0.5 < items / window.batch < 2.0  # noqa: PLR2004
+        logger.log(
+            logging.WARNING if other else logging.INFO,
+            "optimizer %r, effective_batch_size=%s: windows of %d micro-batches, of %g items, in %d processes: %g",
+            self._name,
+            window.batch,
+            window.size,
+            window.first,
+            window.ranks,
+            items,
+        )
 
     def _pass_over(self, loss: torch.Tensor) -> None:
         """Let a loss that weighs nothing reach no gradient, and still be one of the backward passes of all ranks."""
@@ -382,7 +408,7 @@ class Stepping(OptimizerFacade):
             global_steps=global_steps,
             epoch_size=epoch_size,
         )
-        if self._window.micro_batches >= size:
+        if 0 < size <= self._window.micro_batches:
             return self._close(size)
         if self._clocks.epoch_ends and self._window.tail == "step":
             return self._close(size)
@@ -655,6 +681,9 @@ class Stepping(OptimizerFacade):
             # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed.
             if self._course.configured is not None or self._course.outdated(self._clocks):
                 self._settle(self._window.micro_batches)
+        if self._window.batch is not None and self._engine is not None and self._course.unsettled:
+            self._settle(self._window.micro_batches)  # the first loss has told how long windows are
+        if self._processors:
             context = {**self._clocks.context(self._size, self._window.tail), **self._owners()}
             run_processors(self._processors, self.param_groups, context, self._gather())
         self._count("step")
@@ -707,9 +736,12 @@ class Stepping(OptimizerFacade):
         }
 
     def _terms(self) -> Terms:
-        return Terms.of(self._clocks, self._size, self._window.tail, self._processors)
+        window = self._window.terms()
+        return Terms.of(self._clocks, {**window, "accumulation_steps": self._size or None}, self._processors)
 
     def _settle(self, pending: int = 0) -> None:
+        if not self._size:
+            return  # nobody knows yet how many steps the run has; the first one settles it
         self._processors = self._course.settle(
             self._name,
             self._terms(),

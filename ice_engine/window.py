@@ -14,9 +14,9 @@ as well, so with such parameters the unit is :math:`c` times the size of the win
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -36,8 +36,12 @@ class Window:
         size: Micro-batches per step, at least 1.
         tail: What becomes of a short last window of an epoch: ``"step"``, ``"carry"`` or ``"drop"``.
         reduction: What losses are over their items: a ``"mean"`` or a ``"sum"``.
+        batch: Items per step that *size* is to follow from, see :meth:`decide`; None where it is given.
 
     Attributes:
+        size: Micro-batches per step; 0 until they are decided.
+        first: The weight that they were decided from; 0.0 until then.
+        ranks: How many processes fill a window together.
         micro_batches: Complete micro-batches in the open window.
         weight: Their total weight.
         pending: Whether a loss has entered the micro-batch that is under way.
@@ -49,8 +53,20 @@ class Window:
             differentiated; 1.0 nearly always.
     """
 
-    def __init__(self, size: int, tail: Tail = "step", reduction: Reduction = "mean") -> None:
+    def __init__(self, size: int, tail: Tail = "step", reduction: Reduction = "mean", batch: int | None = None) -> None:
         self.size = count("accumulation_steps", size, 1)
+        if batch is not None:
+            if size != 1:
+                message = (
+                    f"accumulation_steps={size} and effective_batch_size={batch} both say when to step; leave one "
+                    "out: the former counts micro-batches, the latter items over all processes"
+                )
+                raise ArgumentValueError(message)
+            count("effective_batch_size", batch, 1)
+            self.size = 0
+        self.batch = batch
+        self.first: float = 0.0
+        self.ranks: int = 1
         choice("tail", tail, ("step", "carry", "drop"))
         choice("loss_reduction", reduction, ("mean", "sum"))
         self.tail: Tail = tail
@@ -75,8 +91,50 @@ class Window:
         """Whether any loss has entered since the last step."""
         return self.pending or self.micro_batches > 0
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it has the micro-batches of a step."""
+        return 0 < self.size <= self.micro_batches
+
+    def decide(self, first: float) -> None:
+        """Let the windows of a run have the micro-batches whose items come nearest to the wanted ones.
+
+        Args:
+            first: Weight of the run's first micro-batch, the largest of all ranks, which decides for all to come: what
+                they weigh, nobody knows before, and every rank must close its windows in the same micro-batch.
+        """
+        if self.batch is None or self.first or not first:
+            return
+        self.first = first
+        self.size = self.size or max(1, math.floor(self.batch / (self.ranks * first) + 0.5))
+
+    def start_afresh(self) -> None:
+        """Forget what an earlier run decided."""
+        if self.batch is not None:
+            self.size, self.first, self.common = 0, 0.0, 0.0
+            self.reset()
+
+    def terms(self) -> dict[str, Any]:
+        """Return what decides when a step is due, as plain data."""
+        terms = {"accumulation_steps": self.size or None, "tail": self.tail}
+        if self.batch is None:
+            return terms
+        return {**terms, "effective_batch_size": self.batch, "world_size": self.ranks}
+
+    def resume(self, terms: Mapping[str, Any]) -> None:
+        """Go on with the size that a run of such *terms* had, if it is still due.
+
+        With as many ranks it stays, even where the next micro-batch weighs less than the first did; with others, it
+        is decided anew.
+        """
+        own = self.terms()
+        if self.batch is not None:
+            same = all(terms.get(key) == own[key] for key in ("effective_batch_size", "world_size"))
+            self.size = terms["accumulation_steps"] or 0 if same else 0
+            self.first = 0.0
+
     def closes_next(self, *, last: bool) -> bool:
-        """Whether one more micro-batch would end the window; *last* if it is its epoch's last."""
+        """Whether one more micro-batch would or may end the window; *last* if it is its epoch's last."""
         return self.micro_batches + 1 >= self.size or (last and self.tail == "step")
 
     def share(self, weight: float, ranks: int) -> None:
@@ -114,7 +172,7 @@ class Window:
             )
             raise BackwardError(message)
         items = self.items(weight)
-        spread = self._spread if self.is_open else float(self.size) if half else 1.0
+        spread = self._spread if self.is_open else float(self.size or 1) if half else 1.0
         if not math.isfinite(self.weight + items * spread):
             message = f"the weights of this window add up to more than a float can hold, the last is {items:g}"
             raise ArgumentValueError(message)
@@ -123,9 +181,11 @@ class Window:
         self.losses.append((self.micro_batches + 1, loss.detach()))
         first_of_micro_batch = not self.pending
         self.pending = True
+        # Also of one that weighs nothing: other ranks may be asking for their first weight.
+        self.unit = self.unit or (items * spread if weight is None else self.unit_of(items * spread))
+        self.decide(self.unit / spread)
         if items == 0.0:
             return None
-        self.unit = self.unit or (items * spread if weight is None else self.unit_of(items * spread))
         self.shrink = 1.0
         if items * spread > _MUCH * self.unit and not self.common:
             grown = 2.0 ** math.floor(math.log2(min(items * spread / self.unit, 2.0**1000)))
@@ -139,6 +199,12 @@ class Window:
     def items(self, weight: float | None) -> float:
         """Return the items that a loss with this *weight* stands for; see :meth:`enter` for what is raised."""
         if weight is None:
+            if self.batch is not None:
+                message = (
+                    f"effective_batch_size={self.batch} counts items, and this loss came without their number: "
+                    "optimizer.backward(loss, weight=n), with n the samples or tokens behind it"
+                )
+                raise ArgumentValueError(message)
             if self.reduction == "sum":
                 message = (
                     "loss_reduction='sum' needs the number of items in every sum: "
@@ -173,7 +239,7 @@ class Window:
                 losses that entered divided, because gradients are fp16.
         """
         divided = self.unit not in (0.0, 1.0)
-        if not self.pending and (self.weighted or self.reduction == "sum" or divided):
+        if not self.pending and (self.weighted or self.reduction == "sum" or divided or self.batch is not None):
             message = (
                 "update() was called for a micro-batch of which backward() was not told the weight; "
                 "call optimizer.backward(loss, weight=n) instead of loss.backward()"

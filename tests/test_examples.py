@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-DIGITS, GAN = EXAMPLES / "digits.py", EXAMPLES / "gan.py"
+DIGITS, GAN, DISTRIBUTED = EXAMPLES / "digits.py", EXAMPLES / "gan.py", EXAMPLES / "distributed.py"
 EPOCH = re.compile(r"^epoch +(\d+) +step +(\d+) ", re.MULTILINE)
 GAN_STEPS = re.compile(
     r"^(\d+) epochs in .* s: (\d+) generator steps, (\d+) discriminator steps, loss scale 65536$", re.MULTILINE
@@ -23,11 +23,17 @@ VARIETY = re.compile(r"^their variety +(\d\.\d+) of the real digits'; by digit \
 ACCURACY = re.compile(r"^held-out accuracy +(\d\.\d+) of 360 digits", re.MULTILINE)
 
 
-def run(example: Path, folder: Path, *arguments: str, timeout: float = 100) -> str:
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]  # as `torchrun` is
+PROCESSES = re.compile(r"^processes +(\d+),", re.MULTILINE)
+KEPT = re.compile(r"^optimizer state +([\d,]+) numbers in process 0$", re.MULTILINE)
+
+
+def run(example: Path, folder: Path, *arguments: str, processes: int = 0, timeout: float = 100) -> str:
+    launcher = [*TORCHRUN, str(processes)] if processes else []
     done = subprocess.run(
-        [sys.executable, str(example), *arguments],
+        [sys.executable, *launcher, str(example), *arguments],
         cwd=folder,
-        env={**os.environ, "COLUMNS": "100"},
+        env={**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"},  # without the latter, torchrun tells of it
         capture_output=True,
         text=True,
         check=False,
@@ -108,7 +114,7 @@ def test_digits_resumes_from_nothing(tmp_path):
     assert epochs(output) == [(1, 12)]
 
 
-@pytest.mark.parametrize("example", [DIGITS, GAN], ids=lambda example: example.stem)
+@pytest.mark.parametrize("example", [DIGITS, GAN, DISTRIBUTED], ids=lambda example: example.stem)
 def test_an_example_explains_every_option(example, tmp_path):
     spec = importlib.util.spec_from_file_location(example.stem, example)
     module = importlib.util.module_from_spec(spec)
@@ -173,3 +179,28 @@ def test_gan_draws_digits_that_a_classifier_reads(tmp_path):
     share, by_digit = VARIETY.search(output).groups()
     assert float(share) >= 0.8
     assert min(map(float, by_digit.split())) >= 0.6
+
+
+def test_distributed_runs_in_one_process_and_resumes(tmp_path):
+    output = run(DISTRIBUTED, tmp_path, "--epochs", "2", "--resume")  # from nothing
+    assert epochs(output) == [(1, 12), (2, 24)]
+    assert PROCESSES.search(output)[1] == "1"
+    assert ACCURACY.search(output)
+    assert "this run was complete" in run(DISTRIBUTED, tmp_path, "--epochs", "2", "--resume")
+
+
+@pytest.mark.distributed
+def test_distributed_runs_in_two_processes_and_goes_on_in_one(tmp_path):
+    output = run(DISTRIBUTED, tmp_path, "--epochs", "2", processes=2)
+    assert epochs(output) == [(1, 12), (2, 24)]  # the windows of one process, and each line once
+    assert PROCESSES.search(output)[1] == "2"
+    part = int(KEPT.search(output)[1].replace(",", ""))
+    output = run(DISTRIBUTED, tmp_path, "--epochs", "3", "--resume")
+    assert "digits_checkpoint_2.pt: epoch 2, step 24" in output
+    assert epochs(output) == [(3, 36)]
+    assert part < 0.6 * int(KEPT.search(output)[1].replace(",", ""))  # ZeRO-1
+
+
+@pytest.mark.distributed
+def test_distributed_learns_in_two_processes(tmp_path):
+    assert float(ACCURACY.search(run(DISTRIBUTED, tmp_path, processes=2))[1]) >= 0.9

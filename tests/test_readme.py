@@ -26,6 +26,13 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert f"test_command='{COMMAND}tests'" in lines(".ci/run")
 
 
+def test_readme_has_both_commands_of_the_same_script():
+    """As the script itself gives them."""
+    commands = [line.strip() for line in lines("examples/distributed.py") if line.startswith("    ")][:2]
+    assert [command.split()[0] for command in commands] == ["python", "torchrun"]
+    assert " | ".join(["", *(f"`{command}`" for command in commands), ""]).strip() in lines("README.md")
+
+
 def test_readme_stays_below_120_lines():
     assert len(lines("README.md")) < 120
 

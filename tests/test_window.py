@@ -8,7 +8,13 @@ import torch
 from ignite.engine import Engine, Events
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, BackwardError, IceEngineWarning
+from ice_engine.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    BackwardError,
+    IceEngineWarning,
+    ScheduleChangedError,
+)
 
 
 def run(slopes, k, *, epochs=1, setup=None, run_kwargs=None, **settings):
@@ -415,3 +421,111 @@ def test_update_refuses_impossible_arguments(arguments, error, message):
         optimizer.update(**arguments)
 
     assert weight.item() == 0.0
+
+
+# effective_batch_size
+
+
+def items(weights, batch, *, epochs=1, state=None, **settings):
+    """Train on micro-batches of these weights; return the weight of each step, and the optimizer."""
+    weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), effective_batch_size=batch, **settings)
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    trainer = Engine(lambda _, n: optimizer.backward(weight * n, weight=n))
+    optimizer.attach(trainer)
+    if state is not None:
+        trainer.load_state_dict(state["trainer"])
+    steps, rates = [], []
+
+    @trainer.on(optimizer.event("STEP_COMPLETED"))
+    def note():
+        steps.append(optimizer.record.weight)
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    trainer.run(weights, max_epochs=epochs)
+    return steps, rates, {"optimizer": optimizer.state_dict(), "trainer": trainer.state_dict()}, optimizer
+
+
+@pytest.mark.parametrize(
+    ("batch", "first", "k"), [(128, 32, 4), (128, 30, 4), (100, 32, 3), (80, 32, 3), (79, 32, 2), (1, 32, 1)]
+)
+def test_a_window_has_the_micro_batches_that_come_nearest_to_the_effective_batch(batch, first, k, caplog):
+    with caplog.at_level(logging.INFO, logger="ice_engine.stepping"):
+        steps, _, _, optimizer = items([first] * 12, batch)
+    assert steps == [k * first] * (12 // k)
+    assert optimizer.accumulation_steps == k
+    assert f"accumulation_steps={k}, effective_batch_size={batch}" in repr(optimizer)
+    said = f"effective_batch_size={batch}: windows of {k} micro-batches, of {first} items, in 1 processes: {k * first}"
+    assert [record.message for record in caplog.records] == [f"optimizer 'optimizer', {said}"]
+
+
+def test_micro_batches_that_vary_leave_the_window_as_it_is_and_the_mean_exact():
+    steps, _, _, optimizer = items([0, 4, 1, 7, 2, 9, 3], 12)
+    assert optimizer.accumulation_steps == 3  # by the 4: the first that weighs anything
+    assert steps == [5, 18, 3]
+    means = [(16 + 1) / 5, (49 + 4 + 81) / 18, 9 / 3]
+    assert -optimizer.param_groups[0]["params"][0].item() == pytest.approx(sum(means))
+
+
+def test_the_effective_batch_is_kept_by_a_resume_and_decided_anew_by_a_fresh_run():
+    *_, state, optimizer = items([8, 8, 8, 8], 32, epochs=1, processors=[ice.schedules.cosine(total=4)])
+    assert optimizer.accumulation_steps == 4
+    steps, *_ = items([4, 8, 8, 8], 32, epochs=2, state=state, processors=[ice.schedules.cosine(total=4)])
+    assert steps == [28]  # not 8 micro-batches, as for a first weight of 4
+    optimizer.engine.state.max_epochs = None
+    optimizer.engine.state.iteration = 0
+    optimizer.engine.run([16] * 4, max_epochs=1)
+    assert optimizer.accumulation_steps == 2
+
+
+def test_a_resumed_run_whose_windows_hold_twice_as_much_is_told(caplog):
+    *_, state, _ = items([8, 8, 8, 8], 32)
+    steps, *_ = items([16] * 4, 32, epochs=2, state=state)
+    assert steps == [64]
+    assert "windows of 4 micro-batches, of 16 items, in 1 processes: 64" in caplog.text
+
+
+@pytest.mark.parametrize("on_change", ["error", "replan"])
+def test_with_another_world_size_windows_and_schedules_follow_and_on_change_is_not_asked(on_change, caplog):
+    cosine = ice.schedules.cosine()
+    *_, state, _ = items([8] * 12, 32, epochs=2, processors=[cosine])  # 2 x 3 steps
+    state["trainer"]["max_epochs"] = 4
+    run = state["optimizer"]["ice_engine"]["horizon"]["run"]
+    plan = state["optimizer"]["ice_engine"]["horizon"]["plan"]
+    # As three processes would have left it, each with windows of one micro-batch: 4 x 12 steps.
+    run |= {"world_size": 3, "accumulation_steps": 1, "max_epochs": 4}
+    plan |= {"max_epochs": 4, "total_steps": 48}
+    steps, rates, _, optimizer = items([8] * 12, 32, epochs=4, state=state, processors=[cosine], on_change=on_change)
+    assert steps == [32] * 6
+    assert rates[-1] < rates[0]
+    assert rates[0] == pytest.approx((1 + math.cos(math.pi * 6 / 12)) / 2)
+    assert "total 48 -> 12" in caplog.text
+    assert "on_change='replan'" in caplog.text
+    assert optimizer.state_dict()["ice_engine"]["horizon"]["run"]["world_size"] == 1
+
+
+def test_another_schedule_is_still_an_error_with_another_world_size():
+    *_, state, _ = items([8] * 12, 32, epochs=2, processors=[ice.schedules.cosine()])
+    state["optimizer"]["ice_engine"]["horizon"]["run"]["world_size"] = 3
+    with pytest.raises(ScheduleChangedError):
+        items([8] * 12, 32, epochs=4, state=state, processors=[ice.schedules.cosine()])  # more epochs
+
+
+def test_what_an_effective_batch_cannot_be_is_refused():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    sgd = torch.optim.SGD([weight], lr=1.0)
+    with pytest.raises(ArgumentValueError, match="accumulation_steps=2 and effective_batch_size=8 both say"):
+        ice.Optimizer(sgd, accumulation_steps=2, effective_batch_size=8)
+    with pytest.raises(ArgumentValueError, match="effective_batch_size must be at least 1, got 0"):
+        ice.Optimizer(sgd, effective_batch_size=0)
+    optimizer = ice.Optimizer(sgd, effective_batch_size=8)
+    with pytest.raises(ArgumentValueError, match=r"came without their number: optimizer.backward\(loss, weight=n\)"):
+        optimizer.backward(weight * 1.0)
+    weight.grad = torch.ones(())
+    with pytest.raises(BackwardError, match="was not told the weight"):
+        optimizer.update()
+    weight.grad = None
+    with pytest.raises(ArgumentValueError, match="needs accumulation_steps"):
+        optimizer.plan(4, 1)
+    assert optimizer.plan(4, 1, accumulation_steps=2).problems == []

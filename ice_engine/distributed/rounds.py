@@ -61,6 +61,7 @@ _TOGETHER = (
     *({kind} for kind in Kind),
     {Kind.GATE, Kind.EPOCH_END, Kind.RUN_END, Kind.UNIT},
     {Kind.EPOCH_START, Kind.RUN_END},
+    {Kind.UNIT, Kind.CLOSE},
 )
 
 Row = list[float]
