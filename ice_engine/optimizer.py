@@ -214,6 +214,8 @@ class Optimizer(Stepping):
             "step": self._clocks.counts["step"],
             "skips in a row": self._precision.consecutive_skips,
             "processors": [name_of(processor) for processor in self._processors],
+            "class": class_name(self._inner),
+            "sync": self._member.sync.always if self._member is not None else None,
             "number of parameters": [len(group["params"]) for group in self.param_groups],
         }
 

@@ -26,7 +26,7 @@ from ignite.engine import Engine, Events
 from ice_engine.distributed.rounds import Kind, Row, rounds
 from ice_engine.distributed.sync import Synchroniser, release
 from ice_engine.distributed.world import world_size
-from ice_engine.errors import ArgumentValueError, RankError
+from ice_engine.errors import ArgumentValueError, AttachError, RankError
 from ice_engine.hooks import HookRegistry
 from ice_engine.window import Window
 
@@ -110,6 +110,13 @@ class Peers:
             raise ArgumentValueError(message)
         for other in self._members:
             if other.sync.model is member.sync.model:
+                if getattr(member.sync.model, "gradient_as_bucket_view", False):
+                    message = (
+                        f"optimizers {other.name!r} and {member.name!r} train one DistributedDataParallel whose "
+                        "gradients are views of its buckets, into which each one's loss would write; make it without "
+                        "gradient_as_bucket_view"
+                    )
+                    raise AttachError(message)
                 member.sync = other.sync  # one switch for one model
         self._members.append(member)
         member.window.unit_of = functools.partial(self._common_unit, member)
@@ -184,6 +191,7 @@ class Peers:
             rows = self._gate(Kind.GATE)
             if any(row[0] == Kind.RUN_END for row in rows):
                 engine.state.iteration -= 1  # this one is not trained
+                self._closing = []
                 engine.terminate()
                 return
             self._reducing = all(row[0] == Kind.GATE for row in rows)
@@ -208,6 +216,7 @@ class Peers:
     def _on_epoch_ended(self, engine: Engine, *_: Any, **__: Any) -> None:
         if self._epoch_over:
             return  # TERMINATE_SINGLE_EPOCH came before EPOCH_COMPLETED
+        self._on_iteration_completed(engine)  # what was promised at a gate, if a handler stopped this rank after it
         self._epoch_over = True
         if engine.state.epoch_length == 0:
             engine.state.epoch_length = None  # Ignite takes a rank without data to be at the end of its run
@@ -228,9 +237,10 @@ class Peers:
             if member.window.tail == "drop" and member.window.is_open:
                 member.drop()
 
-    def _on_run_ended(self, _: Engine) -> None:
+    def _on_run_ended(self, engine: Engine) -> None:
         if self._run_over:
             return  # TERMINATE came before COMPLETED
+        self._on_iteration_completed(engine)  # likewise
         self._run_over = True
         rows = self._gate(Kind.RUN_END)
         while any(row[0] != Kind.RUN_END for row in rows):
@@ -309,6 +319,8 @@ class Peers:
                 member.sync.settle()
             return
         window.share(sum(row[3] for row in rows), world_size())
+        if reduced:
+            member.sync.complete(member.parameters())
         if reduced or member.sync.reduce(member.parameters()):
             member.close()
         else:
@@ -330,7 +342,8 @@ class Peers:
     def _agree(self, facts: dict[str, Any], free: frozenset[str] | set[str] = frozenset()) -> dict[str, list[Any]]:
         """Compare *facts* over ranks, all but the *free* ones, and return those of all."""
         told = [json.loads(text) for text in self._rounds.texts(json.dumps(facts), "the start of a run")]
-        found = {key: [facts.get(key) for facts in told] for key in facts}
+        keys = sorted({key for facts in told for key in facts})
+        found = {key: [facts.get(key) for facts in told] for key in keys}
         for key, values in found.items():
             if key not in free and any(value != values[0] for value in values):
                 said = ", ".join(f"{value} on rank {r}" for r, value in enumerate(values))

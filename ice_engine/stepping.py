@@ -280,8 +280,12 @@ class Stepping(OptimizerFacade):
             return
         if self._window.shrink != 1.0:
             Gradient([p for p in self._parameters() if p.grad is not None], self._window.shrink).multiply()
+        self._differentiate(part, retain_graph=retain_graph)
+        self._note_gradients()
+
+    def _differentiate(self, part: torch.Tensor, *, retain_graph: bool) -> None:
         if self._member is not None:
-            self._member.sync.before_backward()
+            self._member.sync.before_backward(part)
         try:
             # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters that
             # it must not train: what it leaves there would enter the other's step.
@@ -298,7 +302,6 @@ class Stepping(OptimizerFacade):
             # Part of the gradients may be there and part not; the caller may catch this and go on.
             self._discard("a backward() that failed")
             raise
-        self._note_gradients()
 
     def _say_size(self) -> None:
         """Tell what was decided; loudly, if a resumed run's windows no longer hold what they should."""
@@ -319,7 +322,7 @@ class Stepping(OptimizerFacade):
     def _pass_over(self, loss: torch.Tensor) -> None:
         """Let a loss that weighs nothing reach no gradient, and still be one of the backward passes of all ranks."""
         if self._member is not None and self._member.sync.reduces:
-            self._member.sync.before_backward()
+            self._member.sync.before_backward(loss)
             with gradients_aside(self._foreign_parameters()):
                 self._member.sync.take_part(loss)
             self._member.differentiated += 1

@@ -37,17 +37,23 @@ class Synchroniser(Protocol):
     reduces: bool
     """Whether a backward reduces now."""
 
+    always: bool
+    """Whether every micro-batch does, and not only the last of a window."""
+
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
 
-    def before_backward(self) -> None:
-        """Get ready for one more backward of a micro-batch."""
+    def before_backward(self, loss: torch.Tensor) -> None:
+        """Get ready for one more backward of a micro-batch, that of *loss*."""
 
     def take_part(self, loss: torch.Tensor | None = None) -> None:
         """Take part with zeros in the reduction that the other ranks' backward makes."""
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Average gradients that no backward has reduced; return whether that could be done."""
+
+    def complete(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Average what a backward that reduced has left out."""
 
     def settle(self) -> None:
         """Do, where all ranks are, what would need them all at the next forward."""
@@ -66,34 +72,52 @@ class DDPSync:
     def __init__(self, model: DistributedDataParallel, sync: Sync) -> None:
         self.model: Any = model
         self.reduces = True
-        self._always = sync == "memory"
+        # A static graph is the one that DDP sees reduced first, and stays so.
+        self.always = sync == "memory" or bool(self.model.static_graph)
         self._used = self._settled = False
+        self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
+        logged: Any = self.model._get_ddp_logging_data  # noqa: SLF001 - no public way to it
+        known = logged().get("num_parameter_tensors")
+        if known is not None and known != len(self._reduced):
+            message = (
+                f"DistributedDataParallel reduces the {known} parameters that required grad when it was made; now "
+                f"{len(self._reduced)} do. Freeze and unfreeze before, or wrap the module again"
+            )
+            raise AttachError(message)
 
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
-        self.model.require_backward_grad_sync = self.reduces = last or self._always
+        self.model.require_backward_grad_sync = self.reduces = last or self.always
         self._used = False
         # DDP sends buffers in the first forward after a reduction, when perhaps not every rank has data: here it is in
         # the forward of the reduction itself.
         self.model.require_forward_param_sync = last
 
-    def before_backward(self) -> None:
+    def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
         if self.reduces and self._used:
             self.settle()  # what DDP notes of its first backward for its buckets must be of one
-            self.model.reducer.prepare_for_backward([])
+            self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
         self._used = True
 
     def take_part(self, loss: torch.Tensor | None = None) -> None:  # noqa: ARG002 - needs none
         """Take part with zeros in the reduction that the other ranks' backward makes."""
         parameters = [p for p in self.model.module.parameters() if p.requires_grad]
-        self.model.reducer.prepare_for_backward([])  # as the forward does that this rank may not have had
-        torch.autograd.backward(parameters, [torch.zeros_like(p) for p in parameters])
+        reached = [p.view_as(p) for p in parameters]  # a graph, for DDP to see that all of them are used
+        # As the forward does that this rank may not have had.
+        self.model.reducer.prepare_for_backward(reached if self.model.find_unused_parameters else [])
+        torch.autograd.backward(reached, [torch.zeros_like(p) for p in parameters])
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Average gradients that no backward has reduced."""
         average(parameters, self.model.process_group)
         return True
+
+    def complete(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Average the gradients that DDP does not know of: of *parameters* that required none when it was made."""
+        late = [p for p in parameters if p.requires_grad and id(p) not in self._reduced]
+        if late:
+            average(late, self.model.process_group)
 
     def settle(self) -> None:
         """Let DDP agree on its buckets now; it would in the next forward, where a rank may be missing."""
@@ -115,15 +139,15 @@ class FSDPSync:
     def __init__(self, model: FSDPModule, sync: Sync) -> None:
         self.model: Any = model
         self.reduces = True
-        self._always = sync == "memory"
+        self.always = sync == "memory"
         self._behind = False
 
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
-        self.reduces = last or self._always
+        self.reduces = last or self.always
         self.model.set_requires_gradient_sync(self.reduces)
 
-    def before_backward(self) -> None:
+    def before_backward(self, loss: torch.Tensor) -> None:  # noqa: ARG002 - needs none
         """Note whether this one reduces what was accumulated, or leaves more."""
         self._behind = not self.reduces
 
@@ -142,6 +166,9 @@ class FSDPSync:
         """Return whether the last backward has reduced; what was not, nobody can reach."""
         return not self._behind
 
+    def complete(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Do nothing: hooks are on all parameters."""
+
     def settle(self) -> None:
         """Do nothing: nothing is left for the next forward."""
 
@@ -150,7 +177,7 @@ class NoSync:
     """For tensor parallelism alone: every rank has the gradients of its shards, of the same data."""
 
     together = True
-    reduces = False
+    reduces = always = False
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model: Any = model
@@ -158,7 +185,10 @@ class NoSync:
     def on(self, last: bool) -> None:
         """Do nothing."""
 
-    def before_backward(self) -> None:
+    def before_backward(self, loss: torch.Tensor) -> None:
+        """Do nothing."""
+
+    def complete(self, parameters: Sequence[torch.Tensor]) -> None:
         """Do nothing."""
 
     def take_part(self, loss: torch.Tensor | None = None) -> None:
