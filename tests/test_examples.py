@@ -201,6 +201,7 @@ def test_distributed_runs_in_two_processes_and_goes_on_in_one(tmp_path):
     assert part < 0.6 * int(KEPT.search(output)[1].replace(",", ""))  # ZeRO-1
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 def test_distributed_learns_in_two_processes(tmp_path):
     assert float(ACCURACY.search(run(DISTRIBUTED, tmp_path, processes=2))[1]) >= 0.9

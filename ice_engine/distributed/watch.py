@@ -5,6 +5,7 @@ and one that waits in a collective of its own, which nobody else will ever join,
 end of torch's half an hour.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import json
@@ -55,14 +56,17 @@ class Watch:
         self._store = cast("Any", dist).PrefixStore("ice_engine", store)
         self._done = threading.Event()
         # Of its own, as a client that waits in the main thread would keep this one waiting.
-        thread = threading.Thread(
-            target=self._answer, args=(self._store.clone(),), daemon=True, name="ice_engine.watch"
-        )
-        thread.start()
+        store = self._store.clone()
+        self._thread = threading.Thread(target=self._answer, args=(store,), daemon=True, name="ice_engine.watch")
+        self._thread.start()
+        # An interpreter that ends while the thread is in the store, in C++, would abort.
+        atexit.register(self.close)
 
     def close(self) -> None:
         """Stop answering."""
         self._done.set()
+        self._thread.join(_ANSWER)
+        atexit.unregister(self.close)
 
     def raised(self, error: BaseException | None) -> None:
         """Leave a note for the others, for when this rank is gone, that it raised *error*; None takes it back."""

@@ -18,7 +18,7 @@ import ice_engine as ice
 from ice_engine.errors import StateDictError
 from tests.distributed.launch import launch
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.soak, pytest.mark.timeout(600)]
 
 KINDS = ("plain", "zero1", "fsdp2")
 FACTORIES = {

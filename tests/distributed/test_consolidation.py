@@ -16,7 +16,7 @@ import ice_engine as ice
 from ice_engine.errors import NotConsolidatedError, RankError
 from tests.distributed.launch import launch
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.soak, pytest.mark.timeout(300)]
 
 FACTORIES = {
     "AdamW": functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1, amsgrad=True),

@@ -14,7 +14,7 @@ import ice_engine as ice
 from tests.distributed.launch import launch
 from tests.distributed.test_windows import EVEN, NONE, RAGGED, SHORT, batches, flat, network, oracle, sgd, trained
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 
 # Sizes of micro-batches by rank, the items wanted, and the size of windows: by the largest first weight of all.
 CASES: dict[str, tuple[list[list[int]], int, int]] = {

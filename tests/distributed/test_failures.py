@@ -105,7 +105,7 @@ def _processor(group: Any) -> Any:
     return group
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_what_one_rank_raises_stops_all_and_is_named(world):
     *others, last = launch(_raising, world)
     assert len(last) == 15

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.distributed.launch import RanksFailed, launch, watch
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 
 
 def number(factor):

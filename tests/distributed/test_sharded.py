@@ -155,6 +155,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("world_size", "kinds"), [(1, ["plain"]), (2, ["ddp", "zero", "fsdp"]), (3, ["zero", "fsdp"])])
@@ -170,6 +171,7 @@ def test_any_world_loads_what_any_other_saved(saved: Path, world_size: int, kind
             assert (clocks, iteration) == (CLOCKS, 9)
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 def test_ranks_write_what_they_hold_and_what_all_hold_once(saved: Path) -> None:
     for case, ranks in {"ddp2": 2, "zero2": 2, "zero3": 3, "fsdp3": 3}.items():
@@ -332,6 +334,7 @@ def load_damaged(folder: Path) -> tuple[str, list[str]]:
     return "loaded", []
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_every_rank_hears_of_a_damaged_part(tmp_path: Path) -> None:
@@ -386,6 +389,7 @@ def fail_and_recover(folder: Path) -> dict[str, str]:
     return {**said, "left": ", ".join(left)}
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_what_fails_on_one_rank_is_an_error_on_all_and_the_folder_can_be_used_again(tmp_path: Path) -> None:
@@ -434,6 +438,7 @@ def die_while_writing(folder: Path) -> str:
     return "saved"
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -472,12 +477,14 @@ def save_alone(folder: Path) -> None:
     ice.save_sharded(folder / "alone", {"model": Large(1.0, megabytes=1)})
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_a_collective_of_the_users_may_be_under_way(tmp_path: Path) -> None:
     assert launch(save_beside_the_default_group, 2, tmp_path) == [4.0, 4.0]
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_a_save_on_one_rank_only_is_an_error_there(tmp_path: Path) -> None:

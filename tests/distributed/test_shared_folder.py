@@ -9,7 +9,7 @@ from ignite.engine import Engine
 import ice_engine as ice
 from tests.distributed.launch import launch
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 
 
 def _fast_rank(folder: str) -> list[list[str]]:

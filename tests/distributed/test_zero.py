@@ -15,7 +15,7 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError, ClosureErro
 from ice_engine.processors.group import run_processors
 from tests.distributed.launch import launch
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.soak, pytest.mark.timeout(300)]
 
 FACTORIES = {
     "AdamW": functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
