@@ -5,8 +5,7 @@
 
 Ignite wraps the model in DistributedDataParallel and gives each process its part of the data, where there is more than
 one. The optimizer steps once per window, with the mean over the digits of all processes, and each of them keeps its
-part of AdamW's state only (ZeRO-1). A run saved by any number of them goes on with any other: add --resume. So does
-one that loses a process, with --resume from the beginning and torchrun's --max-restarts.
+part of AdamW's state only (ZeRO-1). A run saved by any number of them goes on with any other: add --resume.
 """
 
 import functools
