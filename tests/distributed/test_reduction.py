@@ -1,0 +1,111 @@
+"""What DDP leaves to its user, and would hang on, part the ranks or refuse: two ranks, beside one big batch."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from torch.nn.parallel import DistributedDataParallel
+
+import ice_engine as ice
+from tests.distributed.launch import launch, watch
+from tests.distributed.test_windows import RAGGED, batches, flat, network, sgd
+
+pytestmark = pytest.mark.distributed
+
+
+def trained(passes: int = 1, *, absent: bool = False, frozen: bool = False, stop: str = "", **ddp: Any) -> Any:
+    """Train on ragged data by windows of two; in the one that is *absent*, rank 1 calls no backward."""
+    net = network()
+    net[0].requires_grad_(not frozen)
+    model = DistributedDataParallel(net, **ddp)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
+
+    def step(engine: Engine, batch: Any) -> None:
+        if absent and dist.get_rank() == 1 and engine.state.iteration == 4:
+            return
+        for _ in range(passes):
+            optimizer.backward(torch.nn.functional.mse_loss(model(batch[0]), batch[1]), weight=len(batch[0]))
+
+    engine = Engine(step)
+    optimizer.attach(engine, model=model)
+    if frozen:
+        engine.add_event_handler(Events.ITERATION_STARTED(once=1), lambda: net[0].requires_grad_() and None)
+    if stop and dist.get_rank() == 1:
+        engine.add_event_handler(Events.ITERATION_STARTED(once=4), lambda: getattr(engine, stop)())
+    engine.run(batches(dist.get_rank(), RAGGED), max_epochs=1)
+    return [[p.flatten().tolist() for p in net.parameters()], optimizer.clocks["step"]]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "two backward passes": {"passes": 2},
+    "two, and unused parameters are looked for": {"passes": 2, "find_unused_parameters": True},
+    "none on one rank, and unused parameters are looked for": {"absent": True, "find_unused_parameters": True},
+    "none on one rank": {"absent": True},
+    "a static graph": {"static_graph": True},
+    "unfrozen after DDP was made": {"frozen": True},
+    "terminate() after the gate": {"stop": "terminate"},
+    "terminate_epoch() after the gate": {"stop": "terminate_epoch"},
+}
+
+
+def _all() -> dict[str, Any]:
+    return {name: trained(**case) for name, case in CASES.items()}
+
+
+def expected(name: str) -> torch.Tensor:
+    """A plain loop; each window has the micro-batches, from 0, of rank 0 and of rank 1."""
+    windows = [([0, 1], [0, 1]), ([2, 3], [2, 3]), ([4, 5], [4, 5]), ([6, 7], [6, 7])]
+    if CASES[name].get("absent"):
+        windows[1] = ([2, 3], [2])
+    if name == "terminate() after the gate":
+        windows = [windows[0], ([2, 3], [2]), ([4], [])]  # rank 0 hears of it at its next gate
+    if name == "terminate_epoch() after the gate":
+        windows = [windows[0], ([2, 3], [2]), ([4, 5], []), ([6, 7], [])]
+    model = network()
+    optimizer = sgd(model)
+    data = [batches(rank, RAGGED) for rank in range(2)]
+    for window in windows:
+        own = [data[rank][i] for rank, indices in enumerate(window) for i in indices]
+        x, y = (torch.cat([batch[i] for batch in own]) for i in (0, 1))
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_every_way_to_reduce_is_the_mean_over_all_items():
+    first, second = launch(_all, 2)
+    assert first == second
+    for name, (parameters, _) in first.items():
+        torch.testing.assert_close(
+            flat(parameters), expected(name), rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def _differing_sync() -> None:
+    model = DistributedDataParallel(network())
+    optimizer = ice.Optimizer(sgd(model))
+    engine = Engine(lambda *_: None)
+    optimizer.attach(engine, model=model, sync="memory" if dist.get_rank() else "communication")
+    engine.run(batches(dist.get_rank(), RAGGED))
+
+
+def test_ranks_that_would_reduce_at_different_times_are_refused():
+    for outcome in watch(_differing_sync, 2, timeout=60):
+        assert "sync of optimizer 'optimizer' differs between ranks: False on rank 0, True on rank 1" in outcome.error
+
+
+def _shared_views() -> str:
+    model = DistributedDataParallel(network(), gradient_as_bucket_view=True)
+    engine = Engine(lambda *_: None)
+    layers = model.module
+    ice.Optimizer(sgd(layers[0]), name="a").attach(engine, model=model)
+    with pytest.raises(ice.IceEngineError, match="views of its buckets") as refused:
+        ice.Optimizer(sgd(layers[2]), name="b").attach(engine, model=model)
+    return str(refused.value)
+
+
+def test_two_optimizers_of_one_ddp_do_not_go_with_bucket_views():
+    assert "make it without gradient_as_bucket_view" in launch(_shared_views, 2)[0]
