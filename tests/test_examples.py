@@ -189,6 +189,7 @@ def test_distributed_runs_in_one_process_and_resumes(tmp_path):
     assert "this run was complete" in run(DISTRIBUTED, tmp_path, "--epochs", "2", "--resume")
 
 
+@pytest.mark.soak
 @pytest.mark.distributed
 def test_distributed_runs_in_two_processes_and_goes_on_in_one(tmp_path):
     output = run(DISTRIBUTED, tmp_path, "--epochs", "2", processes=2)

@@ -20,6 +20,7 @@ from tests.distributed.launch import launch, watch
 
 pytestmark = pytest.mark.distributed
 
+SOAK = pytest.mark.soak
 AT = 6  # the iteration in which it happens: with k=4 inside a window, with k=1 where one closes
 Work = Callable[[Engine], None]
 
@@ -136,7 +137,7 @@ def _dying(how: int, k: int) -> str:
 
 
 @pytest.mark.parametrize("k", [1, 4])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_a_rank_that_is_killed_is_named_by_all_others(how, k):
     first, dead, third = watch(_dying, 3, how, k)
     assert dead.exitcode == -how
@@ -167,7 +168,10 @@ def _stopping(which: str) -> list[Any]:
     return [engine.state.epoch, optimizer.clocks["step"], optimizer.param_groups[0]["params"][0].tolist()]
 
 
-@pytest.mark.parametrize(("which", "epoch"), [("EarlyStopping", 2), ("TerminateOnNan", 1), ("TimeLimit", 1)])
+@pytest.mark.parametrize(
+    ("which", "epoch"),
+    [("EarlyStopping", 2), pytest.param("TerminateOnNan", 1, marks=SOAK), pytest.param("TimeLimit", 1, marks=SOAK)],
+)
 def test_a_handler_of_ignite_that_stops_one_rank_stops_all(which, epoch):
     outcomes = launch(_stopping, 2, which)
     assert outcomes[0] == outcomes[1]
