@@ -136,7 +136,7 @@ def _dying(how: int, k: int) -> str:
     return "ended"
 
 
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", [1, pytest.param(4, marks=SOAK)])
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_a_rank_that_is_killed_is_named_by_all_others(how, k):
     first, dead, third = watch(_dying, 3, how, k)
@@ -213,9 +213,15 @@ def _raise_rate(optimizer: ice.Optimizer) -> Callable[[], None]:
     [
         ("a processor", "differs between ranks in 'lr' of param group 0 ('group_0'): 0.1 on rank 0, 0.2 on rank 1"),
         ("a handler that changes the rate", "lr of group_0 differs between ranks: 0.5 on rank 0, 0.1 on rank 1"),
-        ("accumulation_steps", "accumulation_steps of optimizer 'optimizer' differs between ranks: 2 on rank 0, 3 on"),
-        ("max_epochs", "max_epochs differs between ranks: 1 on rank 0, 2 on rank 1"),
-        ("a handler that communicates", "rank 0 waits in all_reduce(), called at test_failures.py"),
+        pytest.param(
+            "accumulation_steps",
+            "accumulation_steps of optimizer 'optimizer' differs between ranks: 2 on rank 0, 3 on",
+            marks=SOAK,
+        ),
+        pytest.param("max_epochs", "max_epochs differs between ranks: 1 on rank 0, 2 on rank 1", marks=SOAK),
+        pytest.param(
+            "a handler that communicates", "rank 0 waits in all_reduce(), called at test_failures.py", marks=SOAK
+        ),
     ],
 )
 def test_a_rank_that_goes_its_own_way_is_found_on_all(what, expected):
