@@ -97,6 +97,7 @@ def _ignites_own(folder: Path) -> list[str]:
     return [str(optimizer.clocks["step"])]
 
 
+@pytest.mark.soak
 def test_ignites_own_checkpoint_saves_the_whole_state_as_well(tmp_path):
     launch(_ignites_own, 2, tmp_path)
     files = sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns)
@@ -119,6 +120,7 @@ def _on_one_rank(folder: Path) -> None:
     engine.run(batches(dist.get_rank(), RAGGED), max_epochs=2)
 
 
+@pytest.mark.soak
 def test_a_checkpoint_on_one_rank_only_is_found_on_both(tmp_path):
     for outcome in watch(_on_one_rank, 2, tmp_path):
         assert outcome.exitcode == 1
@@ -136,5 +138,6 @@ def _update_by_hand() -> str:
     return str(refused.value)
 
 
+@pytest.mark.soak
 def test_a_loop_of_ones_own_is_for_one_process():
     assert "update() is for one process; this is rank 0 of 2" in launch(_update_by_hand, 2)[0]

@@ -201,6 +201,7 @@ def test_the_record_weighs_the_window_of_all_ranks():
     assert [rank["even, k=4"]["weight"] for rank in results(2)] == [4 * 4 * 2] * 2
 
 
+@pytest.mark.soak
 def test_a_rank_without_any_data_trains_along():
     for rank in launch(_without_data, 2):
         torch.testing.assert_close(flat(rank), flat(oracle(1, NONE, 2)), rtol=1e-12, atol=1e-12)
@@ -233,6 +234,7 @@ def _sometimes_no_backward() -> list[Any]:
     return _odd(work)
 
 
+@pytest.mark.soak
 def test_a_rank_may_pass_over_a_micro_batch():
     (first, clocks), (second, _) = launch(_sometimes_no_backward, 2)
     model = network()
@@ -293,6 +295,7 @@ def _buffers() -> list[Any]:
     return [p.flatten().tolist() for p in model.parameters()]
 
 
+@pytest.mark.soak
 def test_buffers_are_no_reason_to_hang_where_a_rank_has_less_data():
     first, second = launch(_buffers, 2)
     assert first == second
@@ -315,6 +318,7 @@ def _two_optimizers() -> list[Any]:
     return [[p.flatten().tolist() for p in m.module.parameters()] for m in models]
 
 
+@pytest.mark.soak
 def test_two_optimizers_each_have_windows_of_their_own():
     first, second = launch(_two_optimizers, 2)
     assert first == second
@@ -342,6 +346,7 @@ def _stopped(how: str) -> Any:
     return [[p.flatten().tolist() for p in model.module.parameters()], optimizer.clocks["step"], trainer.state.epoch]
 
 
+@pytest.mark.soak
 def test_terminate_on_one_rank_stops_all_and_loses_no_micro_batch():
     (first, *rest), (second, *others) = launch(_stopped, 2, "terminate")
     assert first == second
@@ -358,6 +363,7 @@ def test_terminate_on_one_rank_stops_all_and_loses_no_micro_batch():
     torch.testing.assert_close(flat(first), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.soak
 def test_terminate_epoch_on_one_rank_ends_its_data_only():
     (first, *rest), (second, *others) = launch(_stopped, 2, "terminate_epoch")
     assert first == second
@@ -416,6 +422,7 @@ def _uneven() -> str:
     return "; ".join(said)
 
 
+@pytest.mark.soak
 def test_a_fully_sharded_model_and_uneven_data_are_refused_on_all_ranks():
     for said in launch(_uneven, 2):
         assert "epoch_length differs: 10 on rank 0, 5 on rank 1" in said
@@ -434,6 +441,7 @@ def _fully_sharded_stopped() -> list[Any]:
     return [optimizer.clocks["step"], [p.full_tensor().flatten().tolist() for p in model.parameters()]]
 
 
+@pytest.mark.soak
 def test_what_a_fully_sharded_model_cannot_reduce_any_more_is_dropped_with_a_warning():
     first, second = launch(_fully_sharded_stopped, 2)
     assert first == second
