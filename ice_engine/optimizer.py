@@ -13,7 +13,7 @@ from ice_engine.clocks import Clocks
 from ice_engine.distributed import world
 from ice_engine.distributed.build import remove_last_param_group
 from ice_engine.distributed.consolidation import consolidate, is_sharded, resharded
-from ice_engine.distributed.sync import Sync, Synchroniser, bare, synchroniser
+from ice_engine.distributed.sync import Sync, Synchroniser, synchroniser
 from ice_engine.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -35,6 +35,7 @@ from ice_engine.processors.group_mapping import group_name
 from ice_engine.processors.processor import name_of
 from ice_engine.state import pack, stub, unpack
 from ice_engine.stepping import Stepping
+from ice_engine.wrappers import bare
 
 _FIRST = -100  # order of our handlers: validation and checkpoints on the same event see the step already taken
 

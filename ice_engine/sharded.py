@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from ice_engine.distributed import world
 from ice_engine.distributed.parts import Parts, write
@@ -18,6 +17,7 @@ from ice_engine.matching import fit, shapes
 from ice_engine.names import PLACE, few, unwrapped
 from ice_engine.optimizer import Optimizer
 from ice_engine.state import pack, unpack
+from ice_engine.wrappers import bare
 
 
 def save_sharded(folder: str | Path, objects: Mapping[str, Any]) -> None:
@@ -135,7 +135,7 @@ class _Model:
     """A module: ``model.0.weight`` and so on, without what wrappers put before it."""
 
     def __init__(self, name: str, model: torch.nn.Module) -> None:
-        self._name, self._model = name, _unwrapped(model)
+        self._name, self._model = name, bare(model)
 
     def _state(self) -> dict[str, tuple[str, Any]]:
         """Return names in the module, and values, by key."""
@@ -167,17 +167,6 @@ class _Model:
         values = saved.read(wanted)
         state = {name: values[key] for key, (name, _) in own.items()}
         return lambda: self._model.load_state_dict(state)
-
-
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    while True:
-        children = dict(model.named_children())
-        if "_orig_mod" in children:  # torch.compile's
-            model = children["_orig_mod"]
-        elif isinstance(model, DistributedDataParallel):
-            model = children["module"]
-        else:
-            return model
 
 
 class _Optimizer:

@@ -18,6 +18,7 @@ from ice_engine.diagnostics.randomness import nothing_left_behind
 from ice_engine.diagnostics.trial import Gradients, Span, Trial, gap
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.window import Reduction
+from ice_engine.wrappers import bare
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _SHOWN = 4  # modules of one kind in a printed report
@@ -156,7 +157,7 @@ def check_accumulation(
     steps = count("accumulation_steps", accumulation_steps, 2)
     if tolerance is not None:
         tolerance = positive("tolerance", tolerance)
-    model = _bare(model)
+    model = bare(model)
     _check_trainable(model)
     with nothing_left_behind(model, loss_fn), torch.enable_grad():
         device = next(model.parameters()).device
@@ -171,18 +172,6 @@ def check_accumulation(
         _check_call(model, x)
         trial = Trial(model, loss_fn, x, y, total=total, weight=weight, reduction=loss_reduction)
         return _report(trial, steps, tolerance)
-
-
-def _bare(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model inside of torch.compile, DistributedDataParallel and DataParallel."""
-    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), torch.nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _check_trainable(model: torch.nn.Module) -> None:

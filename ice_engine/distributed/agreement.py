@@ -25,7 +25,7 @@ def _check(said: list[list[str]]) -> None:
     problems = {rank: problem for rank, (_, problem) in enumerate(said) if problem}
     if problems:
         rank, problem = next(iter(problems.items()))
-        message = f"{said[rank][0]} failed on {_listed(list(problems))}: {problem}"
+        message = f"{said[rank][0]} failed on {world.listed(list(problems))}: {problem}"
         raise RankError(message)
     if len({what for what, _ in said}) > 1:
         other = next(rank for rank, (what, _) in enumerate(said) if what != said[0][0])
@@ -34,7 +34,3 @@ def _check(said: list[list[str]]) -> None:
             "Let all ranks make the same calls in the same order"
         )
         raise RankError(message)
-
-
-def _listed(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ice_engine.distributed.watch import Answer, Watch, describe, others
-from ice_engine.distributed.world import own_group, rank, world_size
+from ice_engine.distributed.world import listed, own_group, rank, world_size
 from ice_engine.errors import RankError
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class Rounds:
         known = [f"rank {r} raised {note}" for r, note in notes.items() if _LOST not in note]
         # Without a note, if its store is still there; that is kept by rank 0, or by torchrun.
         if gone := [r for r in silent if r not in notes]:
-            known.append(f"{_ranks(gone)} {'does' if len(gone) == 1 else 'do'} not answer any more: killed?")
+            known.append(f"{listed(gone)} {'does' if len(gone) == 1 else 'do'} not answer any more: killed?")
         return RankError(
             f"{_LOST} at {self._doing}: {'; '.join(known) or describe(error)}. Look for the first error "
             "in the output of that rank"
@@ -203,7 +203,7 @@ class _Suspects:
         """Raise RankError if somebody will never come; log whom we wait for otherwise."""
         silent = [r for r, answer in answers.items() if answer is None]
         if silent and waited > _SILENT:
-            message = f"{_ranks(silent)} did not answer for {waited:.0f} s at {doing}: stopped, dead or out of reach"
+            message = f"{listed(silent)} did not answer for {waited:.0f} s at {doing}: stopped, dead or out of reach"
             raise RankError(message)
         away = {r: a for r, a in answers.items() if a is not None and a.collective}
         same = {r: a for r, a in away.items() if self._before.get(r) == a}
@@ -220,10 +220,6 @@ class _Suspects:
                 self._said.add(text)
                 logger.warning("rank %d waits at %s for %.0f s, perhaps for %s", rank(), doing, waited, text)
         self._before = answers
-
-
-def _ranks(numbers: Sequence[int]) -> str:
-    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))
 
 
 _current: tuple[object, Rounds] | None = None

@@ -7,7 +7,7 @@ end of data whose length nobody knew, what DDP would have done is done here.
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -210,7 +210,7 @@ def synchroniser(model: torch.nn.Module | None, parameters: Iterable[torch.Tenso
         AttachError: If nothing reduces the gradients, so that every rank would train a model of its own.
     """
     choice("sync", sync, ("communication", "memory"))
-    inner = uncompiled(model)
+    inner: Any = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     if isinstance(inner, DistributedDataParallel):
         return DDPSync(inner, sync)
     if isinstance(inner, FSDPModule):
@@ -230,19 +230,6 @@ def synchroniser(model: torch.nn.Module | None, parameters: Iterable[torch.Tenso
         "idist.auto_model(model), or one that fully_shard was applied to"
     )
     raise AttachError(message)
-
-
-def uncompiled(model: torch.nn.Module | None) -> Any:
-    """Return the module that ``torch.compile`` wrapped, or *model*."""
-    return getattr(model, "_orig_mod", model)
-
-
-def bare(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the module inside of DDP and ``torch.compile``, whose parameters have the names that users gave them."""
-    inner = uncompiled(model)
-    if isinstance(inner, DistributedDataParallel | torch.nn.DataParallel):
-        inner = uncompiled(inner.module)
-    return cast("torch.nn.Module", inner)
 
 
 @torch.no_grad()

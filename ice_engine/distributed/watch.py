@@ -101,7 +101,7 @@ class Watch:
             while not self._done.wait(_EVERY):
                 calls = store.add("calls", 0)
                 for call in range(answered + 1, calls + 1):
-                    here = dataclasses.asdict(where(sys._current_frames().get(main)))  # noqa: SLF001
+                    here = dataclasses.asdict(where(sys._current_frames().get(main)))  # noqa: SLF001 - no public way to it
                     store.set(f"{call}/{rank()}", json.dumps(here))
                 answered = calls
 

@@ -1,6 +1,7 @@
 """Who trains together: this process's rank, how many there are, and a group of our own to talk to them."""
 
 import datetime
+from collections.abc import Sequence
 from typing import cast
 
 import torch.distributed as dist
@@ -21,6 +22,11 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """Return *ranks* as a message names them: ``rank 1``, ``ranks 1, 2``."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def own_group() -> dist.ProcessGroup:
