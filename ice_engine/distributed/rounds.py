@@ -74,6 +74,7 @@ class Rounds:
         self._group = own_group()
         self._watch = Watch(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - no public way to it
         self._doing = ""
+        self._work: Any = None
 
     def close(self) -> None:
         """Stop answering the other ranks."""
@@ -161,6 +162,9 @@ class Rounds:
         return [each.tolist() for each in gathered]
 
     def _wait(self, work: Any, patience: datetime.timedelta | None = None) -> None:
+        # Kept until the next: freed by the last to let go of it, which may be gloo's own thread, it would need the
+        # interpreter there, and one that is about to end aborts the process.
+        self._work = work
         begin, suspects = time.monotonic(), _Suspects()
         while True:
             try:

@@ -86,8 +86,8 @@ def watch(function: Callable[..., Any], world_size: int, *args: Any, timeout: fl
         for outcome, process in zip(outcomes, ranks, strict=True):
             outcome.exitcode = process.exitcode
             stacks = Path(folder, f"stacks-{outcome.rank}")
-            if outcome.value is None and outcome.error is None and stacks.exists() and stacks.stat().st_size:
-                outcome.error = f"hung for {timeout:.0f} s, here:\n{stacks.read_text()}"
+            if outcome.exitcode and outcome.error is None and stacks.exists() and stacks.stat().st_size:
+                outcome.error = f"crashed, or hung for {timeout:.0f} s, here:\n{stacks.read_text()}"
         return outcomes
 
 
@@ -114,6 +114,7 @@ def _rank(
     args: tuple[Any, ...],
 ) -> None:
     stacks = Path(folder, f"stacks-{rank}").open("w")  # noqa: SIM115 - as long as the process
+    faulthandler.enable(stacks)
     faulthandler.dump_traceback_later(timeout, exit=True, file=stacks)
     torch.set_num_threads(1)
     # What torchrun sets, for code that asks the environment.
