@@ -143,6 +143,15 @@ class Measures:
         """Keep the norm of the first micro-batch's mean gradient, and its weight."""
         self._first = norm.square(), weight
 
+    @property
+    def of_first(self) -> tuple[float, float] | None:
+        """What :meth:`first` kept of the window under way, as plain data: the squared norm and the weight."""
+        return None if self._first is None else (float(self._first[0]), self._first[1])
+
+    @of_first.setter
+    def of_first(self, value: tuple[float, float] | None) -> None:
+        self._first = None if value is None else (torch.tensor(value[0]), value[1])
+
     def whole(self, norm: torch.Tensor | None) -> None:
         """Keep the norm of the window's gradient, before clipping."""
         self._length = norm

@@ -33,10 +33,11 @@ from ice_engine.processors.agreement import exact
 from ice_engine.processors.group import check_names, rewind, set_initial_values
 from ice_engine.processors.group_mapping import group_name
 from ice_engine.processors.processor import name_of
-from ice_engine.state import pack, stub, unpack
+from ice_engine.state import gradients_in, pack, stub, unpack
 from ice_engine.stepping import Stepping
 from ice_engine.wrappers import bare
 
+_GRADIENT = "ice_engine.gradient"
 _FIRST = -100  # order of our handlers: validation and checkpoints on the same event see the step already taken
 
 
@@ -252,7 +253,7 @@ class Optimizer(Stepping):
                 raise AttachError(message)
 
     def _on_started(self, engine: Engine) -> None:
-        if self._window.is_open:
+        if self._window.is_open and not self._loaded:
             self._discard("an exception")
         # As Ignite does with its own counters: a fresh run starts from 0, a resumed or loaded one does not.
         if engine.state.iteration == 0 and not self._loaded:
@@ -280,7 +281,8 @@ class Optimizer(Stepping):
         self._settle()
         self._loaded = self._said_drop = False
         self._epoch_began = engine.state.iteration
-        self.zero_grad()
+        if not self._window.is_open:
+            self.zero_grad()
         self._publish()
 
     def _on_iteration_started(self, _: Engine) -> None:
@@ -529,10 +531,21 @@ class Optimizer(Stepping):
             "horizon": self._course.state_dict(self._terms()),
             "measurements": {metric: list(values) for metric, values in self._measurements.items()},
             "noise": self._measures.noise.state_dict(),
-            "window": {"micro_batches": self._window.micro_batches, "weight": self._window.weight},
+            "window": self._window_state(),
             **self._precision.state_dict(),
             "shapes": shapes(self.named_parameters()),
         }
+
+    def _window_state(self) -> dict[str, Any]:
+        # In many processes an open window's gradients are this rank's alone; inside of a micro-batch, half of its own.
+        window = self._window
+        whole = window.is_open and not (window.pending or self._closing or world.world_size() > 1)
+        state = window.state_dict(whole=whole)
+        if whole:
+            parameters = enumerate(self._parameters())
+            state["gradients"] = {i: p.grad for i, p in parameters if p.grad is not None}
+            state["first"] = self._measures.of_first
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> LoadReport:  # type: ignore[override]
         """Load a state dict of ours or of the wrapped optimizer's class; nothing of the argument is kept.
@@ -560,7 +573,11 @@ class Optimizer(Stepping):
         self._refuse_while_closing("load_state_dict()")
         # Copied, because torch would keep the caller's tensors as live state.
         plain, extra = unpack(copy.deepcopy(state_dict))
+        for index, gradient in gradients_in(extra).items():
+            plain["state"].setdefault(index, {})[_GRADIENT] = gradient  # finds its parameter as state does
         plain, report = fit(self._inner, self._names(), plain, extra, strict=strict)
+        gradients = {i: state.pop(_GRADIENT) for i, state in plain["state"].items() if _GRADIENT in state}
+        plain["state"] = {i: state for i, state in plain["state"].items() if state}
         if extra is not None and extra["grad_scaler"]:
             self._precision.require_loadable()
         # What processors start from; without them it is a scheduler's own, and goes as in a plain optimizer.
@@ -589,16 +606,32 @@ class Optimizer(Stepping):
             self._measures.noise.load_state_dict(extra.get("noise", (0.0, 0.0, 0.0)))
             self._loaded = True
             self._publish()
-            if extra["window"]["micro_batches"]:
-                warn(
-                    f"the state of optimizer {self._name!r} was saved inside a window; its "
-                    f"{extra['window']['micro_batches']} micro-batches are not in it and the window starts anew. "
-                    f"Save on {self._name.upper()}_STEP_COMPLETED to lose none"
-                    + (", or on EPOCH_COMPLETED" if self._window.tail != "carry" else "")
-                )
         self._discard("load_state_dict()")
         self._clear()
+        if extra is not None:
+            self._load_window(extra["window"], gradients, whole=not (report.new or report.dropped))
         return report
+
+    def _load_window(self, state: dict[str, Any], gradients: dict[int, torch.Tensor], *, whole: bool) -> None:
+        """Go on inside of the window that was open, if all that was in it is there."""
+        self._window.common = state.get("common", 0.0)
+        if not state["micro_batches"]:
+            return
+        if not (gradients and whole and world.world_size() == 1):
+            warn(
+                f"the state of optimizer {self._name!r} was saved inside a window; its {state['micro_batches']} "
+                "micro-batches are not in it, or not all of its parameters are here, and the window starts anew. "
+                f"Save on {self._name.upper()}_STEP_COMPLETED to lose none"
+                + (", or on EPOCH_COMPLETED" if self._window.tail != "carry" else "")
+            )
+            return
+        for i, parameter in enumerate(self._parameters()):
+            found = gradients.get(i)
+            parameter.grad = None if found is None else found.to(parameter.device, parameter.dtype)
+        self._window.load_state_dict(state)
+        self._measures.of_first = state["first"]
+        self._precision.enter()
+        self._note_gradients()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(vars(self))

@@ -159,7 +159,7 @@ class Precision:
         if self.scaler is None:
             return loss
         scaled = self.scaler.scale(loss)
-        self._enter(self.scaler)
+        self.enter()
         return scaled
 
     def enter_by_caller(self) -> None:
@@ -170,8 +170,7 @@ class Precision:
         """
         if not self.enabled:
             return
-        scaler = cast("torch.amp.GradScaler", self.scaler)
-        if len(shared(scaler).users) > 1:
+        if len(shared(cast("torch.amp.GradScaler", self.scaler)).users) > 1:
             # Only of losses that it scales itself is it known here when they were scaled: before or after it adapted.
             message = (
                 "update() without backward(), with a GradScaler that several optimizers share: the scale may have "
@@ -179,9 +178,13 @@ class Precision:
                 "scaler.scale(loss).backward(), or give each optimizer a GradScaler of its own"
             )
             raise ArgumentValueError(message)
-        self._enter(scaler)
+        self.enter()
 
-    def _enter(self, scaler: torch.amp.GradScaler) -> None:
+    def enter(self) -> None:
+        """Note that losses of the present scale are in the window."""
+        scaler = self.scaler
+        if scaler is None:
+            return
         shared(scaler).windows.add(self)
         scale = _scale_of(scaler)
         if self._entered is None and scale is not None:

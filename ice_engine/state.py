@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ice_engine.errors import NotConsolidatedError, StateDictError
 
 VERSION = 1
@@ -49,6 +51,12 @@ def unpack(state: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return plain, extra
 
 
+def gradients_in(extra: Mapping[str, Any] | None) -> Mapping[int, Any]:
+    """Return the gradients of the open window that *extra* was saved in, by the place of their parameter."""
+    found: Mapping[int, Any] = {} if extra is None else extra["window"].get("gradients", {})
+    return found
+
+
 def _check_extra(extra: Any) -> None:
     if not isinstance(extra, Mapping):
         message = f"the state dict's 'ice_engine' must be a dict, got {type(extra).__name__}"
@@ -65,7 +73,7 @@ def _check_extra(extra: Any) -> None:
         whole = set(extra["clocks"]) == {"step", "attempt", "skipped", "iteration"}
         whole = whole and all(isinstance(count, int) and count >= 0 for count in extra["clocks"].values())
         whole = whole and (extra["grad_scaler"] is None or {"scale", "_growth_tracker"} <= set(extra["grad_scaler"]))
-        whole = whole and isinstance(extra["window"]["micro_batches"], int)
+        whole = whole and isinstance(extra["window"]["micro_batches"], int) and _is_window(extra["window"])
         whole = whole and isinstance(extra["consecutive_skips"], int) and "grad_scaler" in extra
         whole = whole and all(isinstance(shape, list | tuple) for shape in extra.get("shapes", {}).values())
         noise = extra.get("noise", (0.0, 0.0, 0.0))
@@ -76,9 +84,15 @@ def _check_extra(extra: Any) -> None:
     except (TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
-        brief = {key: value for key, value in extra.items() if key != "shapes"}  # those of a model fill pages
+        brief = {key: value for key, value in extra.items() if key not in {"shapes", "window"}}  # which fill pages
         message = f"the state dict's 'ice_engine' is damaged: {brief!r}; load another checkpoint"
         raise StateDictError(message)
+
+
+def _is_window(window: Any) -> bool:
+    gradients = window.get("gradients", {})
+    whole = all(isinstance(i, int) and isinstance(gradient, torch.Tensor) for i, gradient in gradients.items())
+    return whole and (not gradients or {"unit", "spread", "weighted", "losses", "first"} <= set(window))
 
 
 def _is_horizon(horizon: Any) -> bool:

@@ -86,6 +86,20 @@ class Window:
         self.weighted: bool | None = None
         self._spread: float = 1.0
 
+    def state_dict(self, *, whole: bool) -> dict[str, Any]:
+        """Return what it holds, as plain data; the *whole* of it, or what says how much there is."""
+        state = {"micro_batches": self.micro_batches, "weight": self.weight, "common": self.common}
+        if not whole:
+            return state
+        losses = [(micro_batch, float(loss)) for micro_batch, loss in self.losses]
+        return {**state, "unit": self.unit, "spread": self._spread, "weighted": self.weighted, "losses": losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in the window that :meth:`state_dict` returned the whole of."""
+        self.micro_batches, self.weight = state["micro_batches"], state["weight"]
+        self.unit, self._spread, self.weighted = state["unit"], state["spread"], state["weighted"]
+        self.losses = [(micro_batch, torch.tensor(loss)) for micro_batch, loss in state["losses"]]
+
     @property
     def is_open(self) -> bool:
         """Whether any loss has entered since the last step."""

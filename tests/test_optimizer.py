@@ -1171,26 +1171,66 @@ def test_only_ranks_that_exist_can_be_asked_for_the_state(rank):
         sgd().state_dict(rank)
 
 
-def test_a_state_saved_inside_a_window_says_what_it_lacks():
-    weight, optimizer = make(k=4)
-    train(optimizer, weight, [1.0, 2.0])
-    state = copy.deepcopy(optimizer.state_dict())
-    _, other = make(k=4)
+@pytest.mark.parametrize("scaler", [False, True])
+@pytest.mark.parametrize("weights", [(None,) * 6, (3.0, 1.0, 40.0, 2.0, 5.0, 0.5)])
+def test_a_state_saved_inside_a_window_goes_on_in_it(weights, scaler):
+    def made():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        settings = {"grad_scaler": torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)} if scaler else {}
+        optimizer = ice.Optimizer(torch.optim.Adam(model.named_parameters()), accumulation_steps=3, **settings)
+        return model, optimizer.measure("noise_scale")
 
-    with pytest.warns(ice.IceEngineWarning, match="saved inside a window; its 2 micro-batches are not in it"):
-        other.load_state_dict(state)
+    def train(model, optimizer, micro_batches):
+        for i in micro_batches:
+            x = torch.linspace(-1, i, 12).view(4, 3)
+            optimizer.backward(model(x).square().mean(), weight=weights[i])
+            optimizer.update()
+
+    whole, optimizer = made()
+    train(whole, optimizer, range(6))
+    for at in range(1, 6):
+        model, first = made()
+        train(model, first, range(at))
+        state = copy.deepcopy([model.state_dict(), first.state_dict()])
+        model, second = made()
+        model.load_state_dict(state[0])
+        second.load_state_dict(state[1])
+        train(model, second, range(at, 6))
+        assert all(map(torch.equal, model.parameters(), whole.parameters()))
+        assert second.clocks == optimizer.clocks
+        assert second.record.noise_scale == optimizer.record.noise_scale
+        if scaler:
+            assert second.grad_scaler.state_dict() == optimizer.grad_scaler.state_dict()
+
+
+def test_the_gradients_of_a_saved_window_go_to_their_parameters_by_name():
+    weight = parameter()
+    bias = torch.nn.Parameter(torch.tensor(0.5))
+    first = ice.Optimizer(torch.optim.SGD([("weight", weight), ("bias", bias)], lr=0.1), accumulation_steps=2)
+    first.backward(2.0 * weight + 3.0 * bias)
+    first.update()
+    weight, bias = parameter(), torch.nn.Parameter(torch.tensor(0.5))
+    second = ice.Optimizer(torch.optim.SGD([("bias", bias), ("weight", weight)], lr=0.1), accumulation_steps=2)
+    second.load_state_dict(first.state_dict())
+    assert (weight.grad.item(), bias.grad.item()) == (2.0, 3.0)
+    assert not second.state_dict()["state"]
 
 
 @pytest.mark.parametrize(("tail", "said"), [("step", True), ("drop", True), ("carry", False)])
-def test_a_state_saved_inside_a_window_says_where_none_is_open(tail, said):
+def test_a_state_without_the_gradients_of_its_window_says_where_none_is_open(tail, said):
     weight = parameter()
     optimizer = sgd(weight, accumulation_steps=2, tail=tail)
     train(optimizer, weight, [1.0])
+    state = copy.deepcopy(optimizer.state_dict())
+    state["ice_engine"]["window"] = {"micro_batches": 1, "weight": 1.0}  # as 0.1.0 wrote it
+    other = sgd(accumulation_steps=2, tail=tail)
     with pytest.warns(ice.IceEngineWarning, match="Save on OPTIMIZER_STEP_COMPLETED to lose none") as told:
-        sgd(accumulation_steps=2, tail=tail).load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        other.load_state_dict(state)
 
     # With "carry" a window is open where an epoch ends.
     assert ("or on EPOCH_COMPLETED" in str(told[0].message)) is said
+    assert "its 1 micro-batches are not in it" in str(told[0].message)
 
 
 def test_clocks_that_were_loaded_survive_the_start_of_a_run():
