@@ -1,77 +1,111 @@
-"""Ignite's Checkpoint that writes the new file before it removes an old one, and finds its way back."""
+"""Ignite's Checkpoint that loses nothing: exact, whole or not there, agreed by all ranks, and written beside training.
 
-import os
-import re
-from collections.abc import Callable, Mapping
+.. code-block:: text
+
+    event ──▶ decide ──▶ collect ──▶ snapshot ──────────▶ the next step waits, if it must
+              all ranks  all ranks   └─ in a thread: copy ▶ write beside ▶ verify ▶ rename ▶ prune
+"""
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from signal import Signals
+from typing import Any, Literal
 
 import torch
-from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint as IgniteCheckpoint
 from ignite.handlers import DiskSaver
+from ignite.handlers.checkpoint import CheckpointEvents
+from ignite.metrics import Metric
 
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from ice_engine import checkpoint_file, saved_objects
+from ice_engine.arguments import choice
+from ice_engine.checkpoint_names import Names
+from ice_engine.distributed import world
+from ice_engine.distributed.plain import plain
+from ice_engine.distributed.together import agree, gather, gather_plain, together
+from ice_engine.endings import when_left
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, Preempted, warn
+from ice_engine.events import clock_of, is_running
 from ice_engine.hooks import HookRegistry
+from ice_engine.peers import peers
+from ice_engine.preemption import SIGNALS, Preemption, preemption
+from ice_engine.run_position import FIRST, LAST, RunPosition, run_position
+from ice_engine.writer import Writer
+
+logger = logging.getLogger(__name__)
+
+_OURS = "ice_engine"  # the entry of a checkpoint that says where the run is
+_Item = IgniteCheckpoint.Item
 
 
-class _WriteThenRemove(DiskSaver):
-    """Ignite removes the old file first; when the write then fails, none is left. Here it waits for the new one."""
+class _Folder(DiskSaver):
+    """The files of one checkpoint in one folder."""
 
     def __init__(self, folder: Path, save_on_rank: int) -> None:
         super().__init__(folder, create_dir=True, require_empty=False, save_on_rank=save_on_rank)
-        self.outdated: list[str] = []
+
+    def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Any = None) -> None:  # noqa: ARG002
+        checkpoint_file.write(self.dirname / filename, checkpoint)
 
     def remove(self, filename: str) -> None:
-        self.outdated.append(filename)
+        (self.dirname / filename).unlink(missing_ok=True)
 
-    def _save_func(self, checkpoint: Mapping[str, Any], path: Path, func: Callable[..., None]) -> None:
-        # Ignite's own leaves its temporary file behind when the disk is full, and does not wait for the disk.
-        part = path.with_name(f"{path.name}.part")
-        try:
-            with part.open("wb") as file:
-                func(checkpoint, file, **self.kwargs)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
-    def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
-        try:
-            super().__call__(checkpoint, filename, metadata)
-        except Exception as err:
-            # Not the error as it is: at a TypeError, Ignite would write a second time.
-            message = f"{self.dirname / filename} cannot be written: {err}. Checkpoints that were there still are"
-            raise CheckpointError(message) from err
-        for outdated in self.outdated:
-            # The other ranks come here while the new file is still being written.
-            if outdated != filename and idist.get_rank() == self.save_on_rank:
-                (self.dirname / outdated).unlink(missing_ok=True)
-        self.outdated.clear()
+@dataclass(frozen=True)
+class _Request:
+    """A save that was asked for, perhaps in the middle of a window."""
+
+    engine: Engine
+    event_name: Any
+    clock: str
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A save that was decided on: its file, and which files there are once it is written, and are no more."""
+
+    engine: Engine
+    filename: str
+    saved: list[_Item]
+    outdated: list[str]
 
 
 class Checkpoint(IgniteCheckpoint):
-    """Saves objects during a run, and resumes from the newest file.
+    """Saves objects during a run, and resumes from the newest file as if the run had never stopped.
 
-    Takes the arguments of ``ignite.handlers.Checkpoint``. With a folder as *save_handler*, the new file
-    is whole before an old one is removed, and the folder may hold files already. A save that fails stops the run,
-    and leaves the files as they were.
+    Takes the arguments of ``ignite.handlers.Checkpoint``. With a folder as *save_handler*:
+
+    - A file is written beside, read back and renamed; only then an older one is removed. It carries its sha256.
+    - With the trainer in *to_save* (and not alone), the file holds where the run is: epoch, place in the data, random
+      generators, metrics, and the open window. What goes on from there is bit-equal to what would have been.
+    - It is written by a thread. Parameters and optimizer state are copied during the next forward and backward, in
+      memory of their own; everything else at once. ``last_checkpoint`` waits for it, and so does the end of a run.
+    - SIGTERM or SIGUSR1 lets the run save and end at its next window's edge, with :class:`Preempted
+      <ice_engine.errors.Preempted>`, which is exit code 75.
+    - In many processes, attach it on every rank. All save the same step, at a window's edge, into one file, as from
+      one process.
+
+    Where an epoch's last micro-batch is done, a save waits for the epoch's end, so that a resumed run misses no
+    handler of it.
 
     Args:
         to_save: Objects with ``state_dict`` by name; the trainer among them, so that a run goes on where it was.
-        save_handler: A folder, or a save handler of Ignite's.
+        save_handler: A folder; or a save handler of Ignite's, which is called at once, as there.
         filename_prefix: Prefix of the file names.
+        background: Write in a thread, from one copy of the state in the host's memory; else at once, without a copy.
+        on_failure: What becomes of the run when a file cannot be written: ``"raise"`` stops it with the reason,
+            ``"warn"`` lets it go on. Files that were there still are.
+        signals: Those that a run saves and ends at; those of a trainer's first Checkpoint hold.
         **settings: Ignite's other arguments, such as ``n_saved``, ``score_function`` and ``global_step_transform``.
 
     Raises:
         ArgumentTypeError: If an argument has the wrong type, or an object of *to_save* has no ``state_dict``.
         ArgumentValueError: If an argument has an impossible value.
-
-    Checkpoint:
-        A save inside a window holds no gradients of it; the optimizer says so when it is loaded. Random
-        states and the position within an epoch are not saved: save at an epoch's end.
 
     .. versionadded:: 0.1.0
     """
@@ -81,75 +115,287 @@ class Checkpoint(IgniteCheckpoint):
         to_save: Mapping[str, Any],
         save_handler: str | Path | Callable[..., None],
         filename_prefix: str = "",
+        *,
+        background: bool = True,
+        on_failure: Literal["raise", "warn"] = "raise",
+        signals: Iterable[Signals] = SIGNALS,
         **settings: Any,
     ) -> None:
         if not isinstance(to_save, Mapping):
             message = f"to_save must be a dict of objects by name, got {type(to_save).__name__}"
             raise ArgumentTypeError(message)
+        if _OURS in to_save:
+            message = f"to_save must not have {_OURS!r}: that entry says where the run is; use another name"
+            raise ArgumentValueError(message)
         self._folder: Path | None = None
         if isinstance(save_handler, str | Path):
             self._folder = Path(save_handler).expanduser()
             if self._folder.exists() and not self._folder.is_dir():
                 message = f"save_handler must be a folder, got {self._folder}, which is a file"
                 raise ArgumentValueError(message)
-            save_handler = _WriteThenRemove(self._folder, settings.get("save_on_rank", 0))
+            save_handler = _Folder(self._folder, settings.get("save_on_rank", 0))
         try:
             super().__init__(to_save, save_handler, filename_prefix, **settings)
         except TypeError as err:
             raise ArgumentTypeError(*err.args) from err
         except ValueError as err:
             raise ArgumentValueError(*err.args) from err
+        self._background = background
+        choice("on_failure", on_failure, ("raise", "warn"))
+        self._goes_on = on_failure == "warn"
+        self._signals = tuple(signals)
+        self._writer = Writer()
+        self._under_way: _Save | None = None
+        self._wanted: _Request | None = None
+        self._run: Engine | None = None
+        self._position: RunPosition | None = None
+        self._preemption: Preemption | None = None
+        self._trainer = next((saved for saved in to_save.values() if isinstance(saved, Engine)), None)
+        if self._trainer is not None and self._folder is not None and len(to_save) > 1:
+            self._position = run_position(self._trainer)
+        if self._trainer is not None and self._folder is not None:
+            self._follow(self._trainer)
+
+    # -- a run ---------------------------------------------------------------------------------------------
 
     def attach(self, engine: Engine, event: Any = Events.EPOCH_COMPLETED, *, name: str | None = None) -> "Checkpoint":
         """Save on *event*, after handlers such as validation that are there already.
 
         Args:
             engine: The trainer.
-            event: An event of Ignite's or ours, with or without a filter. Files are numbered by iteration even on
-                our events, unless ``global_step_transform`` says otherwise.
+            event: An event of Ignite's or ours, with or without a filter. Files are numbered by the event's own clock,
+                such as the optimizer's step, and on Ignite's events by iteration, unless ``global_step_transform``
+                says otherwise.
             name: Name of the hook, unique on the engine; made up if left out.
 
         Returns:
             This object.
         """
-        HookRegistry(engine).add(event, self, name=name, order=50)
+        handler = functools.partial(self._on_event, clock=clock_of(event))
+        HookRegistry(engine).add(event, handler, name=name or _free_name(engine, "Checkpoint"), order=50)
         return self
 
     def __call__(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
-        """Save, if the score or the time says so; the handler that :meth:`attach` adds.
+        """Save, if the score or the time says so; for Ignite's ``add_event_handler``.
 
         Raises:
             CheckpointError: If the file cannot be written; files that were there are untouched.
         """
+        if self._folder is None:
+            self._save_by_ignite(engine, *args, **kwargs)
+        else:
+            self._on_event(engine)
+
+    @property
+    def last_checkpoint(self) -> str | Path | None:
+        """The file with the highest priority; waits for one that is being written."""
+        self._finish()
+        return super().last_checkpoint
+
+    def _on_event(self, engine: Engine, clock: str = "iteration") -> None:
+        if self._folder is None:
+            self._save_by_ignite(engine)
+            return
+        self._follow(self._trainer or engine)
+        request = _Request(engine, engine.last_event_name, clock)
+        if self._must_wait():
+            self._wanted = request
+        else:
+            self._save(request)
+
+    def _follow(self, run: Engine) -> None:
+        """Be there when a save is ready, when a window closes, and when the run ends."""
+        if self._run is run:
+            return
+        self._run = run
+        registry, name = HookRegistry(run), _free_name(run, "checkpoint", ".edges") + "."
+        registry.add(
+            Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED, self._on_edge, name=f"{name}edges", order=LAST
+        )
+        # Handlers of the run's end may look for the last file.
+        registry.add(Events.TERMINATE | Events.COMPLETED, self._on_ended, name=f"{name}ended", order=FIRST)
+        if self._position is not None and self.score_function is None:
+            self._preemption = preemption(run, self._signals)
+            registry.add(Events.STARTED, self._on_started, name=f"{name}started", order=LAST)
+        when_left(run, self._on_left)
+
+    def _on_started(self, engine: Engine) -> None:
+        if self._preemption is not None:
+            self._preemption.listen()
+            if world.world_size() > 1:
+                peers(engine).wants_stop = self._preemption.is_asked
+
+    def _on_edge(self, engine: Engine) -> None:
+        if self._under_way is not None and self._writer.is_done:
+            self._finish()
+        stops = self._is_preempted(engine)
+        if stops and self._wanted is None:
+            self._wanted = _Request(engine, engine.last_event_name, "iteration")
+        if self._wanted is None:
+            return
+        if not self._must_wait():
+            request, self._wanted = self._wanted, None
+            self._save(request)
+            if stops:
+                engine.terminate(skip_completed=True)
+        elif stops and world.world_size() == 1:
+            self._save(self._wanted)  # and once more at the epoch's end, if its handlers leave the time
+
+    def _is_preempted(self, engine: Engine) -> bool:
+        if self._preemption is None:
+            return False
+        return peers(engine).stop_wanted if world.world_size() > 1 else self._preemption.is_asked()
+
+    def _must_wait(self) -> bool:
+        """Whether what would be saved now could not be gone on from exactly."""
+        if self._position is None:
+            return False
+        optimizers = vars(self._trainer).get("_ice_optimizers", ())
+        inside = world.world_size() > 1 and any(optimizer.in_window for optimizer in optimizers)
+        return inside or self._position.at_last_iteration
+
+    def _on_ended(self, _: Engine) -> None:
+        self._finish()
+
+    def _on_left(self, error: BaseException | None) -> None:
+        try:
+            self._wanted = None
+            self._finish(raises=error is None)
+        finally:
+            if self._preemption is not None and self._run is not None and not is_running(self._run):
+                self._preemption.leave()
+                if self._preemption.is_asked() and error is None:
+                    raise Preempted
+
+    # -- saving --------------------------------------------------------------------------------------------
+
+    def _save(self, request: _Request) -> None:
+        """Decide, collect and write, together with all ranks."""
+        self._finish()
+        save = self._decide(request)
+        if save is None:
+            return
+        content = self._content(save)
+        self._under_way = save
+        write = functools.partial(self._write, save)
+        running = self._run is not None and is_running(self._run)
+        if world.rank() != self.save_on_rank:
+            pass
+        elif self._background and running:
+            self._writer.write_aside(content, self._optimizers(), write)
+        else:
+            self._writer.write_now(content, write)
+        if not (self._background and running):
+            self._finish()
+
+    def _decide(self, request: _Request) -> _Save | None:
+        engine = request.engine
+        if not engine.has_registered_events(CheckpointEvents.SAVED_CHECKPOINT):
+            engine.register_events(*CheckpointEvents)
+        step, priority = self._told(*self._measured(request))
         if self.score_function is None:
             # A run that starts over counts from 1 again; Ignite would save nothing until it is further than the last.
-            now = self._global_step(engine)
-            self._saved = [item for item in self._saved if item.priority <= now]
+            self._saved = [item for item in self._saved if item.priority <= priority]
+        if not (self._check_lt_n_saved() or self._compare_fn(priority)):
+            return None
+        text = f"{priority}" if isinstance(priority, int) else f"{priority:.4f}"
+        filename = self._names(step).file(step, text if self.score_function is not None else None)
+        agree("a checkpoint", filename)
+        others = [item for item in self._saved if item.filename != filename]
+        saved = sorted([*others, _Item(priority, filename)], key=lambda item: item.priority)
+        kept = saved[-self.n_saved :] if self.n_saved is not None else saved
+        outdated = [item.filename for item in saved if item not in kept]
+        return _Save(engine, filename, kept, outdated)
+
+    def _measured(self, request: _Request) -> tuple[Any, Any]:
+        engine, step = request.engine, None
+        if self.global_step_transform is not None:
+            step = self.global_step_transform(engine, request.event_name)
+        if self.score_function is not None:
+            priority = self.score_function(engine)
+            if isinstance(priority, torch.Tensor) and priority.numel() == 1:
+                priority = priority.item()
+            if not isinstance(priority, int | float):
+                message = f"score_function must return a number, got {priority!r} ({type(priority).__name__})"
+                raise ArgumentValueError(message)
+            return step, priority
+        step = getattr(engine.state, request.clock) if step is None else step
+        return step, step
+
+    def _told(self, step: Any, priority: Any) -> tuple[Any, Any]:
+        """Return what the rank that saves has measured: a score may differ between ranks, the decision must not."""
+        if world.world_size() == 1:
+            return step, priority
+        told = json.loads(gather("a checkpoint", json.dumps([step, priority]))[self.save_on_rank])
+        return told[0], told[1]
+
+    def _content(self, save: _Save) -> dict[str, Any]:
+        content = saved_objects.collect(self.to_save, self.save_on_rank)
+        if len(content) == 1 and not self.include_self:
+            return dict(next(iter(content.values())))
+        if self._position is not None:
+            position = plain(_OURS, self._position.state_dict())
+            content[_OURS] = {"version": checkpoint_file.VERSION, "positions": gather_plain("a checkpoint", position)}
+        if self.include_self:
+            content["checkpointer"] = {"_saved": [tuple(item) for item in save.saved]}
+        return content
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        found = [saved for saved in self.to_save.values() if isinstance(saved, torch.optim.Optimizer)]
+        return found + [o for o in vars(self._run).get("_ice_optimizers", ()) if o not in found]
+
+    def _write(self, save: _Save, content: Mapping[str, Any]) -> None:
+        handler: Any = self.save_handler
+        handler(content, save.filename)
+        for filename in save.outdated:
+            handler.remove(filename)
+
+    def _finish(self, *, raises: bool = True) -> None:
+        """Wait for what is being written, and count it as saved."""
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return
+        try:
+            self._writer.finish()
+        except CheckpointError as err:
+            if raises and not self._goes_on:
+                raise
+            warn(str(err))
+            return
+        self._saved = save.saved
+        save.engine.fire_event(CheckpointEvents.SAVED_CHECKPOINT)
+
+    def _save_by_ignite(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
         saved = list(self._saved)
         try:
             super().__call__(engine, *args, **kwargs)
         except BaseException:
             # Ignite notes a file as saved before it is, and would take the next attempt for a repetition.
             self._saved = saved
-            if isinstance(self.save_handler, _WriteThenRemove):
-                self.save_handler.outdated.clear()
             raise
 
-    def resume(self, engine: Engine) -> Path | None:
-        """Load the newest checkpoint of the folder into the objects of ``to_save``.
+    def _setup_checkpoint(self) -> dict[str, Any]:
+        return saved_objects.collect(self.to_save, self.save_on_rank)
 
-        Call it after the optimizer is attached and before the run. A run that was at its end starts over, as Ignite
-        has it, unless ``run(max_epochs=...)`` asks for more epochs. Files of other names in the folder, such as those
-        of a second ``Checkpoint`` with a prefix, are left alone.
+    # -- resuming ------------------------------------------------------------------------------------------
+
+    def resume(self, engine: Engine) -> Path | None:
+        """Load the newest whole checkpoint of the folder, and let the next run go on where it is.
+
+        Call it on every rank, after the optimizer is attached and before the run; give the run the same data. Files
+        that are damaged are named in the log, and passed over. A run that was at its end starts over, as Ignite has it,
+        unless ``run(max_epochs=...)`` asks for more epochs. Files of other names in the folder, such as those of a
+        second ``Checkpoint`` with a prefix, are left alone.
 
         Args:
             engine: The trainer; must be among ``to_save``, or its counters would start anew.
 
         Returns:
-            The file that was loaded; None if there is none, and the run starts fresh.
+            The file that was loaded; None if there is none, and the run starts fresh, with a line in the log.
 
         Raises:
-            CheckpointError: If the folder is unknown, the trainer is not saved, or the file cannot be read.
+            CheckpointError: If the folder is unknown, the trainer is not saved, all files are damaged, or the newest
+                whole one does not fit what it is loaded into.
         """
         if self._folder is None:
             message = "resume() looks into the folder given as save_handler, got another save handler; use load_objects"
@@ -160,72 +406,68 @@ class Checkpoint(IgniteCheckpoint):
                 "to_save={'trainer': trainer, ...}"
             )
             raise CheckpointError(message)
-        found = self._find(self._folder)
-        if not found:
+        self._finish()
+        found = together("resume()", self._find if world.rank() == self.save_on_rank else list)
+        chosen = gather("resume()", found[-1].filename if found else "")[self.save_on_rank]
+        if not chosen:
+            logger.warning("no checkpoint in %s: the run starts fresh", self._folder)
             return None
-        newest = found[-1].filename
+        file = self._folder / chosen
+        together(f"resume() from {file}", functools.partial(self._load, file, found))
+        if not self.include_self:
+            self._adopt(found)
+        return file
+
+    def _find(self) -> list[_Item]:
+        """The whole files this object would have written, the newest last."""
+        folder = self._folder
+        assert folder is not None  # noqa: S101 - the caller has looked
+        names = self._names(0 if self.global_step_transform is not None or self.score_function is None else None)
+        found = [_Item(priority, filename) for priority, filename in names.found_in(folder)]
+        rejected = []
+        while found and (problem := checkpoint_file.damage(folder / found[-1].filename)) is not None:
+            rejected.append(f"{folder / found.pop().filename} is damaged: {problem}")
+            logger.warning("%s; it is passed over", rejected[-1])
+        if rejected and not found:
+            message = f"no checkpoint is whole: {'; '.join(rejected)}. Move them away to start afresh"
+            raise CheckpointError(message)
+        return found
+
+    def _load(self, file: Path, found: list[_Item]) -> None:
         try:
-            state = torch.load(self._folder / newest, map_location="cpu", weights_only=True)
-            self._load(state)
+            content = checkpoint_file.read(file)
+            if len(self.to_save) == 1 and not self.include_self and next(iter(self.to_save)) not in content:
+                content = {next(iter(self.to_save)): content}
+            saved_objects.load(self.to_save, content)
         except Exception as err:
             others = ", ".join(item.filename for item in found[:-1])
             mend = f"Move it away to resume from one of the others there: {others}" if others else "It is the only one"
             message = (
-                f"{self._folder / newest} cannot be loaded: {str(err).rstrip('. ')}. {mend}. To load what fits into a "
+                f"{file} cannot be loaded: {str(err).rstrip('. ')}. {mend}. To load what fits into a "
                 "model that changed: state = torch.load(file, weights_only=True), then model.load_state_dict(..., "
                 "strict=False) and optimizer.load_state_dict(..., strict=False)"
             )
             raise CheckpointError(message) from err
-        if self.include_self and "checkpointer" in state:
-            self.load_state_dict(state["checkpointer"])
-        else:
-            self._adopt(found)
-        return self._folder / newest
+        if self.include_self and "checkpointer" in content:
+            self._saved = [_Item(*item) for item in content["checkpointer"]["_saved"]]
+        if self._position is not None and _OURS in content:
+            self._take_position(content)
 
-    def _global_step(self, engine: Engine) -> float:
-        if self.global_step_transform is not None:
-            return float(self.global_step_transform(engine, engine.last_event_name))
-        return float(engine.state.iteration)
+    def _take_position(self, content: Mapping[str, Any]) -> None:
+        metrics = {name: saved for name, saved in self.to_save.items() if isinstance(saved, Metric)}
+        again = functools.partial(saved_objects.load, metrics, content)
+        positions = content[_OURS]["positions"]
+        assert self._position is not None  # noqa: S101 - the caller has looked
+        self._position.load_state_dict(positions[world.rank()], again)
 
-    def _load(self, state: Mapping[str, Any]) -> None:
-        # Before anything is loaded, so that nothing is half loaded. A single object is saved without its name.
-        missing = [name for name in self.to_save if name not in state] if len(self.to_save) > 1 else []
-        if missing:
-            message = f"it lacks {', '.join(missing)} of to_save; it has: {', '.join(map(str, state))}"
-            raise CheckpointError(message)
-        self.load_objects(self.to_save, state)
+    def _names(self, step: Any) -> Names:
+        alone = len(self.to_save) == 1 and not self.include_self
+        name = next(iter(self.to_save)) if alone else "checkpoint"
+        pattern = self._get_filename_pattern(step)
+        by_score = self.score_function is not None
+        return Names(pattern, self.filename_prefix, name, self.ext, self.score_name, by_score)
 
-    def _find(self, folder: Path) -> list[IgniteCheckpoint.Item]:
-        """The files this object would have written, the newest last, each with Ignite's priority."""
-        name = next(iter(self.to_save)) if len(self.to_save) == 1 and not self.include_self else "checkpoint"
-        numbered = self.global_step_transform is not None or self.score_function is None
-        pattern = self._get_filename_pattern(0 if numbered else None)
-        step, score = _Field("global_step", r"-?\d+"), _Field("score", r"-?[\d.]+|-?inf|nan")
-        text = pattern.format(
-            filename_prefix=self.filename_prefix,
-            ext=self.ext,
-            name=name,
-            score_name=self.score_name,
-            score=step if self.score_function is None else score,
-            global_step=step,
-        )
-        expression = re.escape(text)
-        for variable in (step, score):
-            expression = expression.replace(re.escape(variable.mark), f"(?P<{variable.name}>{variable.expression})", 1)
-            expression = expression.replace(re.escape(variable.mark), f"(?:{variable.expression})")
-        found = []
-        for file in folder.iterdir() if folder.is_dir() else ():
-            match = re.fullmatch(expression, file.name)
-            if match is not None:
-                groups = match.groupdict()
-                priority = groups.get("global_step" if self.score_function is None else "score")
-                number = float("-inf") if priority is None else float(priority)
-                # Files of the same tick of the clock are told apart by their numbers.
-                numbers = [int(digits) for digits in re.findall(r"\d+", file.name)]
-                found.append(((file.stat().st_mtime_ns, numbers), IgniteCheckpoint.Item(number, file.name)))
-        return [item for _, item in sorted(found, key=lambda pair: pair[0])]
-
-    def _adopt(self, found: list[IgniteCheckpoint.Item]) -> None:
+    def _adopt(self, found: list[_Item]) -> None:
         """Count the files found as saved by this object, so that ``n_saved`` holds over resumed runs."""
         known = [item for item in found if item.priority != float("-inf")]
         if self.score_function is None and known:
@@ -234,13 +476,7 @@ class Checkpoint(IgniteCheckpoint):
         self._saved = sorted(known, key=lambda item: item.priority)[-(self.n_saved or len(known)) :]
 
 
-class _Field:
-    """A part of a file name that varies; formats to a mark that no file name has, whatever the format."""
-
-    def __init__(self, name: str, expression: str) -> None:
-        self.name = name
-        self.expression = expression
-        self.mark = f"\x00{name}\x00"
-
-    def __format__(self, specification: str) -> str:
-        return self.mark
+def _free_name(engine: Engine, base: str, ending: str = "") -> str:
+    registry = HookRegistry(engine)
+    names = (base, *(f"{base}#{i}" for i in range(2, len(registry) + 3)))
+    return next(name for name in names if name + ending not in registry)

@@ -24,6 +24,8 @@
     │   └── NotConsolidatedError              a stub from a rank that holds no whole state
     └── CheckpointError         RuntimeError  a checkpoint cannot be found or loaded
 
+    Preempted                   SystemExit    a run was asked to stop by a signal, and has saved; no error of anybody's
+
 Messages say what, what was found, what was wanted, and the line that mends it.
 """
 
@@ -133,3 +135,13 @@ class NotConsolidatedError(StateDictError):
 
 class CheckpointError(IceEngineError, RuntimeError):
     """A checkpoint cannot be found or loaded."""
+
+
+class Preempted(SystemExit):
+    """A signal asked the run to stop; it saved, and the process ends with exit code 75.
+
+    That is ``EX_TEMPFAIL``, "try again later": a batch system can tell it from a failure, and start the run again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(75)

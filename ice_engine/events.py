@@ -33,8 +33,8 @@ from dataclasses import dataclass, field
 from enum import EnumMeta
 from typing import Any, cast
 
-from ignite.engine import Engine
-from ignite.engine.events import EventEnum
+from ignite.engine import Engine, State
+from ignite.engine.events import EventEnum, EventsList
 
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 
@@ -128,6 +128,13 @@ def register(engine: Engine, name: str) -> dict[str, EventEnum]:
         counters = {by_kind[kind]: f"{name}_{counter}" for kind, counter in _KINDS.items()}
         engine.register_events(*by_kind.values(), event_to_attr=counters)
     return by_kind
+
+
+def clock_of(event: Any) -> str:
+    """Return the attribute of ``engine.state`` that counts *event*, one of ours; of Ignite's, ``"iteration"``."""
+    counters = {State.event_to_attr.get(one) for one in (event if isinstance(event, EventsList) else [event])}
+    counter = counters.pop() if len(counters) == 1 else None
+    return "iteration" if counter in {None, "epoch"} else str(counter)
 
 
 def is_running(engine: Engine) -> bool:

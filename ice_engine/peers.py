@@ -26,6 +26,7 @@ from ignite.engine import Engine, Events
 from ice_engine.distributed.rounds import Kind, Row, rounds
 from ice_engine.distributed.sync import Synchroniser, release
 from ice_engine.distributed.world import world_size
+from ice_engine.endings import when_left
 from ice_engine.errors import ArgumentValueError, AttachError, RankError
 from ice_engine.hooks import HookRegistry
 from ice_engine.window import Window
@@ -72,6 +73,10 @@ class Peers:
 
     Args:
         engine: The engine of this rank.
+
+    Attributes:
+        wants_stop: Returns whether this rank wants the run to stop at the next window's edge.
+        stop_wanted: Whether a rank does; known to all of them before the micro-batch in which a window closes.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -86,6 +91,8 @@ class Peers:
         self._reducing = False
         self._before: list[int] = []
         self._epoch_over = self._run_over = True
+        self.wants_stop: Callable[[], bool] = bool
+        self.stop_wanted = False
         registry = HookRegistry(engine)
         for event, handler in (
             (Events.STARTED, self._on_started),
@@ -96,8 +103,7 @@ class Peers:
             (Events.TERMINATE | Events.COMPLETED, self._on_run_ended),
         ):
             registry.add(event, handler, name=f"peers.{handler.__name__.removeprefix('_on_')}", order=_ORDER)
-        # Ignite's own exception event would swallow what is raised; this sees it and lets it pass.
-        engine.run = functools.wraps(engine.run)(functools.partial(self._run, engine.run))  # type: ignore[method-assign]
+        self._forget_ending = when_left(engine, self._on_left)
 
     def join(self, member: Member) -> None:
         """Take an optimizer in.
@@ -131,31 +137,31 @@ class Peers:
             for hook in HookRegistry(self._engine):
                 if getattr(hook.hook, "__self__", None) is self:
                     hook.remove()
-            del self._engine.run
+            self._forget_ending()
 
     # -- a run ---------------------------------------------------------------------------------------------
 
-    def _run(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _on_left(self, error: BaseException | None) -> None:
         try:
-            return run(*args, **kwargs)
-        except RankError as error:
-            self._rounds.leave_note(error)  # every rank has it, is gone, or waits where nobody will come
-            raise
-        except BaseException as error:
-            if self._reducing and not any(member.broken for member in self._closing):
-                for sync in self._waiting():
-                    release(sync)
-            self._reducing = False
-            try:
-                self._rounds.raised(error)
-            except RankError as gone:
-                raise gone from error
-            raise
+            if isinstance(error, RankError):
+                self._rounds.leave_note(error)  # every rank has it, is gone, or waits where nobody will come
+            elif error is not None:
+                self._on_raised(error)
         finally:
             self._switch(last=True)
 
+    def _on_raised(self, error: BaseException) -> None:
+        if self._reducing and not any(member.broken for member in self._closing):
+            for sync in self._waiting():
+                release(sync)
+        self._reducing = False
+        try:
+            self._rounds.raised(error)
+        except RankError as gone:
+            raise gone from error
+
     def _on_started(self, engine: Engine) -> None:
-        self._run_over, self._closing, self._reducing = False, [], False
+        self._run_over, self._closing, self._reducing, self.stop_wanted = False, [], False, False
         state = engine.state
         self._resumed = state.iteration % state.epoch_length if state.iteration and state.epoch_length else 0
         facts = {"max_epochs": state.max_epochs, "max_iters": state.max_iters}
@@ -260,9 +266,11 @@ class Peers:
             closing = [float(m in self._closing and kind is Kind.GATE) for m in self._members]
             is_open = [float(m.window.is_open) for m in self._members]
             flags = [flag for pair in zip(closing, is_open, strict=True) for flag in pair]
-            rows = self._rounds.exchange(kind, [-1 if length is None else length, *flags], self._place(kind))
+            row = [-1 if length is None else length, *flags, float(self.wants_stop())]
+            rows = self._rounds.exchange(kind, row, self._place(kind))
             if not self._take_unit(rows):
                 break
+        self.stop_wanted = any(row[2 + 2 * len(self._members)] for row in rows)
         done = [r for r, row in enumerate(rows) if row[0] == Kind.EPOCH_END]
         going = any(row[0] == Kind.GATE for row in rows)
         if done and going and any(m.sync.together for m in self._members):

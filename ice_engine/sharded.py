@@ -9,7 +9,7 @@ import torch
 
 from ice_engine.distributed import world
 from ice_engine.distributed.parts import Parts, write
-from ice_engine.distributed.plain import check_plain
+from ice_engine.distributed.plain import plain
 from ice_engine.distributed.shards import empty_state, is_sharded, shard_of
 from ice_engine.distributed.together import agree, together
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, StateDictError
@@ -147,7 +147,7 @@ class _Model:
         alike = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         for key, (name, value) in self._state().items():
             if world.rank() == 0 or name in alike or is_sharded(value):
-                yield key, value if isinstance(value, torch.Tensor) else check_plain(key, value)
+                yield key, value if isinstance(value, torch.Tensor) else plain(key, value)
 
     def read(self, saved: Parts) -> Callable[[], Any]:
         own = self._state()
@@ -196,7 +196,7 @@ class _Optimizer:
             extra["shapes"] = shapes(zip(flat, self._parameters, strict=True))
             packed = pack({"state": {}, "param_groups": groups}, grouped, extra)
             for key in ("param_groups", "ice_engine"):
-                yield f"{self._name}.{key}", check_plain(f"{self._name}.{key}", packed[key])
+                yield f"{self._name}.{key}", plain(f"{self._name}.{key}", packed[key])
         strange = [key for key in self._shard.state if not isinstance(key, torch.Tensor)]
         if strange:
             message = (
@@ -211,7 +211,7 @@ class _Optimizer:
         if is_sharded(value) and value.shape != parameter.shape:
             message = f"{key} is sharded and not of its parameter's shape; such state cannot be resharded"
             raise CheckpointError(message)
-        return key, value if isinstance(value, torch.Tensor) else check_plain(key, value)
+        return key, value if isinstance(value, torch.Tensor) else plain(key, value)
 
     def read(self, saved: Parts) -> Callable[[], Any]:
         prefix = f"{self._name}."
@@ -266,7 +266,7 @@ class _Other:
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         if world.rank() == 0:
-            yield self._name, check_plain(self._name, self._value.state_dict())
+            yield self._name, plain(self._name, self._value.state_dict())
 
     def read(self, saved: Parts) -> Callable[[], Any]:
         state = saved.read({self._name: None})[self._name]

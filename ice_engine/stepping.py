@@ -161,6 +161,11 @@ class Stepping(OptimizerFacade):
         return self._window.size or None
 
     @property
+    def in_window(self) -> bool:
+        """Whether losses have entered since the last step or skip, which a step is still to come for."""
+        return self._window.is_open
+
+    @property
     def processors(self) -> tuple[DictProcessor, ...]:
         """Its processors, in the order they run."""
         return self._processors

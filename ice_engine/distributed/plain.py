@@ -1,8 +1,7 @@
 """Plain data: what can be saved and loaded again without running anything."""
 
-import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
-from io import BytesIO
 from typing import Any
 
 import torch
@@ -10,44 +9,51 @@ import torch
 from ice_engine.distributed.shards import is_sharded
 from ice_engine.errors import CheckpointError
 
+_AS_THEY_ARE = (type(None), torch.dtype, torch.device, torch.Size)
+_NUMBERS_AND_TEXT: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
+_COLLECTIONS: tuple[Any, ...] = (list, tuple, set)
 
-def check_plain(key: str, value: Any) -> Any:
-    """Return *value* if it can be saved, and loaded with ``weights_only=True``.
+
+def plain(key: str, value: Any) -> Any:
+    """Return *value* as what loads with ``weights_only=True``; containers are new, tensors are the same.
+
+    Subclasses become what they are of: a numpy scalar a number, a ``defaultdict`` a dict, a named tuple a tuple.
 
     Args:
         key: What an error calls it.
         value: What a ``state_dict()`` returned.
 
     Raises:
-        CheckpointError: Naming the first entry that cannot.
+        CheckpointError: Naming the first entry that cannot be saved.
     """
-    for name, entry in _entries(value):
-        # torch would take a sharded tensor, and save this rank's shard only.
-        if is_sharded(entry) or not isinstance(entry, torch.Tensor):
-            check_plain(f"{key}[{name!r}]", entry)
-    if is_sharded(value) or not _loads(value):
-        message = (
-            f"{key} is {type(value).__name__}, which cannot be saved safely; wanted are numbers, strings, tensors that "
-            "are not sharded, and lists and dicts of them. Change what state_dict() returns"
-        )
-        raise CheckpointError(message)
-    return value
-
-
-def _entries(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, torch.Tensor) and not is_sharded(value):
+        return value.detach()
+    if isinstance(value, _AS_THEY_ARE):
+        return value
+    for kind in _NUMBERS_AND_TEXT:
+        if isinstance(value, kind):
+            # Not str(value): of an Enum that is its name.
+            return value if type(value) is kind else kind.__str__(value) if kind is str else kind(value)
     if isinstance(value, Mapping):
-        return list(value.items())
-    return list(enumerate(value)) if isinstance(value, list | tuple | set) else []
+        return _mapping(key, value)
+    for kind in _COLLECTIONS:
+        if isinstance(value, kind):
+            return kind(plain(f"{key}[{i!r}]", entry) for i, entry in enumerate(value))
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return plain(key, value.item())
+    mend = "use torch.from_numpy()" if type(value).__name__ == "ndarray" else "change what state_dict() returns"
+    message = (
+        f"{key} is {type(value).__name__}, which cannot be saved safely; wanted are numbers, strings, tensors that "
+        f"are not sharded, and lists and dicts of them; {mend}"
+    )
+    raise CheckpointError(message)
 
 
-def _loads(value: Any) -> bool:
-    if value is None or type(value) in {bool, int, float, str}:
-        return True
-    buffer = BytesIO()
-    try:
-        torch.save(value, buffer)
-        buffer.seek(0)
-        torch.load(buffer, map_location="meta", weights_only=True)
-    except (pickle.PickleError, AttributeError, TypeError, RuntimeError):
-        return False
-    return True
+def _mapping(key: str, value: Mapping[Any, Any]) -> Any:
+    pairs = [(plain(f"a key of {key}", k), plain(f"{key}[{k!r}]", entry)) for k, entry in value.items()]
+    if not isinstance(value, OrderedDict):
+        return dict(pairs)
+    ordered = OrderedDict(pairs)
+    if (metadata := vars(value).get("_metadata")) is not None:  # a module's, of its layers' versions
+        vars(ordered)["_metadata"] = plain(f"{key}._metadata", metadata)
+    return ordered

@@ -1,12 +1,15 @@
 """A step that all ranks take or none: what fails on one of them is an error on all, and nobody waits for ever."""
 
+import base64
 import contextlib
 import functools
 import gc
+import io
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from ice_engine.distributed import world
@@ -70,6 +73,20 @@ def gather(doing: str, text: str) -> list[str]:
     except RankError as err:
         message = f"{doing}: {err}"
         raise CheckpointError(message) from err
+
+
+def gather_plain(doing: str, value: Any) -> list[Any]:
+    """Return every rank's plain *value*, in the order of ranks.
+
+    Raises:
+        CheckpointError: If another rank is gone, or does something else.
+    """
+    if world.world_size() == 1:
+        return [value]
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    texts = gather(doing, base64.b64encode(buffer.getvalue()).decode())
+    return [torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True) for text in texts]
 
 
 def agree(doing: str, text: str) -> None:

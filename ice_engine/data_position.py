@@ -1,0 +1,139 @@
+"""Where a run is in its data, and how another process gets there.
+
+An iterator over data is what the random generators were when it was made, and how many batches were taken from it
+since. So both are kept, and a resumed run makes the iterator anew under the same generators and passes over as many.
+Where a batch costs nothing to pass over, because it is drawn by a sampler and loaded in this process, it is not loaded.
+With worker processes, whose own generators move with what they load, all are: the workers are ahead of training anyway.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import IterableDataset
+from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
+
+from ice_engine import random_state
+from ice_engine.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class TrackedData:
+    """A run's data that knows how far it was read. Has the attributes of what it wraps.
+
+    Args:
+        data: What ``engine.run()`` was given. If it has ``state_dict`` and ``load_state_dict``, such as torchdata's
+            ``StatefulDataLoader``, its own state is its position.
+    """
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self.data = data
+        self._taken = 0
+        self._over = False
+        self._began: dict[str, Any] | None = None
+        self._go_on: tuple[dict[str, Any], Callable[[], None]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "data"), name)
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def position(self) -> dict[str, Any]:
+        """Return where it is, as plain data."""
+        position = {"taken": self._taken, "over": self._over or self._taken == _length(self.data), "loader": None}
+        if _has_state(self.data) and self._began is not None:
+            return {**position, "loader": self.data.state_dict(), "random": None}  # type: ignore[attr-defined]
+        return {**position, "random": self._began}
+
+    def go_on(self, position: dict[str, Any], then: Callable[[], None]) -> None:
+        """Let the next iterator begin at *position*, and call *then* when it is there; generators stay as they are."""
+        self._go_on = position, then
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._go_on is None:
+            return self._begin()
+        (position, then), self._go_on = self._go_on, None
+        now = random_state.capture()
+        iterator = self._begin_at(position)
+        random_state.restore(now)
+        then()
+        return iterator
+
+    def _begin(self) -> Iterator[Any]:
+        self._began = random_state.capture()
+        # A generator goes on where it was, whoever asks for its iterator.
+        self._taken, self._over = self._taken if isinstance(self.data, Iterator) else 0, False
+        return _Counting(self, iter(self.data))
+
+    def _begin_at(self, position: dict[str, Any]) -> Iterator[Any]:
+        if position["loader"] is not None:
+            if not _has_state(self.data):
+                message = (
+                    "the checkpoint holds the state of a loader that has state_dict() and load_state_dict(), and "
+                    f"run() was given {type(self.data).__name__}, which has not; give the same kind of loader"
+                )
+                raise CheckpointError(message)
+            self.data.load_state_dict(position["loader"])  # type: ignore[attr-defined]
+            iterator: Iterator[Any] = self._begin()
+        elif position["over"] and not isinstance(self.data, Iterator):
+            return iter(())  # what asks for more makes a new iterator, as it would have done
+        else:
+            if position["random"] is not None:
+                random_state.restore(position["random"])
+            iterator = self._begin()
+            _pass_over(self.data, iterator, position["taken"])
+        self._taken = position["taken"]
+        return iterator
+
+
+class _Counting:
+    """An iterator that tells how far it got."""
+
+    def __init__(self, owner: TrackedData, batches: Iterator[Any]) -> None:
+        self._owner = owner
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self.batches)
+        except StopIteration:
+            self._owner._over = True  # noqa: SLF001 - its own iterator
+            raise
+        self._owner._taken += 1  # noqa: SLF001
+        return batch
+
+
+def _pass_over(data: Any, iterator: Any, count: int) -> None:
+    batches = iterator.batches
+    logger.info("passing over the %d batches that were trained on already", count)
+    if isinstance(batches, _SingleProcessDataLoaderIter) and not isinstance(data.dataset, IterableDataset):
+        batches = batches._sampler_iter  # noqa: SLF001 - what draws them; loading them changes no generator that matters
+    done = sum(1 for _ in itertools.islice(batches, count))
+    if done < count:
+        message = (
+            f"the data ends after {done} batches; when the checkpoint was made, {count} had been taken from it. "
+            "Resume with the same data and batch size"
+        )
+        raise CheckpointError(message)
+    if getattr(data, "persistent_workers", False):
+        logger.warning(
+            "persistent_workers=True: workers go on from epoch to epoch, and begin anew in a resumed run; what they "
+            "draw at random will differ. Use persistent_workers=False for a run that resumes bit by bit"
+        )
+
+
+def _has_state(data: Any) -> bool:
+    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # unknown
+        return None

@@ -1,0 +1,128 @@
+"""Where a run is, beside what its objects know of themselves: epoch, data, random generators, metrics."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from ice_engine import random_state
+from ice_engine.data_position import TrackedData
+from ice_engine.hooks import HookRegistry
+
+FIRST, LAST = -98, 10**6  # orders: after the optimizers' own handlers; after everybody else's
+
+
+class RunPosition:
+    """Follows the run of one engine, and brings another one to the same place. See :func:`run_position`.
+
+    Args:
+        engine: The trainer.
+
+    Attributes:
+        in_epoch: Whether an epoch is under way.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._data: TrackedData | None = None
+        self._began = 0  # iterations before this epoch
+        self._resumed: dict[str, Any] | None = None
+        self._reload: Callable[[], object] = bool
+        self.in_epoch = False
+        registry = HookRegistry(engine)
+        for event, handler, order in (
+            (Events.STARTED, self._on_started, LAST),
+            (Events.EPOCH_STARTED, self._on_epoch_started, FIRST),
+            (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ended, FIRST),
+            (Events.TERMINATE | Events.COMPLETED, self._on_run_ended, LAST),
+        ):
+            registry.add(event, handler, name=f"position.{handler.__name__.removeprefix('_on_')}", order=order)
+
+    @property
+    def at_last_iteration(self) -> bool:
+        """Whether the epoch's last micro-batch is done, and its end still to come."""
+        state = self._engine.state
+        done = state.iteration - self._began
+        return self.in_epoch and state.epoch_length is not None and 0 < state.epoch_length <= done
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as plain data, of this rank."""
+        state = self._engine.state
+        return {
+            "epoch": state.epoch,
+            "in_epoch": self.in_epoch,
+            "began": self._began,
+            "data": None if self._data is None else self._data.position(),
+            "random": random_state.capture(),
+            "metrics": {name: value for name, value in state.metrics.items() if _is_plain(value)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], reload: Callable[[], object]) -> None:
+        """Let the next run, of an engine that is loaded already, go on where *state* is.
+
+        Args:
+            state: From :meth:`state_dict`.
+            reload: Loads once more what the beginning of a run or of an epoch sets back, such as metrics.
+        """
+        # Ignite would compute it from the iteration, and be wrong if an epoch was ended before its time.
+        self._engine.state.epoch = state["epoch"] - state["in_epoch"]
+        self._engine.state.metrics.update(state["metrics"])
+        self._resumed, self._reload = state, reload
+
+    def _on_started(self, engine: Engine) -> None:
+        data: Any = engine.state.dataloader
+        self._data = data if data is None or isinstance(data, TrackedData) else TrackedData(data)
+        engine.state.dataloader = self._data
+        if self._resumed is None:
+            self.in_epoch, self._began = False, engine.state.iteration
+            return
+        state = self._resumed
+        engine._init_iter = engine.state.iteration - state["began"] if state["in_epoch"] else 0  # noqa: SLF001 - likewise
+        self._reload()
+        if not state["in_epoch"]:
+            random_state.restore(state["random"])
+        if self._data is not None and state["data"] is not None:
+            self._data.go_on(state["data"], functools.partial(self._arrived, state))
+
+    def _arrived(self, state: dict[str, Any]) -> None:
+        if state["in_epoch"]:
+            # The epoch's beginning has drawn, and set back what counts along it, a second time.
+            random_state.restore(state["random"])
+            self._reload()
+        self._resumed = None
+
+    def _on_epoch_started(self, engine: Engine) -> None:
+        resumed = self._resumed is not None and self._resumed["in_epoch"]
+        self._began = self._resumed["began"] if self._resumed is not None and resumed else engine.state.iteration
+        self.in_epoch = True
+
+    def _on_epoch_ended(self, _: Engine, **__: Any) -> None:
+        self.in_epoch = False
+
+    def _on_run_ended(self, engine: Engine) -> None:
+        if isinstance(engine.state.dataloader, TrackedData):
+            engine.state.dataloader = engine.state.dataloader.data
+
+
+def run_position(engine: Engine) -> RunPosition:
+    """Return the position of *engine*'s run, one object for one engine."""
+    kept: dict[str, Any] = vars(engine)
+    if "_ice_position" not in kept:
+        kept["_ice_position"] = RunPosition(engine)
+    found: RunPosition = kept["_ice_position"]
+    return found
+
+
+def load_engine(engine: Engine, state: Mapping[str, Any]) -> None:
+    """Load an engine's own *state*; also in its first epoch, of a length that nobody knows, which Ignite refuses."""
+    if state.get("epoch_length") is not None or not state.get("iteration"):
+        engine.load_state_dict(state)
+        return
+    engine.load_state_dict({**state, "epoch_length": state["iteration"] + 1})
+    engine.state.epoch_length = None
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | str | torch.Tensor)

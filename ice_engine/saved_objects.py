@@ -1,0 +1,81 @@
+"""What a checkpoint holds of each object, and how the object gets it back, whatever it is spread over."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from ice_engine.distributed import world
+from ice_engine.distributed.plain import plain
+from ice_engine.distributed.shards import is_sharded
+from ice_engine.errors import CheckpointError
+from ice_engine.optimizer import Optimizer
+from ice_engine.run_position import load_engine
+from ice_engine.wrappers import bare
+
+
+def collect(objects: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Return the states of *objects* as plain data: whole on *rank*, which saves. Call on every rank.
+
+    Raises:
+        CheckpointError: Naming the first entry that cannot be saved.
+    """
+    return {name: plain(name, _each(value, lambda saved: _state(saved, rank))) for name, value in objects.items()}
+
+
+def _each(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return what *function* makes of every object in *value*, as Ignite goes through dicts and lists of them."""
+    if isinstance(value, Mapping):
+        return {key: _each(item, function) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_each(item, function) for item in value]
+    return function(value)
+
+
+def _state(saved: Any, rank: int) -> Any:
+    if isinstance(saved, Optimizer):
+        return saved.state_dict(rank)
+    if isinstance(saved, torch.distributed.optim.ZeroRedundancyOptimizer):
+        saved.consolidate_state_dict(to=rank)
+        return saved.state_dict() if rank == world.rank() else {}
+    if not isinstance(saved, torch.nn.Module):
+        return saved.state_dict()
+    state = bare(saved).state_dict()
+    for key, value in state.items():
+        if is_sharded(value):  # all ranks put each one together, one has a use for it
+            whole = value.full_tensor()
+            state[key] = whole.cpu() if rank == world.rank() else torch.empty(0)
+    return state
+
+
+def load(objects: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """Give every one of *objects* its state in *content*.
+
+    Raises:
+        CheckpointError: If one is missing there; nothing is loaded then.
+    """
+    missing = [name for name in objects if name not in content]
+    if missing:
+        message = f"it lacks {', '.join(missing)} of to_save; it has: {', '.join(map(str, content))}"
+        raise CheckpointError(message)
+    for name, value in objects.items():
+        _load(value, content[name])
+
+
+def _load(value: Any, state: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _load(item, state[key])
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item, each in zip(value, state, strict=True):
+            _load(item, each)
+    elif isinstance(value, Engine):
+        load_engine(value, state)
+    elif isinstance(value, torch.nn.Module) and any(is_sharded(p) for p in value.parameters()):
+        set_model_state_dict(value, state, options=StateDictOptions(full_state_dict=True))
+    elif isinstance(value, torch.nn.Module):
+        bare(value).load_state_dict(state)
+    else:
+        value.load_state_dict(state)
