@@ -1,5 +1,6 @@
 """What every test starts from: a seed, one thread, no display."""
 
+import os
 import random
 import socket
 
@@ -10,6 +11,7 @@ import torch
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that a test starts, too
 
 
 @pytest.fixture(autouse=True)

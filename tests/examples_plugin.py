@@ -5,6 +5,7 @@ that prints a random number must seed itself, or its reader sees another number.
 goes into ``<!-- invisible-code-block: python ... -->``.
 """
 
+import builtins
 import os
 import sys
 import tempfile
@@ -36,6 +37,7 @@ def _directories() -> tuple[Callable[[dict[str, Any]], None], Callable[[dict[str
         home, directory = entered.pop()
         os.chdir(home)
         directory.cleanup()
+        vars(builtins).pop("_", None)  # a >>> leaves its last value there, which tests that run later would see
 
     return setup, teardown
 

@@ -113,7 +113,7 @@ def test_handlers_on_ignites_events_see_the_step_already_taken():
         ({"before": 3}, [1, 2]),
         ({"after": 5}, [6, 7]),
         ({"after": 2, "before": 6}, [3, 4, 5]),
-        ({"event_filter": lambda engine, step: step % 4 == 1}, [1, 5]),
+        pytest.param({"event_filter": lambda engine, step: step % 4 == 1}, [1, 5], id="event_filter"),
     ],
     ids=str,
 )

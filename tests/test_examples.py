@@ -33,7 +33,7 @@ def run(example: Path, folder: Path, *arguments: str, processes: int = 0, timeou
     done = subprocess.run(
         [sys.executable, *launcher, str(example), *arguments],
         cwd=folder,
-        env={**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"},  # without the latter, torchrun tells of it
+        env={**os.environ, "COLUMNS": "100", "COVERAGE_PROCESS_CONFIG": ""},  # not measured: a quarter of the time
         capture_output=True,
         text=True,
         check=False,
@@ -96,8 +96,9 @@ def test_digits_resumes_after_the_last_epoch(three_epochs, tmp_path):
     assert "this run was complete" in again
 
 
-def test_interrupted_digits_gives_the_same_numbers(tmp_path):
-    whole = digits(tmp_path, "--epochs", "3", "--out", "here")
+def test_interrupted_digits_gives_the_same_numbers(three_epochs, tmp_path):
+    folder, whole = three_epochs
+    shutil.copytree(folder / "runs/digits", tmp_path / "here")
     (tmp_path / "here/checkpoints/digits_checkpoint_3.pt").unlink()
     resumed = digits(tmp_path, "--epochs", "3", "--out", "here", "--resume")
     assert epochs(resumed) == [(3, 36)]

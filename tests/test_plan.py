@@ -760,11 +760,11 @@ def test_a_run_that_ends_inside_an_epoch_names_its_own_last_window():
         ([S.constant(0.0)], {}, (10, 10)),  # frozen
         ([S.cosine(), S.linear(dst="weight_decay"), S.linear(end=0.95, dst="betas.0")], {}, (10, 10)),
         ([S.linear(end=0.9, dst="betas.0"), S.linear(end=0.95, dst="betas.1")], {}, (10, 10)),
-        ([S.cosine(), lambda g: {"lr": g["lr"] * 0.5}], {}, (10, 10)),
+        pytest.param([S.cosine(), lambda g: {"lr": g["lr"] * 0.5}], {}, (10, 10), id="cosine, halved"),
         ([S.cosine(), S.constant(0.5).only("b")], {}, (10, 10)),
         ([S.cosine(), S.constant(0.5).when(lambda g: g["epoch"] > 5)], {}, (10, 10)),
         ([S.cosine().only("a"), S.linear().only("b")], {}, (10, 10)),
-        ([lambda g: {**g, "lr": 0.1}], {}, (10, 10)),
+        pytest.param([lambda g: {**g, "lr": 0.1}], {}, (10, 10), id="a function"),
         ([S.cosine()], {"accumulation_steps": 5}, (10, 10)),
         ([S.cosine()], {"accumulation_steps": 4, "tail": "carry"}, (10, 10)),
         ([S.cosine()], {"accumulation_steps": 10}, (10, 10)),
