@@ -13,6 +13,7 @@ from ice_engine.optimizer import Optimizer
 from ice_engine.param_groups import param_groups
 from ice_engine.plan import Plan
 from ice_engine.processors import Collect, Compose, Processor, dictprocess, schedules
+from ice_engine.progress import ProgressBar
 from ice_engine.sharded import load_sharded, save_sharded
 from ice_engine.tensorboard import TensorBoard
 from ice_engine.trainer import create_trainer
@@ -35,6 +36,7 @@ __all__ = [
     "OptimizerEvents",
     "Plan",
     "Processor",
+    "ProgressBar",
     "StepRecord",
     "TensorBoard",
     "check_accumulation",

@@ -137,6 +137,12 @@ def clock_of(event: Any) -> str:
     return "iteration" if counter in {None, "epoch"} else str(counter)
 
 
+def step_events(engine: Engine) -> list[EventEnum]:
+    """Return the events that tell of a step or of a skipped one, of every optimizer that *engine* knows."""
+    events = (event for event in engine._allowed_events if isinstance(event, _Events))  # noqa: SLF001
+    return [event for event in events if not event.name.endswith("_GRADIENTS_READY")]
+
+
 def is_running(engine: Engine) -> bool:
     """Whether *engine* is inside of its ``run()``, or was interrupted there and will go on."""
     return engine._dataloader_iter is not None  # noqa: SLF001 - set while run() iterates

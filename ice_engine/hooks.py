@@ -1,40 +1,18 @@
 """Named, ordered, removable hooks on Ignite's events."""
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from ignite.engine import Engine, Events, State
 from ignite.engine.events import EventsList
 
-from ice_engine.engine_state import StateMapping, check_writable
-from ice_engine.errors import (
-    ArgumentTypeError,
-    HookError,
-    HookSignatureError,
-    ProcessorReturnError,
-)
-from ice_engine.processors import Processor
+from ice_engine.calling import Caller, caller, check_hook, own_name
+from ice_engine.errors import ArgumentTypeError, HookError
+from ice_engine.hook_table import Entry, defined_at, entries, event_name, handler_of, in_firing_order, labelled, table
+from ice_engine.timeline import Trace
 
 _REGISTRATIONS = "_ice_hooks"
-_BEFORE_OTHERS = (
-    Events.STARTED,
-    Events.EPOCH_STARTED,
-    Events.GET_BATCH_STARTED,
-    Events.GET_BATCH_COMPLETED,
-    Events.ITERATION_STARTED,
-    Events.ITERATION_COMPLETED,
-)
-_AFTER_OTHERS = (
-    Events.DATALOADER_STOP_ITERATION,
-    Events.TERMINATE_SINGLE_EPOCH,
-    Events.EPOCH_COMPLETED,
-    Events.INTERRUPT,
-    Events.TERMINATE,
-    Events.COMPLETED,
-    Events.EXCEPTION_RAISED,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +110,8 @@ class HookRegistry:
             HookSignatureError: If the hook cannot be called with the engine or with nothing.
             UnknownKeyError: If a processor would write what the run counts with.
         """
-        _check_arguments(hook, name, order)
+        check_hook(hook)
+        _check_name_and_order(name, order)
         name = name or self._free_name(hook)
         if name in self._registrations:
             message = f"a hook named {name!r} is on this engine already; remove({name!r}) first, or use another name"
@@ -140,7 +119,7 @@ class HookRegistry:
         events = list(event) if isinstance(event, EventsList) else [event]
         for one in events:
             self._check_event(one, name)
-        callers = [_caller(hook, one, name) for one in events]
+        callers = [caller(hook, one, name) for one in events]
         registration = _Registration(Hook(name, event, hook, order, self))
         self._registrations[name] = registration
         for one, call in zip(events, callers, strict=True):
@@ -158,10 +137,10 @@ class HookRegistry:
         registration.active = False
         gone = set(map(id, registration.entries))
         handlers = self._handlers
-        for event, entries in list(handlers.items()):
-            if any(id(entry[2]) in gone for entry in entries):
+        for event, present in list(handlers.items()):
+            if any(id(entry[2]) in gone for entry in present):
                 # A new list: Ignite may be iterating over the old one right now.
-                handlers[event] = [entry for entry in entries if id(entry[2]) not in gone]
+                handlers[event] = [entry for entry in present if id(entry[2]) not in gone]
 
     def __getitem__(self, name: str) -> Hook:
         if name not in self._registrations:
@@ -179,29 +158,60 @@ class HookRegistry:
         return name in self._registrations
 
     def __str__(self) -> str:
+        """Return a table of all handlers of the engine in firing order, with those added without a registry."""
         owners = self._owners()
-        handlers = self._handlers
-        others = [e for e in self._engine._allowed_events if e not in _BEFORE_OTHERS + _AFTER_OTHERS]  # noqa: SLF001
-        rows = [("event", "order", "name", "defined at")]
-        for event in (*_BEFORE_OTHERS, *others, *_AFTER_OTHERS):
-            for function, _, marker in handlers.get(event, ()):
-                hook = owners.get(id(marker))
-                order, name = (str(hook.order), hook.name) if hook else ("0", "(added without the registry)")
-                rows.append((_event_name(event), order, name, _defined_at(hook.hook if hook else function)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        rows = []
+        for event, entry in in_firing_order(self._engine):
+            hook = owners.get(id(entry[2]))
+            place = defined_at(hook.hook if hook else handler_of(entry[0]))
+            rows.append((labelled(event, entry[0]), str(hook.order) if hook else "0", self._name(entry), place))
+        others = any(name.startswith("(") for _, _, name, _ in rows)
+        return table(rows) + ("\n\n(...): added with engine.add_event_handler" if others else "")
+
+    def trace(self) -> Trace:
+        """Record one iteration: the next in which an optimizer steps or skips, or else the run's last.
+
+        Ask for it before the run, or in a handler, such as one of ``ITERATION_COMPLETED(once=100)`` to look at a run
+        that has warmed up. Nothing is printed.
+
+        Returns:
+            The timeline, to be printed when it is ``done``: every event that fires, the handlers that it calls, and
+            what the engine and the optimizer do between them, with times.
+
+        Examples:
+            >>> from ignite.engine import Engine, Events
+            >>> engine = Engine(lambda engine, batch: batch)
+            >>> _ = HookRegistry(engine).add(Events.ITERATION_COMPLETED, lambda: None, name="rest")
+            >>> trace = HookRegistry(engine).trace()
+            >>> _ = engine.run([1, 2])
+            >>> print(trace)  # doctest: +SKIP
+                 at ms   took ms
+                 0.000     0.041  iteration 1, epoch 1
+                 0.002     0.003    GET_BATCH_STARTED
+                 0.005     0.004    next(data)
+                 0.009     0.002    GET_BATCH_COMPLETED
+                 0.012     0.002    ITERATION_STARTED
+                 0.014     0.004    <lambda>
+                 0.018     0.014    ITERATION_COMPLETED
+                 0.028     0.002      rest
+            >>> [span.name for _, span in trace.iteration.flat()][-2:]
+            ['ITERATION_COMPLETED', 'rest']
+        """
+        return Trace.of(self._engine, self._name)
 
     @property
-    def _handlers(self) -> dict[Any, list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]]:
-        # Ignite can neither list nor order handlers publicly. Never read with [event] unless a handler is there or
-        # comes there: the dict is a defaultdict, and with the mere key EXCEPTION_RAISED Ignite swallows exceptions.
-        return self._engine._event_handlers  # noqa: SLF001
+    def _handlers(self) -> dict[Any, list[Entry]]:
+        return entries(self._engine)
 
     def _owners(self) -> dict[int, Hook]:
         return {id(marker): r.hook for r in self._registrations.values() for marker in r.entries}
 
+    def _name(self, entry: Entry) -> str:
+        hook = self._owners().get(id(entry[2]))
+        return hook.name if hook else f"({own_name(handler_of(entry[0]))})"
+
     def _free_name(self, hook: Callable[..., Any]) -> str:
-        base = hook.name if isinstance(hook, Processor) else getattr(hook, "__name__", type(hook).__name__)
+        base = own_name(hook)
         names = (base, *(f"{base}#{i}" for i in range(2, len(self._registrations) + 3)))
         return next(name for name in names if name not in self._registrations)
 
@@ -214,18 +224,18 @@ class HookRegistry:
             raise HookError(message)
         if not self._engine.has_registered_events(event):
             message = (
-                f"hook {name!r}: {_event_name(event)} is not an event of this engine; "
+                f"hook {name!r}: {event_name(event)} is not an event of this engine; "
                 "attach the optimizer of that name first, or engine.register_events(...)"
             )
             raise HookError(message)
         if getattr(event, "filter", None) is not None and event not in State.event_to_attr:
             message = (
-                f"hook {name!r}: {_event_name(event)} has a filter, but nothing counts this event; leave the filter "
+                f"hook {name!r}: {event_name(event)} has a filter, but nothing counts this event; leave the filter "
                 "out, or register the event with a counter: engine.register_events(..., event_to_attr={event: 'count'})"
             )
             raise HookError(message)
 
-    def _insert(self, event: Any, call: Callable[..., Any], registration: _Registration) -> None:
+    def _insert(self, event: Any, call: Caller, registration: _Registration) -> None:
         def handler(engine: Engine, *_: Any, **given: Any) -> None:
             if registration.active:
                 call(engine, given)
@@ -241,80 +251,10 @@ class HookRegistry:
         handlers[event].sort(key=lambda entry: owners[id(entry[2])].order if id(entry[2]) in owners else 0)
 
 
-def _check_arguments(hook: Any, name: Any, order: Any) -> None:
-    if not callable(hook):
-        message = f"hook must be callable, got {type(hook).__name__}"
-        raise ArgumentTypeError(message)
+def _check_name_and_order(name: Any, order: Any) -> None:
     if name is not None and not isinstance(name, str):
         message = f"name must be a string, got {name!r} ({type(name).__name__})"
         raise ArgumentTypeError(message)
     if isinstance(order, bool) or not isinstance(order, int):
         message = f"order must be an int, got {order!r} ({type(order).__name__})"
         raise ArgumentTypeError(message)
-    if isinstance(hook, Processor):
-        for key in hook.writes:
-            check_writable(key)
-
-
-def _caller(hook: Callable[..., Any], event: Any, name: str) -> Callable[[Engine, dict[str, Any]], Any]:
-    """Return how to call *hook* with the engine and what the event gives by keyword."""
-    if isinstance(hook, Processor):
-        return lambda engine, _: _process(hook, engine)
-    signature = _signature(hook)
-    # On this one event, Ignite's own check of a handler does not match its call.
-    counted = event == Events.TERMINATE_SINGLE_EPOCH
-    if signature is not None:
-        if counted and _binds(signature, None, iter_counter=0):
-            return lambda engine, given: hook(engine, **given)
-        if counted and _binds(signature, iter_counter=0) and "iter_counter" in signature.parameters:
-            return lambda _, given: hook(**given)
-        if _binds(signature, None):
-            return lambda engine, _: hook(engine)
-        if _binds(signature):
-            return lambda *_: hook()
-    called = "(engine, iter_counter=...), (iter_counter=...), (engine) or ()" if counted else "(engine) or ()"
-    message = (
-        f"hook {name!r} is {getattr(hook, '__name__', type(hook).__name__)}{signature or '(...)'}; "
-        f"{_event_name(event)} calls it with {called}. "
-        "Bind other parameters with functools.partial, or read engine.state"
-    )
-    raise HookSignatureError(message)
-
-
-def _process(processor: Processor, engine: Engine) -> None:
-    mapping = StateMapping(engine)
-    returned = processor(mapping)
-    if not isinstance(returned, Mapping):
-        message = (
-            f"processor {processor.name!r} returned {type(returned).__name__} as a hook; "
-            "say where its result goes: dst='name' writes engine.state.name"
-        )
-        raise ProcessorReturnError(message)
-    if returned is not mapping:
-        for key in returned:
-            check_writable(key)
-        mapping.update(returned)
-
-
-def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return None
-
-
-def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
-
-
-def _event_name(event: Any) -> str:
-    return str(getattr(event, "name", event))
-
-
-def _defined_at(function: Any) -> str:
-    code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
-    return f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}" if code else type(function).__name__

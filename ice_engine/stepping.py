@@ -15,7 +15,7 @@ from ignite.engine import Engine
 
 from ice_engine.arguments import choice, count
 from ice_engine.clipping import ClipNorm
-from ice_engine.clocks import Clocks
+from ice_engine.clocks import Clocks, count_steps
 from ice_engine.distributed import world
 from ice_engine.distributed.build import Sharding, build
 from ice_engine.distributed.rounds import gatherer, rounds
@@ -179,6 +179,12 @@ class Stepping(OptimizerFacade):
     def clocks(self) -> dict[str, int]:
         """A copy of its counts so far, by the names ``step``, ``attempt``, ``skipped`` and ``iteration``."""
         return dict(self._clocks.counts)
+
+    @property
+    def steps_left(self) -> int | None:
+        """Steps of this run still to come, if none is skipped, outside of a step; None while that is unknown."""
+        since = self._clocks.counts["iteration"] - self._window.micro_batches
+        return count_steps(**self._clocks.run_lengths(), window_size=self._size, tail=self._window.tail, since=since)
 
     def event(self, kind: str) -> Any:
         """Return its event of a kind, such as ``optimizer.event("STEP_COMPLETED")``, whatever its name."""

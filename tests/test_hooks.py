@@ -71,7 +71,47 @@ def test_a_hook_without_a_name_gets_a_free_one(engine, hooks):
         """Do nothing."""
 
     names = [hooks.add(Events.COMPLETED, hook).name for hook in (report, report, functools.partial(report), report)]
-    assert names == ["report", "report#2", "partial", "report#3"]
+    assert names == ["report", "report#2", "report#3", "report#4"]
+
+
+def test_a_method_is_called_after_its_object(hooks):
+    assert hooks.add(Events.COMPLETED, [].append).name == "append"
+    assert hooks.add(Events.COMPLETED, HandlersTimeProfiler().attach).name == "HandlersTimeProfiler.attach"
+    assert hooks.add(Events.COMPLETED, functools.partial(HandlersTimeProfiler.attach, None)).name == "attach"
+
+
+@pytest.mark.parametrize("order", [-1, 0, 1])
+def test_hooks_fire_on_every_event_there_is_until_they_are_removed(order):
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.1), nonfinite="skip")
+
+    def train_step(engine, batch):
+        optimizer.backward(weight * batch)
+        if engine.state.iteration == 4:
+            engine.terminate_epoch()
+
+    engine = Engine(train_step)
+    optimizer.attach(engine)
+    hooks, fired = optimizer.hooks, set()
+    events = [event for event in engine._allowed_events if event != Events.EXCEPTION_RAISED]
+    for event in events:
+        hooks.add(event, functools.partial(lambda name: fired.add(name), event.name), name=event.name, order=order)
+
+    def run():
+        once = hooks.add(Events.ITERATION_COMPLETED(once=1), lambda engine: engine.interrupt())
+        last = hooks.add(Events.EPOCH_STARTED(once=3), lambda engine: engine.terminate())
+        for _ in "12":  # the first is interrupted
+            engine.run([1.0, float("inf")] + [3.0] * (engine.state.epoch == 2), max_epochs=3, epoch_length=3)
+        once.remove()
+        last.remove()
+
+    run()
+    assert fired == {event.name for event in events}
+    fired.clear()
+    for event in events:
+        hooks.remove(event.name)
+    run()
+    assert fired == set()
 
 
 def test_a_name_is_given_once(hooks):
@@ -195,6 +235,53 @@ def test_a_callable_without_a_readable_signature_is_refused(hooks):
         hooks.add(Events.COMPLETED, max)
 
 
+async def later(engine):
+    """Be awaited by nobody."""
+
+
+async def later_ones(engine):
+    yield engine
+
+
+def one_by_one():
+    yield 1
+
+
+class CalledLater:
+    async def __call__(self, engine):
+        """Be awaited by nobody."""
+
+
+@pytest.mark.parametrize(
+    ("hook", "what", "mend"),
+    [
+        (later, r"later\(engine\)", "nothing of an async function, as nobody awaits it; make it a plain def"),
+        (later_ones, r"later_ones\(engine\)", "nothing of an async function"),
+        (functools.partial(later, None), r"later\(\)", "nothing of an async function"),
+        (CalledLater(), r"CalledLater\(engine\)", "nothing of an async function"),
+        (one_by_one, r"one_by_one\(\)", "nothing of a function with yield, as nobody iterates over it; take the yield"),
+    ],
+)
+def test_what_would_run_nothing_is_refused(hooks, hook, what, mend):
+    with pytest.raises(HookSignatureError, match=rf"is {what}; COMPLETED calls it with \(engine\) or \(\), .* {mend}"):
+        hooks.add(Events.COMPLETED, hook, name="lost")
+
+
+def test_a_default_that_the_engine_would_replace_is_refused(engine, hooks):
+    calls = []
+    for i in range(2):
+        with pytest.raises(
+            HookSignatureError, match=r"take the place of the default of 'i'; .* lambda \*, i=\d: \.\.\."
+        ):
+            hooks.add(Events.COMPLETED, lambda i=i: calls.append(i))
+        hooks.add(Events.COMPLETED, lambda *, i=i: calls.append(i))
+        hooks.add(Events.COMPLETED, lambda engine=None, i=i: calls.append((type(engine), i)))
+    engine.run([1])
+    assert calls == [0, (Engine, 0), 1, (Engine, 1)]
+    with pytest.raises(HookSignatureError, match=r"Engine.terminate\(skip_completed: .* default of 'skip_completed'"):
+        hooks.add(Events.COMPLETED, engine.terminate)
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
@@ -226,6 +313,8 @@ def test_on_terminate_single_epoch_other_signatures_are_refused_when_added(hooks
     ("arguments", "match"),
     [
         ({"hook": 3}, "hook must be callable, got int"),
+        ({"hook": None}, r"hook must be callable, got NoneType; pass the function itself: report, not report\(\)"),
+        ({"hook": HandlersTimeProfiler}, r"is the class HandlersTimeProfiler; its instances may be hooks: Handlers"),
         ({"name": 3}, "name must be a string, got 3"),
         ({"order": "first"}, "order must be an int, got 'first'"),
         ({"order": True}, "order must be an int, got True"),
@@ -298,6 +387,30 @@ def test_a_hook_added_while_its_event_fires_takes_part_from_the_next_firing(engi
     assert calls == (["old", "new", "old"] if order < 0 else ["old", "old", "new"])
 
 
+@pytest.mark.parametrize("order", [-1, 0, 1])
+def test_a_hook_that_takes_itself_off_and_back_on_fires_once_each_time(engine, hooks, order):
+    calls = []
+
+    def again():
+        calls.append("again")
+        hooks.remove("again")
+        hooks.add(Events.ITERATION_COMPLETED(every=1), again, name="again", order=order)
+
+    def swap():
+        calls.append("swap")
+        hooks["other"].remove()
+        hooks.add(Events.ITERATION_COMPLETED, noting(calls, "other"), name="other", order=5)
+
+    hooks.add(Events.ITERATION_COMPLETED, again, name="again")
+    hooks.add(Events.ITERATION_COMPLETED(event_filter=lambda *_: True), swap, name="swap")
+    hooks.add(Events.ITERATION_COMPLETED, noting(calls, "other"), name="other")
+    for _ in range(3):
+        calls.clear()
+        engine.run([1])
+        assert sorted(calls) == ["again", "swap"]  # the other one is always off when its turn comes, and on again
+    assert len(hooks) == 3
+
+
 @pytest.mark.parametrize("profiler", [HandlersTimeProfiler, BasicTimeProfiler])
 def test_hooks_can_be_removed_during_and_after_a_profiled_run(engine, hooks, profiler):
     profiler().attach(engine)
@@ -331,20 +444,80 @@ def report(engine):
     """Stand in the table."""
 
 
+class Watcher:
+    def __call__(self, engine):
+        """Stand in the table."""
+
+    @torch.no_grad()
+    def watch(self, engine):
+        """Stand in the table."""
+
+
 def test_printed_it_is_a_table_in_firing_order_with_handlers_added_behind_its_back(engine, hooks):
     engine.add_event_handler(Events.ITERATION_COMPLETED, report)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), Watcher())
+    engine.add_event_handler(Events.COMPLETED, (watcher := Watcher()).watch)
     hooks.add(Events.COMPLETED, print, name="end")
     hooks.add(Events.ITERATION_COMPLETED(every=5), report, name="every fifth", order=3)
     hooks.add(Events.EPOCH_COMPLETED | Events.STARTED, functools.partial(report, engine), name="partial", order=-1)
+    hooks.add(Events.ITERATION_STARTED, double(value="batch", dst="batch"))
     line = f"test_hooks.py:{report.__code__.co_firstlineno}"
-    assert str(hooks).splitlines() == [
-        "event                order  name                          defined at",
-        f"STARTED              -1     partial                       {line}",
-        f"ITERATION_COMPLETED  0      (added without the registry)  {line}",
-        f"ITERATION_COMPLETED  3      every fifth                   {line}",
-        f"EPOCH_COMPLETED      -1     partial                       {line}",
-        "COMPLETED            0      end                           builtin_function_or_method",
+    call = f"test_hooks.py:{Watcher.__call__.__code__.co_firstlineno}"
+    watch = f"test_hooks.py:{Watcher.watch.__wrapped__.__code__.co_firstlineno}"
+    process = f"test_hooks.py:{double.function.__code__.co_firstlineno}"
+    assert str(hooks).replace("tests/", "").splitlines() == [
+        "event                         order  name             defined at",
+        f"STARTED                          -1  partial          {line}",
+        f"ITERATION_STARTED                 0  double           {process}",
+        f"ITERATION_COMPLETED               0  (report)         {line}",
+        f"ITERATION_COMPLETED(once=2)       0  (Watcher)        {call}",
+        f"ITERATION_COMPLETED(every=5)      3  every fifth      {line}",
+        f"EPOCH_COMPLETED                  -1  partial          {line}",
+        f"COMPLETED                         0  (Watcher.watch)  {watch}",
+        "COMPLETED                         0  end              built in",
+        "",
+        "(...): added with engine.add_event_handler",
     ]
+    assert watcher
+
+
+@pytest.mark.parametrize(
+    ("arguments", "label"),
+    [
+        ({}, "ITERATION_STARTED"),
+        ({"every": 1}, "ITERATION_STARTED"),
+        ({"every": 3}, "ITERATION_STARTED(every=3)"),
+        ({"once": 3}, "ITERATION_STARTED(once=3)"),
+        ({"once": [3, 5]}, "ITERATION_STARTED(once=[3, 5])"),
+        ({"before": 3}, "ITERATION_STARTED(before=3)"),
+        ({"after": 3}, "ITERATION_STARTED(after=3)"),
+        ({"before": 5, "after": 3}, "ITERATION_STARTED(before=5, after=3)"),
+        ({"every": 2, "before": 5}, "ITERATION_STARTED(every=2, before=5)"),
+        ({"every": 2, "before": 9, "after": 3}, "ITERATION_STARTED(every=2, before=9, after=3)"),
+        ({"event_filter": lambda engine, count: count == 3}, "ITERATION_STARTED(event_filter=<lambda>)"),
+        (
+            {"event_filter": functools.partial(lambda n, engine, count: count == n, 3)},
+            "ITERATION_STARTED(event_filter=<l",
+        ),
+    ],
+)
+@pytest.mark.parametrize("profiled", [False, True])
+def test_an_event_stands_in_the_table_with_its_filter(engine, hooks, arguments, label, profiled):
+    event = Events.ITERATION_STARTED(**arguments) if arguments else Events.ITERATION_STARTED
+    hooks.add(event, report, name="known")
+    engine.add_event_handler(event, report)
+    if profiled:
+        HandlersTimeProfiler().attach(engine)
+        engine.run([1])
+    rows = [row for row in str(hooks).splitlines() if "known" in row or "(report)" in row]
+    assert len(rows) == 2
+    assert all(row.startswith(label + ("" if "<" in label else " ")) for row in rows)
+
+
+def test_events_of_others_stand_in_the_table_and_may_be_strings(engine, hooks):
+    engine.register_events("loss_is_high")
+    hooks.add("loss_is_high", report)
+    assert str(hooks).splitlines()[1].split()[:3] == ["loss_is_high", "0", "report"]
 
 
 def test_events_of_the_optimizer_stand_in_the_table_where_they_fire(engine, hooks):
@@ -459,11 +632,61 @@ def test_a_dict_of_protected_keys_writes_none_of_them(engine, hooks):
 
 def test_a_dict_that_a_processor_returns_is_written(engine, hooks):
     class Fresh(ice.Processor):
+        writes = ("half",)
+
         def __call__(self, mapping, /):
             return {"half": mapping["output"] / 2}
 
     hooks.add(Events.ITERATION_COMPLETED, Fresh())
     assert engine.run([3]).half == 1.5
+
+
+@pytest.mark.parametrize("returns", ["the mapping", "a dict"])
+def test_what_a_processor_does_not_declare_it_does_not_write(engine, hooks, returns):
+    class Sloppy(ice.Processor):
+        writes = ("half",)
+
+        def __call__(self, mapping, /):
+            mapping["half"] = mapping["output"] / 2
+            mapping["twice"] = mapping["half"] * 4
+            return mapping if returns == "the mapping" else {"half": mapping["half"], "twice": mapping["twice"]}
+
+    hooks.add(Events.ITERATION_COMPLETED, Sloppy())
+    engine.logger.disabled = True
+    with pytest.raises(
+        UnknownKeyError, match=r"'Sloppy' wrote 'twice' to engine.state and declares 'half'; .* dst='twice'"
+    ):
+        engine.run([3])
+    assert not hasattr(engine.state, "half")
+
+
+def test_a_decorated_function_without_dst_declares_nothing(engine, hooks):
+    @ice.dictprocess
+    def extent(output):
+        return {"least": min(output), "most": max(output)}
+
+    engine.logger.disabled = True
+    hook = hooks.add(Events.ITERATION_COMPLETED, extent())
+    with pytest.raises(
+        UnknownKeyError, match=r"'extent' wrote 'least' to engine.state and declares nothing; .* dst='least'"
+    ):
+        engine.run([[1, 2]])
+    hook.remove()
+    hooks.add(Events.ITERATION_COMPLETED, extent(dst=["least", "most"]))
+    engine = Engine(lambda engine, batch: batch)
+    HookRegistry(engine).add(Events.ITERATION_COMPLETED, extent(dst=["least", "most"]))
+    assert (engine.run([[1, 2]]).least, engine.state.most) == (1, 2)
+
+
+def test_what_fails_in_the_middle_of_a_composition_writes_nothing(engine, hooks):
+    engine.logger.disabled = True
+    hooks.add(
+        Events.ITERATION_COMPLETED,
+        ice.Compose([double(value="output", dst="metrics.twice"), double(value={}, dst="b")]),
+    )
+    with pytest.raises(TypeError):
+        engine.run([1])
+    assert engine.state.metrics == {}
 
 
 def test_a_processor_that_returns_no_mapping_is_an_error_that_says_what_to_write(engine, hooks):

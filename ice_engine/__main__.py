@@ -1,0 +1,111 @@
+"""The commands: ``python -m ice_engine plan train:optimizer --max-epochs 20``."""
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, IceEngineError
+from ice_engine.object_path import call, load_object
+from ice_engine.optimizer import Optimizer
+from ice_engine.plan import Plan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; print what it returns.
+
+    Args:
+        arguments: What follows ``python -m ice_engine``; that of this process if left out.
+
+    Returns:
+        The exit code of the command; what is wrong exits with 2 and a message.
+    """
+    parser = argparse.ArgumentParser(prog="python -m ice_engine", description="Look at runs from outside.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_plan(commands)
+    options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without these characters still shows the numbers
+    try:
+        text, code = options.command(options)
+    except (IceEngineError, OSError, ModuleNotFoundError) as error:
+        message = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        options.parser.exit(2, f"{options.parser.prog}: error: {message}\n")
+    print(text)
+    return int(code)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="show every scheduled value of a run before it starts",
+        description="Show every scheduled value at every step of a run that has not happened, and what looks wrong.",
+    )
+    parser.add_argument(
+        "object",
+        metavar="module:object",
+        help="an Optimizer, a Plan, or a function without arguments that returns one",
+    )
+    parser.add_argument("--epoch-length", type=int, metavar="N", help="micro-batches per epoch, len(loader)")
+    parser.add_argument("--max-epochs", type=int, metavar="N", help="epochs of the run")
+    parser.add_argument("--max-iters", type=int, metavar="N", help="micro-batches of the run, instead of --max-epochs")
+    parser.add_argument(
+        "--accumulation-steps", type=int, metavar="N", help="micro-batches per step, with effective_batch_size"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw it into FILE, such as plan.png or plan.svg")
+    parser.add_argument("--csv", metavar="FILE", help="write one line per step into FILE")
+    parser.set_defaults(command=_plan, parser=parser)
+
+
+def _plan(options: argparse.Namespace) -> tuple[str, int]:
+    names = ("epoch_length", "max_epochs", "max_iters", "accumulation_steps")
+    lengths = {name: value for name in names if (value := getattr(options, name)) is not None}
+    plan = _planned(options.object, lengths)
+    lines = [str(plan)]
+    if options.csv:
+        plan.to_csv(options.csv)
+        lines.append(f"wrote {options.csv}")
+    if options.plot:
+        _draw(plan, options.plot)
+        lines.append(f"wrote {options.plot}")
+    return "\n".join(lines), 0
+
+
+def _planned(path: str, lengths: dict[str, int]) -> Plan:
+    found = load_object(path)
+    wanted = "wanted is an Optimizer, a Plan, or a function without arguments that returns one"
+    if callable(found) and not isinstance(found, type):
+        found, path = call(found, path), f"{path}()"
+    if isinstance(found, Optimizer):
+        return _plan_of(found, lengths)
+    if not isinstance(found, Plan):
+        what = f"the class {found.__name__}" if isinstance(found, type) else f"of type {type(found).__name__}"
+        message = f"{path} is {what}; {wanted}"
+        raise ArgumentTypeError(message)
+    if lengths:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in lengths)
+        message = f"{path} is a Plan, which has its lengths already; leave out {given}"
+        raise ArgumentValueError(message)
+    return found
+
+
+def _plan_of(optimizer: Optimizer, lengths: dict[str, int]) -> Plan:
+    try:
+        return optimizer.plan(**lengths)
+    except ArgumentValueError as error:
+        message = f"{error}; these are options here, such as --epoch-length 100 --max-epochs 20"
+        raise ArgumentValueError(message) from error
+
+
+def _draw(plan: Plan, file: str) -> None:
+    figure = plan.plot()
+    try:
+        figure.savefig(file, dpi=120)
+    except ValueError as error:  # matplotlib knows no such format, and lists those it knows
+        message = f"--plot {file}: {error}"
+        raise ArgumentValueError(message) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
