@@ -8,6 +8,8 @@ from ice_engine.diagnostics import AccumulationReport, check_accumulation
 from ice_engine.errors import IceEngineError, IceEngineWarning, NonFiniteGradientError
 from ice_engine.events import OptimizerEvents, StepRecord, optimizer_events
 from ice_engine.hooks import HookRegistry
+from ice_engine.ledger import Ledger
+from ice_engine.log_handler import RecordHandler
 from ice_engine.matching import LoadReport
 from ice_engine.optimizer import Optimizer
 from ice_engine.param_groups import param_groups
@@ -29,12 +31,14 @@ __all__ = [
     "HookRegistry",
     "IceEngineError",
     "IceEngineWarning",
+    "Ledger",
     "LoadReport",
     "NonFiniteGradientError",
     "Optimizer",
     "OptimizerEvents",
     "Plan",
     "Processor",
+    "RecordHandler",
     "StepRecord",
     "TensorBoard",
     "check_accumulation",

@@ -14,6 +14,7 @@ from ignite.handlers import DiskSaver
 
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
 from ice_engine.hooks import HookRegistry
+from ice_engine.summary import summary
 
 
 class _WriteThenRemove(DiskSaver):
@@ -113,6 +114,8 @@ class Checkpoint(IgniteCheckpoint):
             This object.
         """
         HookRegistry(engine).add(event, self, name=name, order=50)
+        if self._folder is not None:
+            summary(engine).wrote(self._folder)
         return self
 
     def __call__(self, engine: Engine, *args: Any, **kwargs: Any) -> None:

@@ -22,7 +22,9 @@
     │   └── HookSignatureError  TypeError     a hook cannot be called the way its event calls it
     ├── StateDictError          ValueError    a state dict does not fit
     │   └── NotConsolidatedError              a stub from a rank that holds no whole state
-    └── CheckpointError         RuntimeError  a checkpoint cannot be found or loaded
+    ├── CheckpointError         RuntimeError  a checkpoint cannot be found or loaded
+    ├── WriteError              OSError       what a run records cannot be written
+    └── LedgerError             ValueError    a file is no ledger
 
 Messages say what, what was found, what was wanted, and the line that mends it.
 """
@@ -133,3 +135,11 @@ class NotConsolidatedError(StateDictError):
 
 class CheckpointError(IceEngineError, RuntimeError):
     """A checkpoint cannot be found or loaded."""
+
+
+class WriteError(IceEngineError, OSError):
+    """What a run records cannot be written."""
+
+
+class LedgerError(IceEngineError, ValueError):
+    """A file is no ledger, or is damaged inside."""

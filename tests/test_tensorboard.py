@@ -25,6 +25,20 @@ def read(folder):
     }
 
 
+def numbers(folder, tag):
+    """The values of one curve."""
+    return [event.value for event in EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Scalars(tag)]
+
+
+MEASURED = {
+    "memory/host",
+    "optimizer/items_per_second",
+    "optimizer/time/compute",
+    "optimizer/time/data",
+    "optimizer/time/step",
+}
+
+
 def parts(output=lambda batch: batch, name="optimizer", **settings):
     """A trainer whose batch is the gradient of a single weight, and its optimizer."""
     weight = torch.nn.Parameter(torch.ones(()))
@@ -49,7 +63,10 @@ def test_a_run_writes_these_tags_steps_and_values(tmp_path):
     engine.run([1.0, 3.0, 2.0, 4.0, 7.0])
     board.flush()
     assert len(set(rates)) == 3
-    assert read(tmp_path) == {
+    scalars = read(tmp_path)
+    assert {
+        tag: values for tag, values in scalars.items() if tag not in MEASURED and not tag.startswith("plan/")
+    } == {
         # The last window is short: its step comes at the epoch's end.
         "training/loss": [(1, 3.0), (2, 4.0), (3, 7.0)],
         "optimizer/lr/group_0": list(zip((1, 2, 3), rates, strict=True)),
@@ -58,6 +75,9 @@ def test_a_run_writes_these_tags_steps_and_values(tmp_path):
         "optimizer/weight": [(1, 2.0), (2, 2.0), (3, 1.0)],
         "optimizer/skipped": [(1, 0.0), (2, 0.0), (3, 0.0)],
     }
+    for tag in MEASURED:
+        assert [step for step, _ in scalars[tag]] == [1, 2, 3]
+        assert all(number > 0 for number in numbers(tmp_path, tag)), tag
 
 
 def test_every_key_that_a_processor_writes_is_written_for_every_group(tmp_path):
