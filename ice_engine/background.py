@@ -97,7 +97,10 @@ class Background:
             self._wake.clear()
             self._catch_up()
         self._catch_up()
-        self._try(self._file.close)
+        try:
+            self._file.close()
+        except Exception as error:  # noqa: BLE001 - nobody is left who could catch it
+            self._fail(error)
 
     def _catch_up(self) -> None:
         # Who waits now waits for what was put until now.
@@ -117,9 +120,12 @@ class Background:
         try:
             function(*arguments)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the training thread
-            self._error = error
-            self.put = self._refuse
-            logger.error("%s cannot be written: %s", self._what, error)  # noqa: TRY400 - it is raised as well
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        self.put = self._refuse
+        logger.error("%s cannot be written: %s", self._what, error)  # it may be that nobody asks any more
 
     def _refuse(self, _: tuple[Any, ...]) -> None:
         self._raise_error()

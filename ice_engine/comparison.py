@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ice_engine.arguments import at_least
 from ice_engine.ledger import lines
 
 # What differs from run to run though they compute the same.
@@ -59,7 +60,7 @@ class Comparison:
             text += ["", *self._table()]
         for path, (number, row) in zip((first, second), self.only, strict=True):
             if row is not None:
-                text += [f"only {path} has {_count(number)}, from {_place(row)} on"]
+                text += [f"only {path} has {_count(number)} more, the first at {_place(row)}"]
         return "\n".join(text)
 
     def _table(self) -> list[str]:
@@ -88,9 +89,12 @@ def compare(first: str | Path, second: str | Path, *, rtol: float = 0.0, atol: f
         What was found; ``print`` shows it.
 
     Raises:
+        ArgumentValueError: If a tolerance is negative.
         FileNotFoundError: If one is not there.
         LedgerError: If one is no ledger.
     """
+    at_least("rtol", rtol, 0.0)
+    at_least("atol", atol, 0.0)
     others = dict(_keyed(second))
     ours, same, parted = [], 0, None
     differences: dict[str, tuple[Any, Any]] = {}

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run besides curves: which charts stand together, hyperparameters, the configuration."""
+"""What TensorBoard shows of a run besides curves: which of them stand together, hyperparameters, the configuration."""
 
 import platform
 import re
@@ -12,41 +12,58 @@ from ignite.engine import Engine
 from ice_engine.distributed import world
 from ice_engine.names import class_name
 from ice_engine.optimizer import Optimizer
-from ice_engine.processors.group import written_keys
 from ice_engine.processors.group_mapping import group_name
 from ice_engine.processors.processor import name_of
-from ice_engine.rows import MEMORY, OUTPUT
+from ice_engine.rows import MEMORY
+
+PLAN = "plan"  # what the tags of planned values begin with
 
 Layout = dict[str, dict[str, tuple[str, list[str]]]]
 
+_TITLES = {
+    "clipped_norm": "gradient norm, before and after clipping",
+    "grad_norm": "gradient norm, before and after clipping",
+    "items_per_second": "items per second",
+    "loss_scale": "loss scale",
+    "noise_scale": "gradient noise scale, in items",
+    "skipped": "skipped steps",
+    "time": "seconds of a window",
+    "update_ratio": "step, as a part of the weights",
+    "weight": "items behind a step",
+}
 
-def layout(optimizers: Iterable[Optimizer], evaluators: Iterable[str]) -> Layout:
+
+def layout(tags: Iterable[str], optimizers: Iterable[str]) -> Layout:
     """Return which curves are drawn in one chart, by category and title, for the tab Custom Scalars.
 
-    The curves of a chart are named by regular expressions, so a plan stands beside what it planned, and the losses of
-    training and validation in one.
+    Losses stand together, whoever found them, and a plan with what it planned.
+
+    Args:
+        tags: Of all curves there are.
+        optimizers: Their names, with which tags begin.
     """
-    evaluators = list(evaluators)
-    sources = [OUTPUT, *evaluators]
-    charts = {"run": {"loss": [f"{source}/.*loss.*" for source in sources]}}
-    charts["run"] |= {name: [f"{name}/(?!.*loss).*"] for name in evaluators}
-    for optimizer in optimizers:
-        name = optimizer.name
-        keys = dict.fromkeys(["lr", *(key.partition(".")[0] for _, key in written_keys(optimizer.processors))])
-        # In a plan, the place in a tuple such as betas stands with the key.
-        charts[name] = {key: [rf"(plan/)?{name}/{re.escape(key)}(\.\d+)?/.*"] for key in keys}
-        charts[name]["gradient norm, before and after clipping"] = [f"{name}/(grad|clipped)_norm"]
-        charts[name]["skipped steps"] = [f"{name}/skipped"]
-        if optimizer.grad_scaler is not None:
-            charts[name]["loss scale"] = [f"{name}/loss_scale"]
-        charts[name]["items per second"] = [f"{name}/items_per_second"]
-        charts[name]["seconds of a window"] = [f"{name}/time/.*"]
-        charts[name]["items behind a step"] = [f"{name}/weight"]
-    charts["machine"] = {"memory in MiB": [f"{MEMORY}/.*"]}
+    names = list(optimizers)
+    charts: dict[str, dict[str, list[str]]] = {"run": {}, **{name: {} for name in names}, "machine": {}}
+    for tag in tags:
+        category, title = _place(tag, names)
+        charts[category].setdefault(title, []).append(f"^{re.escape(tag)}$")
     return {
-        category: {title: ("Multiline", [f"^{tag}$" for tag in tags]) for title, tags in of_category.items()}
+        category: {title: ("Multiline", found) for title, found in of_category.items()}
         for category, of_category in charts.items()
+        if of_category
     }
+
+
+def _place(tag: str, optimizers: list[str]) -> tuple[str, str]:
+    source, *parts = tag.split("/")
+    if source == PLAN:
+        # There, the place in a tuple such as betas stands with the key.
+        return parts[0], parts[1].partition(".")[0]
+    if source == MEMORY:
+        return "machine", "memory in MiB"
+    if source in optimizers:
+        return source, _TITLES.get(parts[0], parts[0])
+    return "run", "loss" if "loss" in tag else source
 
 
 def hyperparameters(optimizers: Iterable[Optimizer], given: Mapping[str, Any]) -> dict[str, float | str]:

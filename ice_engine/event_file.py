@@ -1,5 +1,6 @@
 """The two places that TensorBoard's data can go to: a file of our own, or a writer that is there already."""
 
+import functools
 import os
 import socket
 import struct
@@ -8,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from ice_engine.appending import AppendedFile
 from ice_engine.crc32c import masked_crc32c
 
 
@@ -79,7 +81,7 @@ class EventFile:
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names: nanoseconds, for runs that are short.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (folder / name).open("xb")
+        self._file = AppendedFile(folder / name)
         self._event(time.time(), file_version="brain.Event:2")
 
     def scalars(self, values: Mapping[str, float], step: int, now: float) -> None:
@@ -104,16 +106,21 @@ class EventFile:
         self._event(time.time(), step=step, session_log=started)
 
     def sync(self) -> None:
-        self._file.flush()
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()
 
     def _event(self, now: float, **fields: Any) -> None:
         event = self._protos.Event(wall_time=now, **fields).SerializeToString()
-        length = struct.pack("<Q", len(event))
-        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, event)]
-        self._file.write(length + checksums[0] + event + checksums[1])
+        self._file.add(_head(len(event)) + event + struct.pack("<I", masked_crc32c(event)))
+
+
+@functools.lru_cache
+def _head(length: int) -> bytes:
+    """Return what stands before a record: its length, of which there are few, and the checksum of that."""
+    head = struct.pack("<Q", length)
+    return head + struct.pack("<I", masked_crc32c(head))
 
 
 class GivenWriter:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ignite.engine import Engine
 
+from ice_engine.appending import AppendedFile
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, LedgerError
 from ice_engine.optimizer import Optimizer
 from ice_engine.recording import Clocks, Recording
@@ -127,7 +128,7 @@ class _LedgerFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists() and self._path.stat().st_size:
             self._take_back(clocks)
-        self._file = self._path.open("ab")
+        self._file = AppendedFile(self._path)
 
     def _take_back(self, clocks: Clocks) -> None:
         with self._path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -148,15 +149,16 @@ class _LedgerFile:
     def write(self, line: Line) -> None:
         row = {"time": line.time, "source": line.source, "step": line.step, **line.clocks, **line.rows}
         plain = {key: _named(value) for key, value in row.items()}
-        self._file.write(json.dumps(plain, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+        self._file.add(json.dumps(plain, separators=(",", ":"), allow_nan=False).encode() + b"\n")
 
     def sync(self) -> None:
         if self._file is not None:
-            self._file.flush()
+            self._file.sync()
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self._file = None
 
 
 def _end(content: mmap.mmap, whole: int, clocks: Clocks, path: Path) -> int:

@@ -85,12 +85,12 @@ def step_rows(name: str, record: StepRecord, output: Any = None) -> dict[str, fl
         rows = {f"{OUTPUT}/{key}": value for key, value in outputs.items()}
         rows |= {f"{name}/{tag}": value for tag, value in _measured(record)}
     rows[f"{name}/skipped"] = record.attempt - record.step
-    return {tag: value for tag, entry in rows.items() for tag, value in _read(tag, entry)}
+    return _read(rows)
 
 
 def metric_rows(name: str, metrics: Mapping[str, Any]) -> dict[str, float | str]:
     """Return the metrics that :func:`kept_metrics` returned."""
-    return {tag: value for key, entry in metrics.items() for tag, value in _read(f"{name}/{key}", entry)}
+    return _read({f"{name}/{key}": value for key, value in metrics.items()})
 
 
 def step_clocks(record: StepRecord) -> dict[str, int | None]:
@@ -125,10 +125,14 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, Real) else None
 
 
-def _read(tag: str, entry: Any) -> Iterator[tuple[str, float | str]]:
-    """Yield the numbers of *entry*, each with its tag, which tells its place in a tuple such as betas; or the text."""
-    elements = [(f"{tag}.{i}", v) for i, v in enumerate(entry)] if isinstance(entry, tuple | list) else [(tag, entry)]
-    for name, element in elements:
-        value = element if isinstance(element, str) else _number(element)
+def _read(entries: Mapping[str, Any]) -> dict[str, float | str]:
+    """Return the numbers and texts among *entries*; those of a tuple such as betas get their places as tags."""
+    found: dict[str, float | str] = {}
+    for tag, entry in entries.items():
+        if isinstance(entry, tuple | list):
+            found |= _read({f"{tag}.{i}": element for i, element in enumerate(entry)})
+            continue
+        value = entry if type(entry) is float or isinstance(entry, str) else _number(entry)
         if value is not None:
-            yield name, value
+            found[tag] = value
+    return found

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,6 @@ class TensorBoard(Recording):
             super().__init__(
                 self._board, "TensorBoard's file in", getattr(writer, "log_dir", "the folder of its writer")
             )
-        self._evaluators: Mapping[str, Engine] = {}
         self._hparams: dict[str, Any] = {}
         self._described: bool = False
 
@@ -116,7 +115,7 @@ class TensorBoard(Recording):
         if histograms is not None:
             count("histograms", histograms, 1)
         self._attach(engine, optimizers, every, evaluators)
-        self._evaluators, self._hparams = evaluators or {}, dict(hparams or {})
+        self._hparams = dict(hparams or {})
         if world.rank() == 0:
             hooks = HookRegistry(engine)
             ended = Events.COMPLETED | Events.TERMINATE
@@ -133,7 +132,6 @@ class TensorBoard(Recording):
         if self._described:
             return
         self._described = True
-        put((board.layout, dashboard.layout(self._optimizers, self._evaluators)))
         put((board.text, "configuration", dashboard.configuration(engine, self._optimizers, self._hparams)))
         put((board.hparams, dashboard.hyperparameters(self._optimizers, self._hparams)))
 
@@ -152,7 +150,7 @@ class TensorBoard(Recording):
         except Exception as error:  # noqa: BLE001 - it may plan what the run will not come to, and is but a picture
             logger.info("optimizer %r: no plan in TensorBoard: %s", name, error)
             return []
-        return [(f"plan/{name}/{tag}", step, value) for tag, step, value in plan.points() if step > now]
+        return [(f"{dashboard.PLAN}/{name}/{tag}", step, value) for tag, step, value in plan.points() if step > now]
 
     def _on_ended(self) -> None:
         self._background.put((self._board.end,))
@@ -182,18 +180,22 @@ class _Board:
         self._target: Any = None
         self._step: int = 0
         self._hparams: dict[str, float | str] = {}
+        self._optimizers: Iterable[str] = ()
+        self._curves: dict[str, None] = {}
+        self._shown: int = 0
         self._metrics: dict[str, None] = {}
         self._reasons: tuple[str, int, str] = ("", 0, "")
 
     def begin(self, clocks: Clocks) -> None:
         self._step = max(counts["step"] for counts in clocks.values())
+        self._optimizers = clocks.keys()
         if self._target is None:
             self._target = self._open()
         self._target.restart(self._step + 1)
 
     def write(self, line: Line) -> None:
         numbers = {tag: value for tag, value in line.rows.items() if not isinstance(value, str)}
-        self._target.scalars(numbers, line.step, line.time)
+        self._scalars(numbers, line.step, line.time)
         if not line.clocks:
             self._metrics |= dict.fromkeys(numbers)
         for tag, value in line.rows.items():
@@ -211,10 +213,11 @@ class _Board:
     def plan(self, points: list[tuple[str, int, float]]) -> None:
         now = time.time()
         for tag, step, value in points:
-            self._target.scalars({tag: value}, step, now)
+            self._scalars({tag: value}, step, now)
 
-    def layout(self, layout: dashboard.Layout) -> None:
-        self._target.layout(layout)
+    def _scalars(self, values: Mapping[str, float], step: int, now: float) -> None:
+        self._curves |= dict.fromkeys(values)
+        self._target.scalars(values, step, now)
 
     def text(self, tag: str, markdown: str) -> None:
         self._target.text(tag, markdown, self._step, time.time())
@@ -234,8 +237,12 @@ class _Board:
         self._target.summary(end, 0)
 
     def sync(self) -> None:
-        if self._target is not None:
-            self._target.sync()
+        if self._target is None:
+            return
+        if len(self._curves) > self._shown:  # a first step, a first evaluation
+            self._shown = len(self._curves)
+            self._target.layout(dashboard.layout(self._curves, self._optimizers))
+        self._target.sync()
 
     def close(self) -> None:
         if self._target is not None:
