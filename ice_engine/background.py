@@ -81,7 +81,8 @@ class Background:
             return
         self._ends = True
         self._wake.set()
-        assert self._thread is not None  # noqa: S101 - for mypy: it is mine, so it was started
+        if self._thread is None or self._thread is threading.current_thread():
+            return  # the garbage collector found its owner on this very thread, which now ends by itself
         self._thread.join(_PATIENCE)
         if self._thread.is_alive():
             logger.error("%s: what was recorded last is lost, the disk does not answer", self._what)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ice_engine.arguments import at_least
 from ice_engine.ledger import lines
@@ -16,7 +16,8 @@ _NOT_COMPARED = re.compile(r"time|memory/.*|.*/time/.*|.*/items_per_second")
 _SHOWN = 20  # differences of one line
 
 
-class Only(NamedTuple):
+@dataclass(frozen=True)
+class Only:
     """Lines that one ledger has and the other has not.
 
     Attributes:
@@ -56,11 +57,11 @@ class Comparison:
         if self.row is None:
             text = [f"{first} and {second} are the same in {_count(self.same)}, all that both have"]
         else:
-            text = [f"{first} and {second} part at {_place(self.row)}, after {_count(self.same)} that are the same"]
-            text += ["", *self._table()]
-        for path, (number, row) in zip((first, second), self.only, strict=True):
-            if row is not None:
-                text += [f"only {path} has {_count(number)} more, the first at {_place(row)}"]
+            after = f"after {_count(self.same)} that are the same" if self.same else "from the beginning"
+            text = [f"{first} and {second} part at {_place(self.row)}, {after}", "", *self._table()]
+        for path, only in zip((first, second), self.only, strict=True):
+            if only.row is not None:
+                text += [f"only {path} has {_count(only.number)} more, the first at {_place(only.row)}"]
         return "\n".join(text)
 
     def _table(self) -> list[str]:
@@ -70,7 +71,7 @@ class Comparison:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         text = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
         more = len(self.differences) - len(shown)
-        return [*text, *([f"and {more} more"] if more else []), ""]
+        return [*text, *([f"and {more} more"] if more else [])]
 
 
 def compare(first: str | Path, second: str | Path, *, rtol: float = 0.0, atol: float = 0.0) -> Comparison:

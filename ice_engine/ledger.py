@@ -66,10 +66,11 @@ class Ledger(Recording):
         if not isinstance(path, str | Path):
             message = f"path must be a file's path such as 'runs/ledger.jsonl', got {type(path).__name__}"
             raise ArgumentTypeError(message)
-        if Path(path).is_dir():
-            message = f"path must be a file such as '{path}/ledger.jsonl', got the folder '{path}'"
+        file = Path(path).expanduser()
+        if file.is_dir():
+            message = f"path must be a file such as '{file}/ledger.jsonl', got the folder '{file}'"
             raise ArgumentValueError(message)
-        super().__init__(_LedgerFile(Path(path)), "the ledger", path)
+        super().__init__(_LedgerFile(file), "the ledger", file)
 
     def attach(
         self, engine: Engine, *optimizers: Optimizer, every: int = 1, evaluators: Mapping[str, Engine] | None = None
@@ -131,16 +132,15 @@ class _LedgerFile:
         self._file = AppendedFile(self._path)
 
     def _take_back(self, clocks: Clocks) -> None:
-        with self._path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             whole = content.rfind(b"\n") + 1
             if content[whole : whole + 1] not in {b"", b"{"}:
                 message = f"{self._path} is no ledger: it ends with {content[whole : whole + 20]!r}; give another path"
                 raise LedgerError(message)
             end = _end(content, whole, clocks, self._path)
-            fresh = not any(counts["attempt"] for counts in clocks.values())
-            if end == whole or not fresh:
-                os.truncate(file.fileno(), end)
-                return
+        if end == whole or any(counts["attempt"] for counts in clocks.values()):
+            os.truncate(self._path, end)
+            return
         numbered = (self._path.with_suffix(f".{i}{self._path.suffix}") for i in itertools.count(1))
         kept = next(path for path in numbered if not path.exists())
         self._path.rename(kept)

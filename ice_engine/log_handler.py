@@ -13,7 +13,7 @@ from ice_engine.rows import kept, step_rows
 
 
 class RecordHandler(BaseHandler):
-    """Gives an Ignite logger what :class:`ice_engine.TensorBoard` writes of a step, under the same tags.
+    """Gives one of Ignite's loggers what TensorBoard shows of a step, under the same tags.
 
     It takes the way that each logger has for the output of an engine, so it works with all of them; and as they do, it
     works on the training thread. Texts, such as why a step was skipped, are left out.

@@ -12,7 +12,7 @@ from ice_engine.arguments import count
 from ice_engine.background import Background, File
 from ice_engine.distributed import world
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError
-from ice_engine.events import StepRecord
+from ice_engine.events import StepRecord, is_running
 from ice_engine.hooks import HookRegistry
 from ice_engine.memory import memory_rows
 from ice_engine.optimizer import Optimizer
@@ -49,7 +49,7 @@ class Recording:
         self._background = Background(file, f"{what} {place}")
         self._optimizers: tuple[Optimizer, ...] = ()
         self._begun: bool = False
-        self._on_cpu: bool = True
+        self._on_cuda: bool = False
         # After an exception, and when the interpreter exits: what was put until then is still written.
         weakref.finalize(self, self._background.close)
 
@@ -71,7 +71,8 @@ class Recording:
         boundaries = Events.EPOCH_COMPLETED | Events.COMPLETED | Events.TERMINATE | Events.INTERRUPT
         wanted: list[tuple[HookRegistry, Any, Callable[..., None], str, int]] = [
             (hooks, Events.STARTED, self._on_started, "open", -90),
-            (hooks, boundaries, self.flush, "flush", 90),
+            # Before checkpoints: what they are resumed from is never further than what is recorded.
+            (hooks, boundaries, self.flush, "flush", 40),
         ]
         for optimizer in optimizers:
             note = self._noter(optimizer, first=optimizer is optimizers[0])
@@ -90,6 +91,8 @@ class Recording:
         self._optimizers = optimizers
         for optimizer in optimizers:
             optimizer.measure("grad_norm", "times")  # on every rank: a norm may be that of all
+        if is_running(engine) and world.rank() == 0:
+            self._on_started(engine)
 
     def _add(self, wanted: list[tuple[HookRegistry, Any, Callable[..., None], str, int]]) -> None:
         added = []
@@ -127,7 +130,7 @@ class Recording:
 
     def _begin(self) -> None:
         self._begun = True
-        self._on_cpu = all(p.is_cpu for o in self._optimizers for group in o.param_groups for p in group["params"])
+        self._on_cuda = any(p.is_cuda for o in self._optimizers for group in o.param_groups for p in group["params"])
         self._background.start()
         self._background.put((self._file.begin, self._clocks))
 
@@ -147,7 +150,7 @@ class Recording:
             state = engine.state
             output = kept(state.output) if first else None
             # The thread reads from the GPU on another stream than the one that computes.
-            ready = None if self._on_cpu else torch.accelerator.current_stream().record_event()
+            ready = torch.cuda.current_stream().record_event() if self._on_cuda else None
             background.put((write, time.time(), getattr(state, attribute), output, ready))
 
         return note

@@ -1,6 +1,7 @@
 """The last line of a run in the log: what it did, where the time went, what came out and where it was written."""
 
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ class Summary:
 
         def look(evaluator: Engine) -> None:
             for metric, value in evaluator.state.metrics.items():
-                if isinstance(value, Real):
+                if isinstance(value, Real) and math.isfinite(value):
                     self._compare(f"{name}/{metric}", float(value), optimizer.clocks["step"])
 
         hooks = HookRegistry(evaluator)

@@ -61,7 +61,7 @@ class TensorBoard(Recording):
 
     def __init__(self, log_dir: Any) -> None:
         if isinstance(log_dir, str | Path):
-            folder = Path(log_dir)
+            folder = Path(log_dir).expanduser()
             self._board = _Board(lambda: EventFile(folder))
             super().__init__(self._board, "TensorBoard's file in", folder)
         else:
@@ -119,7 +119,7 @@ class TensorBoard(Recording):
         if world.rank() == 0:
             hooks = HookRegistry(engine)
             ended = Events.COMPLETED | Events.TERMINATE
-            hooks.add(ended, self._on_ended, name="tensorboard.hparams", order=80)  # before the last flush
+            hooks.add(ended, self._on_ended, name="tensorboard.hparams", order=30)  # before the flush
             for optimizer in optimizers if histograms is not None else ():
                 event = optimizer.event("STEP_COMPLETED")(every=histograms)
                 hooks.add(event, self._histogram_writer(optimizer), name=f"tensorboard.{optimizer.name}.histograms")

@@ -1,9 +1,11 @@
 """Runs in TensorBoard: real event files, read back."""
 
+import gc
 import re
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import pytest
@@ -277,6 +279,49 @@ def test_nothing_is_lost_when_the_train_step_raises(tmp_path):
     assert done.returncode == 1
     assert "ValueError: the data are bad" in done.stderr
     assert read(tmp_path)["training/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_in_the_same_process_nothing_is_lost_after_an_exception_either(tmp_path):
+    def output(batch):
+        if batch == 4.0:
+            message = "the data are bad"
+            raise ValueError(message)
+        return batch
+
+    engine, optimizer = parts(output)
+    board = ice.TensorBoard(tmp_path).attach(engine, optimizer)
+    with pytest.raises(ValueError, match="the data are bad"):
+        engine.run([1.0, 2.0, 3.0, 4.0, 5.0])
+    board.flush()
+    assert read(tmp_path)["training/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_attached_in_a_run_it_writes_from_then_on(tmp_path):
+    engine, optimizer = parts()
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED(once=2), lambda: ice.TensorBoard(tmp_path).attach(engine, optimizer)
+    )
+    engine.run([1.0, 2.0, 3.0, 4.0])
+    assert read(tmp_path)["training/loss"] == [(3, 3.0), (4, 4.0)]
+
+
+def test_it_ends_with_its_engine_on_whatever_thread_that_is_collected(tmp_path):
+    engine, optimizer = parts()
+    board = ice.TensorBoard(tmp_path).attach(engine, optimizer)
+    engine.run([1.0, 2.0])
+    background, thread = board._background, board._background._thread
+    gone = weakref.ref(board)
+    gc.disable()  # so that it is this one thread, the one that writes, which finds them
+    try:
+        del engine, optimizer, board
+        assert gone() is not None
+        background.put((gc.collect,))
+        thread.join(30)
+    finally:
+        gc.enable()
+    assert gone() is None
+    assert not thread.is_alive()
+    assert read(tmp_path)["training/loss"] == [(1, 1.0), (2, 2.0)]
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
