@@ -8,6 +8,8 @@ from ice_engine.diagnostics import AccumulationReport, check_accumulation
 from ice_engine.errors import IceEngineError, IceEngineWarning, NonFiniteGradientError
 from ice_engine.events import OptimizerEvents, StepRecord, optimizer_events
 from ice_engine.hooks import HookRegistry
+from ice_engine.ledger import Ledger
+from ice_engine.log_handler import RecordHandler
 from ice_engine.matching import LoadReport
 from ice_engine.optimizer import Optimizer
 from ice_engine.param_groups import param_groups
@@ -30,6 +32,7 @@ __all__ = [
     "HookRegistry",
     "IceEngineError",
     "IceEngineWarning",
+    "Ledger",
     "LoadReport",
     "NonFiniteGradientError",
     "Optimizer",
@@ -37,6 +40,7 @@ __all__ = [
     "Plan",
     "Processor",
     "ProgressBar",
+    "RecordHandler",
     "StepRecord",
     "TensorBoard",
     "check_accumulation",

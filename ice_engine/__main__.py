@@ -1,4 +1,4 @@
-"""The commands: ``python -m ice_engine plan train:optimizer --max-epochs 20``."""
+"""The commands: ``python -m ice_engine plan train:optimizer``, ``python -m ice_engine diff a.jsonl b.jsonl``."""
 
 import argparse
 import io
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ice_engine.comparison import compare
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, IceEngineError
 from ice_engine.object_path import call, load_object
 from ice_engine.optimizer import Optimizer
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ice_engine", description="Look at runs from outside.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_plan(commands)
+    _add_diff(commands)
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without these characters still shows the numbers
@@ -105,6 +107,25 @@ def _draw(plan: Plan, file: str) -> None:
     except ValueError as error:  # matplotlib knows no such format, and lists those it knows
         message = f"--plot {file}: {error}"
         raise ArgumentValueError(message) from error
+
+
+def _add_diff(commands: Any) -> None:
+    parser = commands.add_parser(
+        "diff",
+        help="find where two runs part, by their ledgers",
+        description="Find the first step, skipped step or evaluation in which the ledgers of two runs differ, and "
+        "what differs. Exits with 0 if they are the same, 1 if not, 2 if one is no ledger.",
+    )
+    parser.add_argument("a", metavar="A", help="a ledger, such as runs/a/ledger.jsonl")
+    parser.add_argument("b", metavar="B", help="another one")
+    parser.add_argument("--rtol", type=float, default=0.0, metavar="R", help="numbers may differ by R * |b|; 0")
+    parser.add_argument("--atol", type=float, default=0.0, metavar="A", help="and by A; 0")
+    parser.set_defaults(command=_diff, parser=parser)
+
+
+def _diff(options: argparse.Namespace) -> tuple[str, int]:
+    found = compare(options.a, options.b, rtol=options.rtol, atol=options.atol)
+    return str(found), 0 if found.is_same else 1
 
 
 if __name__ == "__main__":

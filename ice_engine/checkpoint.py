@@ -35,6 +35,7 @@ from ice_engine.hooks import HookRegistry
 from ice_engine.peers import peers
 from ice_engine.preemption import SIGNALS, Preemption, preemption
 from ice_engine.run_position import FIRST, LAST, RunPosition, run_position
+from ice_engine.summary import summary
 from ice_engine.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,8 @@ class Checkpoint(IgniteCheckpoint):
         """
         handler = functools.partial(self._on_event, clock=clock_of(event))
         HookRegistry(engine).add(event, handler, name=name or _free_name(engine, "Checkpoint"), order=50)
+        if self._folder is not None:
+            summary(engine).wrote(self._folder)
         return self
 
     def __call__(self, engine: Engine, *args: Any, **kwargs: Any) -> None:

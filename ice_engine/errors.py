@@ -22,7 +22,9 @@
     │   └── HookSignatureError  TypeError     a hook cannot be called the way its event calls it
     ├── StateDictError          ValueError    a state dict does not fit
     │   └── NotConsolidatedError              a stub from a rank that holds no whole state
-    └── CheckpointError         RuntimeError  a checkpoint cannot be found or loaded
+    ├── CheckpointError         RuntimeError  a checkpoint cannot be found or loaded
+    ├── WriteError              OSError       what a run records cannot be written
+    └── LedgerError             ValueError    a file is no ledger
 
     Preempted                   SystemExit    a run was asked to stop by a signal, and has saved; no error of anybody's
 
@@ -145,3 +147,11 @@ class Preempted(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(75)
+
+
+class WriteError(IceEngineError, OSError):
+    """What a run records cannot be written."""
+
+
+class LedgerError(IceEngineError, ValueError):
+    """A file is no ledger, or is damaged inside."""

@@ -63,10 +63,15 @@ class NoiseScale:
 
 
 class Stopwatch:
-    """Splits the time of a window into what is spent on data, on forward and backward, and on the step."""
+    """Splits the time of a window into what is spent on data, on forward and backward, and on the step.
+
+    Attributes:
+        total: Seconds by part, of all windows since :meth:`restart`.
+    """
 
     def __init__(self) -> None:
         self._last: float | None = None
+        self.total: dict[str, float] = {}
         self._spent = {"data": 0.0, "compute": 0.0, "step": 0.0}
 
     def lap(self, part: str) -> None:
@@ -83,7 +88,14 @@ class Stopwatch:
     def split(self) -> dict[str, float]:
         """Return the seconds booked on each part, and start again from 0."""
         spent, self._spent = self._spent, dict.fromkeys(self._spent, 0.0)
+        self.total = {part: self.total.get(part, 0.0) + seconds for part, seconds in spent.items()}
         return spent
+
+    def restart(self) -> None:
+        """Begin anew, as a run does."""
+        self.stop()
+        self.total = {}
+        self._spent = dict.fromkeys(self._spent, 0.0)
 
 
 class Strides:

@@ -35,6 +35,7 @@ from ice_engine.processors.group_mapping import group_name
 from ice_engine.processors.processor import name_of
 from ice_engine.state import gradients_in, pack, stub, unpack
 from ice_engine.stepping import Stepping
+from ice_engine.summary import summary
 from ice_engine.wrappers import bare
 
 _GRADIENT = "ice_engine.gradient"
@@ -159,6 +160,7 @@ class Optimizer(Stepping):
             (Events.TERMINATE | Events.COMPLETED, self._on_run_ended),
         ):
             registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=_FIRST)
+        summary(engine)
         vars(engine).setdefault("_ice_optimizers", []).append(self)
         self._precision.goes_on = functools.partial(is_running, engine)
         if self._running and not self._window.is_open:
@@ -280,6 +282,8 @@ class Optimizer(Stepping):
             )
         self._settle()
         self._loaded = self._said_drop = False
+        self._short_windows = 0
+        self._measures.watch.restart()
         self._epoch_began = engine.state.iteration
         if not self._window.is_open:
             self.zero_grad()

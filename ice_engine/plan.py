@@ -3,7 +3,7 @@
 import csv
 import textwrap
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, overload
@@ -220,9 +220,7 @@ class Plan:
         return pictures.figure(panels, what="plan.plot()", label="step", marks=ends, ax=ax)
 
     def to_tensorboard(self, log_dir: Any) -> None:
-        """Write every series as scalars over the step, under tags such as ``plan/lr/group_0``.
-
-        Of more than 1000 steps, 1000 are written: the first, the last, evenly spaced ones, and where the curve bends.
+        """Write the :meth:`points` of every series as scalars over the step, under tags such as ``plan/lr/group_0``.
 
         Args:
             log_dir: A folder; or a ``SummaryWriter`` or Ignite's ``TensorboardLogger``, which stays open.
@@ -234,7 +232,7 @@ class Plan:
             from torch.utils.tensorboard import SummaryWriter
 
             with SummaryWriter(str(log_dir)) as writer:
-                self._write(writer)
+                self.to_tensorboard(writer)
             return
         writer = getattr(log_dir, "writer", log_dir)
         if not hasattr(writer, "add_scalar"):
@@ -242,14 +240,19 @@ class Plan:
                 f"log_dir must be a path, a SummaryWriter or an Ignite TensorboardLogger, got {type(log_dir).__name__}"
             )
             raise ArgumentTypeError(message)
-        self._write(writer)
+        for tag, step, value in self.points():
+            writer.add_scalar(f"plan/{tag}", value, step)
         writer.flush()
 
-    def _write(self, writer: Any) -> None:
+    def points(self) -> Iterator[tuple[str, int, float]]:
+        """Yield what of each series is worth drawing: the series, the step and the value there.
+
+        Of more than 1000 steps, 1000: the first, the last, evenly spaced ones, and where the curve bends.
+        """
         for tag, values in self.series.items():
             for i in pictures.corners(values, _POINTS):
                 if values[i] == values[i]:
-                    writer.add_scalar(f"plan/{tag}", values[i], i + 1)
+                    yield tag, i + 1, values[i]
 
 
 class Rows(Sequence[dict[str, float]]):

@@ -135,6 +135,7 @@ class Stepping(OptimizerFacade):
         self._overflowed: bool | None = None
         self._measures = Measures()
         self._size: int = self._window.size
+        self._short_windows: int = 0
         self._epoch_began: int = 0
         self._parameter_names: dict[int, str] = {}
         self._engine: Engine | None = None
@@ -185,6 +186,21 @@ class Stepping(OptimizerFacade):
         """Steps of this run still to come, if none is skipped, outside of a step; None while that is unknown."""
         since = self._clocks.counts["iteration"] - self._window.micro_batches
         return count_steps(**self._clocks.run_lengths(), window_size=self._size, tail=self._window.tail, since=since)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run it is attached to; None while its length or that of a window is unknown."""
+        return self._clocks.total_steps(self._window.size, self._window.tail)
+
+    @property
+    def short_windows(self) -> int:
+        """Steps of this run whose window had fewer micro-batches than others, as the last of an epoch may have."""
+        return self._short_windows
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of this run's windows by ``data``, ``compute`` and ``step``; empty unless ``times`` are measured."""
+        return dict(self._measures.watch.total)
 
     def event(self, kind: str) -> Any:
         """Return its event of a kind, such as ``optimizer.event("STEP_COMPLETED")``, whatever its name."""
@@ -686,7 +702,10 @@ class Stepping(OptimizerFacade):
                     "ice.clip_norm"
                 )
                 raise ArgumentTypeError(message)
-            return (norm.detach().reshape(()) if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))), None
+            # A copy: the record keeps it, and the clip may have one buffer for all its norms.
+            return (
+                norm.detach().clone().reshape(()) if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
+            ), None
         return None, None if self._precision.policy == "off" else gradient.multiply_and_check()
 
     def _step(self, norm: torch.Tensor | None) -> bool:
@@ -717,6 +736,7 @@ class Stepping(OptimizerFacade):
             raise
         finally:
             self._stepping = False
+        self._short_windows += self._window.micro_batches < self._size
         if self._measures.wanted:
             found = self._measures.after_step(self._window.weight)
             self._publish_record(dataclasses.replace(cast("StepRecord", self._last_record), **found))

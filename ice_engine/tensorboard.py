@@ -1,52 +1,52 @@
-"""A run in TensorBoard: loss, every scheduled key, gradient norm and loss scale against the step."""
+"""A run in TensorBoard: what optimizers do, what evaluators find and where the time goes, against the step."""
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from numbers import Real
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from ignite.engine import Engine, Events
 
+from ice_engine import dashboard
 from ice_engine.arguments import count
-from ice_engine.errors import ArgumentTypeError, AttachError
-from ice_engine.events import StepRecord
+from ice_engine.distributed import world
+from ice_engine.errors import ArgumentTypeError
+from ice_engine.event_file import EventFile, GivenWriter, Target
+from ice_engine.histograms import histogram
 from ice_engine.hooks import HookRegistry
 from ice_engine.optimizer import Optimizer
+from ice_engine.processors.schedule import Schedule
+from ice_engine.recording import Clocks, Recording
+from ice_engine.rows import Line
+
+logger = logging.getLogger(__name__)
+
+_LONG = 100_000  # values of a plan, from which on computing it would hold up the run: about a second
 
 
-class TensorBoard:
-    """Writes what optimizers do, and what engines measure, as scalars over the optimizer's step.
+class TensorBoard(Recording):
+    """Writes a run for TensorBoard: curves over the optimizer's step, a dashboard, hyperparameters, the configuration.
 
-    =========================  ================================================================================
-    tag                        value
-    =========================  ================================================================================
-    ``training/loss``          the trainer's output in the micro-batch that filled the window, if it is a number
-                               or a tensor with one element; of a dict, each such entry as ``training/<key>``.
-                               Anything else, such as predictions, is no scalar and is left out.
-    ``optimizer/lr/group_0``   and so on, for every param group and every key that a processor writes;
-                               ``optimizer/betas/group_0.1`` for the second of a tuple
-    ``optimizer/grad_norm``    before clipping
-    ``.../clipped_norm``       after clipping, if ``clip_norm`` clips over all groups
-    ``optimizer/loss_scale``   with a GradScaler
-    ``optimizer/noise_scale``  and ``update_ratio/<group>``, ``time/<part>``: what :meth:`Optimizer.measure
-                               <ice_engine.optimizer.Optimizer.measure>` was asked for
-    ``optimizer/weight``       items, or micro-batches, behind the step
-    ``optimizer/skipped``      steps skipped so far
-    ``validation/accuracy``    metrics of an evaluator called ``validation``
-    =========================  ================================================================================
+    Curves are the rows of :mod:`ice_engine.rows`, under these tags. The tab *Custom Scalars* opens with those that
+    belong together in one chart, each scheduled key with its plan, if the run's length is known. *HParams* has the
+    run with its hyperparameters and metrics, *Text* its configuration and why steps were skipped, *Histograms* the
+    parameters and gradients if they are asked for.
 
-    A skipped step writes ``skipped`` and ``loss_scale`` alone. In a resumed run, what was written after the
-    checkpoint is taken back. The prefix ``optimizer`` is the optimizer's name.
+    The training thread only notes what happened; another one writes it, five times a second and at the end of each
+    epoch and of the run, also when that ends with an exception. What cannot be written raises at the next step. A
+    folder is one run: what is there beyond the step at which a run starts, such as what was written after the
+    checkpoint that it was resumed from, is taken back. Of several optimizers that is the largest step.
 
     Args:
-        log_dir: The run's folder; or a ``SummaryWriter`` or Ignite's ``TensorboardLogger`` that is there already.
+        log_dir: The run's folder; or a ``SummaryWriter`` or Ignite's ``TensorboardLogger`` that is there already,
+            which stays open, and in which nothing is taken back but by its own ``purge_step``.
 
     Raises:
         ArgumentTypeError: If it is none of these.
 
     Examples:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(()))
         >>> optimizer = Optimizer(torch.optim.SGD([weight], lr=0.1))
         >>> trainer = Engine(lambda engine, batch: optimizer.backward(weight * batch))
@@ -57,21 +57,36 @@ class TensorBoard:
     .. versionadded:: 0.1.0
     """
 
+    _kind = "tensorboard"
+
     def __init__(self, log_dir: Any) -> None:
-        self._writer: Any = None
-        self._log_dir: Path | None = None
         if isinstance(log_dir, str | Path):
-            self._log_dir = Path(log_dir)
-            return
-        self._writer = getattr(log_dir, "writer", log_dir)
-        if not hasattr(self._writer, "add_scalar"):
-            message = (
-                f"log_dir must be a path, a SummaryWriter or an Ignite TensorboardLogger, got {type(log_dir).__name__}"
+            folder = Path(log_dir).expanduser()
+            self._board = _Board(lambda: EventFile(folder))
+            super().__init__(self._board, "TensorBoard's file in", folder)
+        else:
+            writer = getattr(log_dir, "writer", log_dir)
+            if not hasattr(writer, "add_scalar"):
+                message = (
+                    "log_dir must be a path, a SummaryWriter or an Ignite TensorboardLogger, got "
+                    f"{type(log_dir).__name__}"
+                )
+                raise ArgumentTypeError(message)
+            self._board = _Board(lambda: GivenWriter(writer))
+            super().__init__(
+                self._board, "TensorBoard's file in", getattr(writer, "log_dir", "the folder of its writer")
             )
-            raise ArgumentTypeError(message)
+        self._hparams: dict[str, Any] = {}
+        self._described: bool = False
 
     def attach(
-        self, engine: Engine, *optimizers: Optimizer, every: int = 1, evaluators: Mapping[str, Engine] | None = None
+        self,
+        engine: Engine,
+        *optimizers: Optimizer,
+        every: int = 1,
+        evaluators: Mapping[str, Engine] | None = None,
+        hparams: Mapping[str, Any] | None = None,
+        histograms: int | None = None,
     ) -> "TensorBoard":
         """Write from now on.
 
@@ -81,135 +96,162 @@ class TensorBoard:
                 and metrics.
             every: Write every so many steps, at least 1; skips and metrics are always written.
             evaluators: Engines whose metrics are written when they complete, by the name that prefixes the tags.
+            hparams: Hyperparameters to show besides those of the optimizers; what is no number is shown as a text.
+            histograms: Write those of all parameters and gradients every so many steps, at least 1; None for none.
+                They are computed on the training thread.
 
         Returns:
             This object.
 
         Raises:
-            ArgumentTypeError: If *every* is no int, or *evaluators* not a dict of engines.
-            ArgumentValueError: If *every* is below 1.
-            AttachError: If there is no optimizer, or one is not attached to *engine*.
+            ArgumentTypeError: If *every* or *histograms* is no int, *evaluators* not a dict of engines, or *hparams*
+                not a dict.
+            ArgumentValueError: If *every* or *histograms* is below 1, or the name of an evaluator is taken.
+            AttachError: If there is no optimizer, one is not attached to *engine*, or this is attached already.
         """
-        count("every", every, 1)
-        hooks = HookRegistry(engine)
-        if not optimizers:
-            message = "TensorBoard needs an optimizer, whose steps are the time axis: attach(engine, optimizer)"
-            raise AttachError(message)
-        for optimizer in optimizers:
-            if not isinstance(optimizer, Optimizer) or optimizer.engine is not engine:
-                what = f"optimizer {optimizer.name!r}" if isinstance(optimizer, Optimizer) else repr(optimizer)
-                message = f"{what} is not attached to this engine; call optimizer.attach(engine) before"
-                raise AttachError(message)
-        evaluators = _check_evaluators(evaluators)
-        first = optimizers[0]
-        hooks.add(Events.STARTED, lambda: self._open(first), name="tensorboard.open", order=-90)
-        for optimizer in optimizers:
-            optimizer.measure("grad_norm")
-            name = optimizer.name
-            completed, skipped = (optimizer.event(kind) for kind in ("STEP_COMPLETED", "STEP_SKIPPED"))
-            hooks.add(completed(every=every), self._step_writer(optimizer), name=f"tensorboard.{name}.step")
-            hooks.add(skipped, self._skip_writer(optimizer), name=f"tensorboard.{name}.skip")
-        # The step of a short last window happens after the epoch's last iteration: the loss goes with the step.
-        hooks.add(first.event("STEP_COMPLETED")(every=every), self._loss_writer(first), name="tensorboard.loss")
-        for prefix, evaluator in evaluators.items():
-            writer = self._metrics_writer(prefix, first)
-            HookRegistry(evaluator).add(Events.COMPLETED, writer, name=f"tensorboard.{prefix}", order=90)
-        hooks.add(
-            Events.EPOCH_COMPLETED | Events.COMPLETED | Events.TERMINATE, self.flush, name="tensorboard.flush", order=90
-        )
+        if not (hparams is None or isinstance(hparams, Mapping)):
+            message = f"hparams must be a dict, got {hparams!r}; such as hparams={{'width': 64}}, or vars(args)"
+            raise ArgumentTypeError(message)
+        if histograms is not None:
+            count("histograms", histograms, 1)
+        self._attach(engine, optimizers, every, evaluators)
+        self._hparams = dict(hparams or {})
+        if world.rank() == 0:
+            hooks = HookRegistry(engine)
+            ended = Events.COMPLETED | Events.TERMINATE
+            hooks.add(ended, self._on_ended, name="tensorboard.hparams", order=30)  # before the flush
+            for optimizer in optimizers if histograms is not None else ():
+                event = optimizer.event("STEP_COMPLETED")(every=histograms)
+                hooks.add(event, self._histogram_writer(optimizer), name=f"tensorboard.{optimizer.name}.histograms")
         return self
 
-    def flush(self) -> None:
-        """Bring everything written so far to disk."""
-        if self._writer is not None:
-            self._writer.flush()
+    def _describe(self, engine: Engine) -> None:
+        put, board = self._background.put, self._board
+        for optimizer in self._optimizers:
+            put((board.plan, self._plan(optimizer)))
+        if self._described:
+            return
+        self._described = True
+        put((board.text, "configuration", dashboard.configuration(engine, self._optimizers, self._hparams)))
+        put((board.hparams, dashboard.hyperparameters(self._optimizers, self._hparams)))
 
-    def _open(self, optimizer: Optimizer) -> Any:
-        if self._writer is None:
-            # Imported here: it loads TensorBoard, which a run without it need not pay for.
-            from torch.utils.tensorboard import SummaryWriter
+    def _plan(self, optimizer: Optimizer) -> list[tuple[str, int, float]]:
+        """The points of its plan beyond the step at which the run starts."""
+        name, now = optimizer.name, optimizer.clocks["step"]
+        steps = optimizer.total_steps
+        # Only schedules are known to be functions of the clocks: another processor may do anything when it is called.
+        if steps is None or not optimizer.processors or not all(isinstance(p, Schedule) for p in optimizer.processors):
+            return []
+        if steps * len(optimizer.param_groups) > _LONG:
+            logger.info("optimizer %r: no plan of %d steps in TensorBoard: it would hold up the run", name, steps)
+            return []
+        try:
+            plan = optimizer.plan()
+        except Exception as error:  # noqa: BLE001 - it may plan what the run will not come to, and is but a picture
+            logger.info("optimizer %r: no plan in TensorBoard: %s", name, error)
+            return []
+        return [(f"{dashboard.PLAN}/{name}/{tag}", step, value) for tag, step, value in plan.points() if step > now]
 
-            # What a run wrote after the checkpoint it is resumed from is taken back.
-            step = optimizer.clocks["step"]
-            self._writer = SummaryWriter(str(self._log_dir), purge_step=step + 1 if step else None)
-            # The writer's thread is a daemon: after an exception, this waits for what is still in its queue.
-            weakref.finalize(self, self._writer.close)
-        return self._writer
+    def _on_ended(self) -> None:
+        self._background.put((self._board.end,))
 
-    def _step_writer(self, optimizer: Optimizer) -> Callable[[Engine], None]:
-        prefix = optimizer.name
-
-        def write(engine: Engine) -> None:
-            record: StepRecord = getattr(engine.state, f"{prefix}_record")
-            scalars = {f"{key}/{group}": v for group, values in record.values.items() for key, v in values.items()}
-            scalars |= {
-                "grad_norm": record.grad_norm,
-                "clipped_norm": record.clipped_norm,
-                "loss_scale": record.loss_scale,
-                "noise_scale": record.noise_scale,
-            }
-            scalars |= {f"update_ratio/{group}": ratio for group, ratio in (record.update_ratio or {}).items()}
-            scalars |= {f"time/{part}": seconds for part, seconds in (record.times or {}).items()}
-            scalars |= {"weight": record.weight, "skipped": optimizer.clocks["skipped"]}
-            for tag, value in scalars.items():
-                for suffix, number in _numbers(value):
-                    self._writer.add_scalar(f"{prefix}/{tag}{suffix}", number, record.step)
-
-        return write
-
-    def _skip_writer(self, optimizer: Optimizer) -> Callable[[Engine], None]:
-        prefix = optimizer.name
-
-        def write(engine: Engine) -> None:
-            record: StepRecord = getattr(engine.state, f"{prefix}_record")
-            for tag, value in (("loss_scale", record.loss_scale), ("skipped", optimizer.clocks["skipped"])):
-                for _, number in _numbers(value):
-                    self._writer.add_scalar(f"{prefix}/{tag}", number, record.step)
-
-        return write
-
-    def _loss_writer(self, optimizer: Optimizer) -> Callable[[Engine], None]:
-        def write(engine: Engine) -> None:
-            output = engine.state.output
-            for key, value in output.items() if isinstance(output, Mapping) else [("loss", output)]:
-                number = _number(value)
-                if number is not None:
-                    self._writer.add_scalar(f"training/{key}", number, optimizer.clocks["step"])
-
-        return write
-
-    def _metrics_writer(self, prefix: str, optimizer: Optimizer) -> Callable[[Engine], None]:
-        def write(evaluator: Engine) -> None:
-            # A first evaluation may come before the run.
-            writer = self._open(optimizer)
-            for key, value in evaluator.state.metrics.items():
-                for suffix, number in _numbers(value):
-                    writer.add_scalar(f"{prefix}/{key}{suffix}", number, optimizer.clocks["step"])
+    def _histogram_writer(self, optimizer: Optimizer) -> Callable[[], None]:
+        def write() -> None:
+            now, step = time.time(), optimizer.clocks["step"]
+            for name, parameter in optimizer.named_parameters():
+                for kind, tensor in (("parameters", parameter), ("gradients", parameter.grad)):
+                    found = histogram(tensor)
+                    if found is not None:
+                        tag = f"{optimizer.name}/{kind}/{name}"
+                        self._background.put((self._board.histogram, tag, found, step, now))
 
         return write
 
 
-def _check_evaluators(evaluators: Any) -> Mapping[str, Engine]:
-    found = {} if evaluators is None else evaluators
-    if not isinstance(found, Mapping) or not all(isinstance(evaluator, Engine) for evaluator in found.values()):
-        message = (
-            f"evaluators must be a dict of engines by name, got {evaluators!r}; "
-            "such as evaluators={'validation': evaluator}"
-        )
-        raise ArgumentTypeError(message)
-    return found
+class _Board:
+    """A run's curves, texts and tables, on the writing thread.
+
+    Args:
+        open_target: Makes what they are written to, when the run starts.
+    """
+
+    def __init__(self, open_target: Callable[[], Target]) -> None:
+        self._open = open_target
+        self._target: Any = None
+        self._step: int = 0
+        self._hparams: dict[str, float | str] = {}
+        self._optimizers: Iterable[str] = ()
+        self._curves: dict[str, None] = {}
+        self._shown: int = 0
+        self._metrics: dict[str, None] = {}
+        self._reasons: tuple[str, int, str] = ("", 0, "")
+
+    def begin(self, clocks: Clocks) -> None:
+        self._step = max(counts["step"] for counts in clocks.values())
+        self._optimizers = clocks.keys()
+        if self._target is None:
+            self._target = self._open()
+        self._target.restart(self._step + 1)
+
+    def write(self, line: Line) -> None:
+        numbers = {tag: value for tag, value in line.rows.items() if not isinstance(value, str)}
+        self._scalars(numbers, line.step, line.time)
+        if not line.clocks:
+            self._metrics |= dict.fromkeys(numbers)
+        for tag, value in line.rows.items():
+            if isinstance(value, str):
+                self._target.text(tag, self._with_earlier(tag, line, value), line.step, line.time)
+
+    def _with_earlier(self, tag: str, line: Line, reason: str) -> str:
+        """Join the reasons of skips at the same step, of which TensorBoard would keep the last alone."""
+        text = f"attempt {line.clocks['attempt']}, iteration {line.clocks['iteration']}: {reason}"
+        if self._reasons[:2] == (tag, line.step):
+            text = f"{self._reasons[2]}\n\n{text}"
+        self._reasons = tag, line.step, text
+        return text
+
+    def plan(self, points: list[tuple[str, int, float]]) -> None:
+        now = time.time()
+        for tag, step, value in points:
+            self._scalars({tag: value}, step, now)
+
+    def _scalars(self, values: Mapping[str, float], step: int, now: float) -> None:
+        self._curves |= dict.fromkeys(values)
+        self._target.scalars(values, step, now)
+
+    def text(self, tag: str, markdown: str) -> None:
+        self._target.text(tag, markdown, self._step, time.time())
+
+    def histogram(self, *args: Any) -> None:
+        self._target.histogram(*args)
+
+    def hparams(self, hparams: dict[str, float | str]) -> None:
+        """Say what the run is made with; which metrics there are is known at its end."""
+        self._hparams = hparams
+        _, start, _ = _hparams_summaries(hparams, {})
+        self._target.summary(start, 0)
+
+    def end(self) -> None:
+        experiment, _, end = _hparams_summaries(self._hparams, self._metrics)
+        self._target.summary(experiment, 0)
+        self._target.summary(end, 0)
+
+    def sync(self) -> None:
+        if self._target is None:
+            return
+        if len(self._curves) > self._shown:  # a first step, a first evaluation
+            self._shown = len(self._curves)
+            self._target.layout(dashboard.layout(self._curves, self._optimizers))
+        self._target.sync()
+
+    def close(self) -> None:
+        if self._target is not None:
+            self._target.close()
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    return float(value) if isinstance(value, Real) else None
+def _hparams_summaries(hparams: Mapping[str, Any], metrics: Mapping[str, None]) -> tuple[Any, Any, Any]:
+    """Return what says which hyperparameters and metrics there are, what this run is made with, and that it ended."""
+    from torch.utils.tensorboard import summary
 
-
-def _numbers(value: Any) -> Iterator[tuple[str, float]]:
-    """Yield the numbers in *value*, each with what its tag gets: nothing, or its place in a tuple such as betas."""
-    elements = [(f".{i}", v) for i, v in enumerate(value)] if isinstance(value, tuple | list) else [("", value)]
-    for suffix, element in elements:
-        number = _number(element)
-        if number is not None:
-            yield suffix, number
+    make: Callable[..., tuple[Any, Any, Any]] = summary.hparams
+    return make(hparams, metrics)

@@ -28,6 +28,8 @@ BUILTIN = {
     "StateDictError": ValueError,
     "NotConsolidatedError": ValueError,
     "CheckpointError": RuntimeError,
+    "WriteError": OSError,
+    "LedgerError": ValueError,
 }
 CLASSES = {
     name: error
