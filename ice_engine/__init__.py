@@ -5,7 +5,7 @@ from importlib.metadata import version
 from ice_engine.checkpoint import Checkpoint
 from ice_engine.clipping import clip_adaptive, clip_norm, clip_value
 from ice_engine.diagnostics import AccumulationReport, check_accumulation
-from ice_engine.errors import IceEngineError, IceEngineWarning, NonFiniteGradientError
+from ice_engine.errors import IceEngineError, IceEngineWarning, NonFiniteGradientError, Preempted
 from ice_engine.events import OptimizerEvents, StepRecord, optimizer_events
 from ice_engine.hooks import HookRegistry
 from ice_engine.ledger import Ledger
@@ -38,6 +38,7 @@ __all__ = [
     "Optimizer",
     "OptimizerEvents",
     "Plan",
+    "Preempted",
     "Processor",
     "ProgressBar",
     "RecordHandler",

@@ -186,6 +186,8 @@ class Optimizer(Stepping):
             self._member = None
         self._clocks.leave()
         vars(self._engine)["_ice_optimizers"].remove(self)
+        if not vars(self._engine)["_ice_optimizers"]:
+            summary(cast("Engine", self._engine)).leave()
         self._engine = None
         self._precision.goes_on = always
 
@@ -621,7 +623,7 @@ class Optimizer(Stepping):
         self._window.common = state.get("common", 0.0)
         if not state["micro_batches"]:
             return
-        if not (gradients and whole and world.world_size() == 1):
+        if not ("gradients" in state and whole and world.world_size() == 1):
             warn(
                 f"the state of optimizer {self._name!r} was saved inside a window; its {state['micro_batches']} "
                 "micro-batches are not in it, or not all of its parameters are here, and the window starts anew. "

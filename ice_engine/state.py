@@ -92,7 +92,7 @@ def _check_extra(extra: Any) -> None:
 def _is_window(window: Any) -> bool:
     gradients = window.get("gradients", {})
     whole = all(isinstance(i, int) and isinstance(gradient, torch.Tensor) for i, gradient in gradients.items())
-    return whole and (not gradients or {"unit", "spread", "weighted", "losses", "first"} <= set(window))
+    return whole and ("gradients" not in window or {"unit", "spread", "weighted", "losses", "first"} <= set(window))
 
 
 def _is_horizon(horizon: Any) -> bool:

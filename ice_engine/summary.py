@@ -26,6 +26,7 @@ class Summary:
     """
 
     def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self.places: list[str] = []
         self._extremes: dict[str, tuple[float, int]] = {}
         self._begun: float | None = None
@@ -33,6 +34,13 @@ class Summary:
         hooks = HookRegistry(engine)
         hooks.add(Events.STARTED, self._on_started, name="summary.start", order=-80)
         hooks.add(Events.COMPLETED | Events.TERMINATE, self._on_ended, name="summary", order=100)
+
+    def leave(self) -> None:
+        """Take it off its engine again."""
+        for hook in HookRegistry(self._engine):
+            if getattr(hook.hook, "__self__", None) is self:
+                hook.remove()
+        del vars(self._engine)["_ice_summary"]
 
     def wrote(self, place: object) -> None:
         """Name *place* among those where something is written."""

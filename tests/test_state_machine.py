@@ -184,15 +184,21 @@ class Reference:
 
     def load(self):
         """What is left of a copy of it in a new process."""
+        if not self.keeps_window:
+            self.drop()
         if self.before:
             self.clocks, self.before = self.before, None
-        self.drop()
         self.record = None
         self.loaded = True
 
     @property
     def is_open(self):
         return bool(self.window or self.pending)
+
+    @property
+    def keeps_window(self):
+        """Whether its state holds the window; not while it closes, nor inside of a micro-batch."""
+        return not (self.before or self.pending)
 
     # what a window is
 
@@ -357,7 +363,7 @@ def finite(gradients):
 
 def norm_of(gradients, p):
     entries = [abs(x) for g in gradients if g is not None for x in g]
-    if not all(map(math.isfinite, entries)):
+    if any(map(math.isnan, entries)):
         return math.nan
     return max(entries, default=0.0) if p == math.inf else math.sqrt(sum(x * x for x in entries))
 
@@ -695,7 +701,8 @@ class Loop(RuleBasedStateMachine):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.optimizer.load_state_dict(state)
-        said = bool(reference.window) + (self.reference.is_open and not anew)  # what the saved one lost, and the own
+        lost = bool(reference.window) and not reference.keeps_window
+        said = lost + (self.reference.is_open and not anew)  # what the saved one lost, and the own
         assert [w.category for w in caught] == [IceEngineWarning] * said, [str(w) for w in caught]
         self.reference = copy.deepcopy(reference)
         self.reference.load()
