@@ -1,5 +1,6 @@
 """Where in the run an optimizer is: its three clocks, and how long the run will be."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from ice_engine.arguments import count
@@ -27,6 +28,16 @@ def count_steps(
     whole, rest = divmod(left - head, epoch_length)
     per = [n // window_size if tail == "drop" else -(-n // window_size) for n in (head, epoch_length, rest)]
     return per[0] + whole * per[1] + per[2]
+
+
+def _check_given(given: Mapping[str, int | None]) -> None:
+    for argument, value in given.items():
+        if value is not None:
+            count(argument, value, 1)
+    done, size = given.get("epoch_steps"), given.get("epoch_size")
+    if done is not None and size is not None and done > size:
+        message = f"epoch_steps ({done}) is beyond epoch_size ({size}); both count micro-batches"
+        raise ArgumentValueError(message)
 
 
 class Clocks:
@@ -59,13 +70,8 @@ class Clocks:
             ArgumentTypeError: If something given is not an integer.
             ArgumentValueError: If it is below 1, or ``epoch_steps`` is beyond ``epoch_size``.
         """
-        for argument, value in given.items():
-            if value is not None:
-                count(argument, value, 1)
-        done, size = given.get("epoch_steps"), given.get("epoch_size")
-        if done is not None and size is not None and done > size:
-            message = f"epoch_steps ({done}) is beyond epoch_size ({size}); both count micro-batches"
-            raise ArgumentValueError(message)
+        if given:
+            _check_given(given)
         self._given = given
         counted = self.counts["iteration"] + 1 if self.run is None else int(self.run.iteration)
         self.counts["iteration"] = given.get("global_steps") or counted

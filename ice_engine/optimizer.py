@@ -34,7 +34,7 @@ from ice_engine.processors.group import check_names, rewind, set_initial_values
 from ice_engine.processors.group_mapping import group_name
 from ice_engine.processors.processor import name_of
 from ice_engine.state import gradients_in, pack, stub, unpack
-from ice_engine.stepping import Stepping
+from ice_engine.stepping import Stepping, has_gradient
 from ice_engine.wrappers import bare
 
 _GRADIENT = "ice_engine.gradient"
@@ -288,7 +288,7 @@ class Optimizer(Stepping):
     def _on_iteration_started(self, _: Engine) -> None:
         self._drop_unfinished()
         # As the zero_grad() of a plain loop: what a handler left there, such as validation, enters no window.
-        if not (self._window.is_open or self.needs_closure) and any(p.grad is not None for p in self._parameters()):
+        if not (self._window.is_open or self.needs_closure) and has_gradient(self._parameters()):
             self.zero_grad()
         if "times" in self._measures.wanted:
             self._measures.watch.lap("data")
@@ -296,10 +296,10 @@ class Optimizer(Stepping):
     def _on_iteration_completed(self, _: Engine) -> None:
         if "times" in self._measures.wanted:
             self._measures.watch.lap("compute")
-        if self._window.pending and self._member is None:
-            self.update()
-        elif self._window.pending:
-            self._end_micro_batch(size=self._window.size)  # the peers know whether the window closes
+        if self._window.pending:
+            self._end_micro_batch(size=self._window.size)
+            if self._member is None and self._window.is_full:  # else the peers know whether the window closes
+                self._close(self._window.size)
         elif not self.needs_closure:
             self._require_own_gradients()
 
@@ -640,7 +640,7 @@ class Optimizer(Stepping):
         if self._closing:
             kept["_clocks"] = copy.copy(self._clocks)
             kept["_clocks"].counts = self._whole_counts()
-        of_this_run: dict[str, Any] = {"_engine": None, "_parameter_names": {}, "_last_record": None, "_left": []}
+        of_this_run: dict[str, Any] = {"_engine": None, "_parameter_names": {}, "_last_record": None, "_left": None}
         return {**kept, **of_this_run, "_closing": False, "_in_close": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -261,17 +261,17 @@ class Precision:
         if self.enabled:
             shared(cast("torch.amp.GradScaler", self.scaler)).close(self, overflowed)
 
-    def judge(self, norm: torch.Tensor | None, found_inf: torch.Tensor | None = None) -> str | None:
+    def judge(self, norm: float | None, found_inf: torch.Tensor | None = None) -> str | None:
         """Return why a gradient must not be applied, or None.
 
         Args:
-            norm: The gradient's norm, shape (); None if nobody computed it.
+            norm: The gradient's norm; None if nobody computed it.
             found_inf: Without a norm: above 0 if an entry is infinite or NaN, shape ().
         """
         measured = norm if norm is not None else found_inf
         if measured is None or self.policy == "off":
             return None
-        value = float(measured)  # what the host waits for, once a window
+        value = float(measured)
         if norm is None:
             return "a gradient is infinite or NaN" if value else None
         if value - value == 0.0:  # neither infinite nor NaN

@@ -10,6 +10,7 @@ from ignite.engine import Engine, _prepare_batch
 from ice_engine.batches import batch_size
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.optimizer import Optimizer
+from ice_engine.quiet_engine import QuietEngine
 
 
 def _loss_value(x: Any, y: Any, y_pred: Any, loss: torch.Tensor) -> float:  # noqa: ARG001 - Ignite's signature
@@ -85,7 +86,7 @@ def create_trainer(
         optimizer.backward(loss, weight=weight(x, y))
         return output_transform(x, y, y_pred, loss)
 
-    trainer = Engine(train_step)
+    trainer = QuietEngine(train_step)
     optimizer.attach(trainer, model=model)
     return trainer
 

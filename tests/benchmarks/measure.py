@@ -2,9 +2,9 @@
 
 Each loop runs in a process of its own, with a heap of its own, and only one of them is awake: a slice of one loop, a
 slice of the next, and round again, so that all meet the same machine. A loop takes its batches from an endless
-iterator, which is where a slice begins and ends; the loop knows nothing of it. Ratios are of neighbouring slices, and what is
-printed is their median, with quartiles. Two equal loops come out within 5 % of each other on a busy machine, so nothing
-smaller is claimed.
+iterator, which is where a slice begins and ends; the loop knows nothing of it. Ratios are of neighbouring slices, and
+what is printed is their median, with quartiles. Two equal loops come out within 5 % of each other on a busy machine, so
+nothing smaller is claimed.
 """
 
 import argparse
