@@ -80,16 +80,16 @@ class ClipNorm:
         reciprocal = rounded(1.0 / rounded(known + rounded(1e-6)))
         return min(rounded(reciprocal * rounded(self.max_norm)), 1.0)
 
-    def after(self, norm: torch.Tensor, known: float | None = None) -> torch.Tensor | None:
+    def after(self, norm: torch.Tensor, factor: float | torch.Tensor | None = None) -> torch.Tensor | None:
         """Return what *norm* became by clipping, shape (); None with *per_group*, where it does not follow from it.
 
         Args:
             norm: The norm before, shape ().
-            known: The same, if the host knows it.
+            factor: What :meth:`factor` returned for it, if it is at hand.
         """
         if self.per_group:
             return None
-        factor = self.factor(norm, known)
+        factor = self.coefficient(norm) if factor is None else factor
         return norm if isinstance(factor, float) and factor == 1.0 else norm * factor
 
     def __repr__(self) -> str:

@@ -55,9 +55,10 @@ class Clocks:
         self.run: Any = None
         self.plan: dict[str, Any] = {}
         self._given: dict[str, int | None] = {}
+        self._lengths: tuple[tuple[dict[str, int | None], int, str], dict[str, Any], dict[str, Any]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "run": None}
+        return {**vars(self), "run": None, "_lengths": None}
 
     def leave(self) -> None:
         """Forget the engine, whose clocks say nothing about what comes."""
@@ -119,12 +120,18 @@ class Clocks:
     def lengths(self, window_size: int, tail: str) -> dict[str, Any]:
         """Return the part of :meth:`context` that stays as it is along the run."""
         lengths = self.run_lengths()
-        return {
+        if self._lengths is not None:  # nearly always those of the step before
+            terms, plan, found = self._lengths
+            if plan is self.plan and terms == (lengths, window_size, tail):
+                return found
+        found = {
             **lengths,
             "epoch_size": lengths["epoch_length"],
             "total_steps": self.total_steps(window_size, tail),
             **self.plan,
         }
+        self._lengths = (lengths, window_size, tail), self.plan, found
+        return found
 
     def total_steps(self, window_size: int, tail: str) -> int | None:
         """Return the steps of the whole run; None while its length is unknown."""

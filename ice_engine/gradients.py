@@ -66,6 +66,8 @@ class Gradient:
 
     def final(self, factor: Multiplier) -> Multiplier:
         """Return what is left to be applied, *factor* included."""
+        if isinstance(self.pending, float) and self.pending == 1.0:
+            return factor
         if isinstance(factor, float) and isinstance(self.pending, float) and self._plain:
             rounded = ROUNDED.get(self._plain[0].dtype, float)
             return rounded(rounded(self.pending) * factor)

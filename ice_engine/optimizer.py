@@ -640,7 +640,13 @@ class Optimizer(Stepping):
         if self._closing:
             kept["_clocks"] = copy.copy(self._clocks)
             kept["_clocks"].counts = self._whole_counts()
-        of_this_run: dict[str, Any] = {"_engine": None, "_parameter_names": {}, "_last_record": None, "_left": None}
+        of_this_run: dict[str, Any] = {
+            "_engine": None,
+            "_parameter_names": {},
+            "_last_record": None,
+            "_left": None,
+            "_bound": None,
+        }
         return {**kept, **of_this_run, "_closing": False, "_in_close": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

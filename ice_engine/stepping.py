@@ -40,18 +40,15 @@ from ice_engine.measures import MEASURES, Measures
 from ice_engine.norms import entries
 from ice_engine.peers import Member
 from ice_engine.precision import Policy, Precision, first_nonfinite, nonfinite_loss
-from ice_engine.processors.agreement import Gather
+from ice_engine.processors.binding import Binding
 from ice_engine.processors.group import (
     check_processors,
     followed_metrics,
     frozen,
-    only_clocks,
     run_processors,
     set_initial_values,
-    written_keys,
 )
 from ice_engine.processors.group_mapping import group_name
-from ice_engine.processors.schedule import Schedule
 from ice_engine.typing import Clip, DictProcessor, GroupClip, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
 
@@ -143,6 +140,7 @@ class Stepping(OptimizerFacade):
         self._engine: Engine | None = None
         self._member: Member | None = None
         self._last_record: StepRecord | None = None
+        self._bound: Binding | None = None
         set_initial_values(self._processors, self.param_groups if self._processors else ())
         _ALL.add(self)
 
@@ -256,6 +254,36 @@ class Stepping(OptimizerFacade):
                 have a weight, if somebody else put, changed or cleared a gradient since the window opened, in a
                 handler of this optimizer's events, or if the engine that this is attached to is not running.
         """
+        # Once per micro-batch: here, and in what is called from here, the usual is found out by cheap questions, and
+        # what is wrong by the functions that say so.
+        window, engine = self._window, self._engine
+        if type(loss) is not torch.Tensor or not loss.requires_grad or loss.numel() != 1:
+            self._check_loss(loss, weight)
+        if self._in_close or engine is None or not is_running(engine) or self.needs_closure:
+            self._check_time()
+        self._require_own_gradients()
+        if self._precision.scaler is not None:
+            self._precision.require_unscaled(loss)
+            self._precision.require_one_owner(self, self._inner)
+        first = window.first
+        # In a window of one micro-batch, half precision makes no difference.
+        part = window.enter(loss, weight, half=window.size != 1 and self._begins_in_half)
+        if window.first != first:
+            self._say_size()
+        if len(window.losses) == _FORGOTTEN and engine is None and not self._clocks.counts["iteration"]:
+            warn(
+                f"backward() was called {_FORGOTTEN} times and update() never: optimizer {self._name!r} does not "
+                "step; call optimizer.attach(engine) before the run, or optimizer.update() after each micro-batch"
+            )
+        if part is None:
+            self._pass_over(loss)
+            return
+        if window.shrink != 1.0:
+            Gradient([p for p in self._parameters() if p.grad is not None], window.shrink).multiply()
+        self._differentiate(part, retain_graph=retain_graph)
+        self._note_gradients()
+
+    def _check_loss(self, loss: Any, weight: float | None) -> None:
         if not isinstance(loss, torch.Tensor):
             message = f"loss must be a tensor, got {type(loss).__name__}; pass the loss itself, not loss.item()"
             raise ArgumentTypeError(message)
@@ -268,6 +296,8 @@ class Stepping(OptimizerFacade):
                 "look for detach(), torch.no_grad() or frozen parameters between the model and the loss"
             )
             raise BackwardError(message)
+
+    def _check_time(self) -> None:
         self._require_window()
         self._refuse_inside_close("backward()")
         if self._engine is not None and not self._running:
@@ -276,55 +306,32 @@ class Stepping(OptimizerFacade):
                 "so nobody would step; call it in train_step, or optimizer.detach() for a loop of your own"
             )
             raise BackwardError(message)
-        self._require_own_gradients()
-        if self._precision.scaler is not None:
-            self._precision.require_unscaled(loss)
-            self._precision.require_one_owner(self, self._inner)
-        first = self._window.first
-        part = self._window.enter(loss, weight, half=self._begins_in_half)
-        if self._window.first != first:
-            self._say_size()
-        if self._engine is None and not self._clocks.counts["iteration"] and len(self._window.losses) == _FORGOTTEN:
-            warn(
-                f"backward() was called {_FORGOTTEN} times and update() never: optimizer {self._name!r} does not "
-                "step; call optimizer.attach(engine) before the run, or optimizer.update() after each micro-batch"
-            )
-        if part is None:
-            self._pass_over(loss)
-            return
-        if self._window.shrink != 1.0:
-            Gradient([p for p in self._parameters() if p.grad is not None], self._window.shrink).multiply()
-        self._differentiate(part, retain_graph=retain_graph)
-        self._note_gradients()
 
     @property
     def _begins_in_half(self) -> bool:
-        # Of windows of one micro-batch it makes no difference, and they are the most.
-        return (
-            self._window.size != 1
-            and not self._window.is_open
-            and any(p.dtype == torch.float16 for p in self._parameters())
-        )
+        return not self._window.is_open and any(p.dtype == torch.float16 for p in self._parameters())
 
     def _differentiate(self, part: torch.Tensor, *, retain_graph: bool) -> None:
-        if self._member is not None:
-            self._member.sync.before_backward(part)
+        member = self._member
+        if member is not None:
+            member.sync.before_backward(part)
         try:
-            scaled = self._precision.scale(part)
+            if self._precision.scaler is not None:
+                part = self._precision.scale(part)
             if foreign := self._foreign_parameters():
                 # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters
                 # that it must not train: what it leaves there would enter the other's step.
                 with gradients_aside(foreign) as reached:
-                    differentiate.backward(scaled, retain_graph=retain_graph)
+                    differentiate.backward(part, retain_graph=retain_graph)
                     if self._engine is None and reached():
                         self._refuse_reaching()
             else:
-                differentiate.backward(scaled, retain_graph=retain_graph)
-            if self._member is not None:
-                self._member.differentiated += 1
+                differentiate.backward(part, retain_graph=retain_graph)
+            if member is not None:
+                member.differentiated += 1
         except BaseException as error:
-            if self._member is not None:
-                self._member.broken = True
+            if member is not None:
+                member.broken = True
             _note_retain_graph(error)
             # Part of the gradients may be there and part not; the caller may catch this and go on.
             self._discard("a backward() that failed")
@@ -449,16 +456,19 @@ class Stepping(OptimizerFacade):
     def _end_micro_batch(
         self, grad_scaler: torch.amp.GradScaler | None = None, size: int = 1, **given: int | None
     ) -> None:
-        self._require_window()
-        self._refuse_inside_close("update()")
-        self._window.require_weight()  # before the iteration is counted: a refused call changes nothing
-        self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
+        if self.needs_closure or self._in_close:
+            self._require_window()
+            self._refuse_inside_close("update()")
         by_caller = not self._window.pending
+        if by_caller:
+            self._window.require_weight()  # before anything is counted: a refused call changes nothing
+        if grad_scaler is not None:
+            self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
         if by_caller:
             self._precision.enter_by_caller()
         self._clocks.micro_batch(**given)
         self._window.end_micro_batch()
-        measures_first = "noise_scale" in self._measures.wanted and size > 1
+        measures_first = size > 1 and "noise_scale" in self._measures.wanted
         if measures_first:
             self._note_first()
         if by_caller or measures_first:
@@ -515,11 +525,10 @@ class Stepping(OptimizerFacade):
             self._measurements[metric] = (*self._measurements.get(metric, ()), float(plain))
 
     def _foreign_parameters(self) -> list[torch.Tensor]:
-        if self._engine is not None:
-            others = vars(self._engine)["_ice_optimizers"]
-            if len(others) == 1:
-                return []
-        else:
+        others = _ALL if self._engine is None else vars(self._engine)["_ice_optimizers"]
+        if len(others) == 1:
+            return []
+        if self._engine is None:
             # Those that a loss of this one would spoil; not windows whose losses the caller differentiates itself.
             others = [other for other in [*_ALL] if other._engine is None and other._window.losses]  # noqa: SLF001
         mine = {id(p) for p in self._parameters()} if others else ()
@@ -662,7 +671,8 @@ class Stepping(OptimizerFacade):
         precision.count(reason)
         self._overflowed = bool(self._overflowed) or reason is not None
         if reason is None:
-            self._step(norm, known, gradient)
+            factor = 1.0 if clip is None or norm is None else clip.factor(norm, known)
+            self._step(gradient, norm, factor)
             return True
         reason = f"{reason}, {first_nonfinite(self.named_parameters())}; {self._nonfinite_losses()}"
         self._skip(reason, norm)
@@ -718,17 +728,15 @@ class Stepping(OptimizerFacade):
             and fused.takes_factor(self._inner, gradient.plain)
             and "step" not in vars(self)
             and not self._listens("STEP_STARTED")
-            and only_clocks(self._processors)
+            and self._binding.blind
         )
 
-    def _step(self, norm: torch.Tensor | None, known: float | None, gradient: Gradient) -> None:
-        clip = self._folded_clip
-        factor: Multiplier = 1.0
-        if clip is not None and norm is not None:
-            factor = clip.factor(norm, known)
-        if not self._takes_factor(gradient):
+    def _step(self, gradient: Gradient, norm: torch.Tensor | None, factor: Multiplier) -> None:
+        left: Multiplier = 1.0
+        if self._takes_factor(gradient):
+            left = gradient.final(factor)
+        else:
             gradient.multiply(factor)
-            factor = 1.0
         if self._processors:
             self._run_processors()
         elif self._window.batch is not None and self._engine is not None and self._course.unsettled:
@@ -736,9 +744,9 @@ class Stepping(OptimizerFacade):
         self._count("step")
         record_before = self._last_record
         try:
-            self._note(norm, None, known)
+            self._note(norm, None, factor)
             if self._fire("STEP_STARTED"):
-                self._note(norm, None, known)  # again: torch's and Ignite's schedulers sit there
+                self._note(norm, None, factor)  # again: torch's and Ignite's schedulers sit there
             self._stepping = True
             if self._measures.wanted:
                 self._measures.before_step(
@@ -747,7 +755,7 @@ class Stepping(OptimizerFacade):
             if "step" in vars(self):  # patched in by torch's schedulers
                 self.step()
             else:
-                fused.step_with(self._inner, gradient.final(factor), gradient.device)
+                fused.step_with(self._inner, left, gradient.device)
         except BaseException:
             self._count("step", -1)
             self._publish_record(record_before)
@@ -760,14 +768,25 @@ class Stepping(OptimizerFacade):
         self._end_window("STEP_COMPLETED")
 
     def _run_processors(self) -> None:
-        set_initial_values(self._processors, self.param_groups)
+        binding = self._binding
         # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed.
         if self._course.configured is not None or self._course.outdated(self._clocks):
             self._settle(self._window.micro_batches)
         if self._window.batch is not None and self._engine is not None and self._course.unsettled:
             self._settle(self._window.micro_batches)  # the first loss has told how long windows are
-        context = {**self._clocks.context(self._size, self._window.tail), **self._owners()}
-        run_processors(self._processors, self.param_groups, context, self._gather())
+            binding = self._binding
+        context = self._clocks.context(self._size, self._window.tail)
+        if not binding.run(context):
+            # What the clocks alone decide is the same on every rank, as they are; anything else has to be compared.
+            gather = gatherer() if self._member is not None and not binding.clocks_alone else None
+            run_processors(self._processors, self.param_groups, {**context, **self._owners()}, gather)
+
+    @property
+    def _binding(self) -> Binding:
+        groups = self._inner.param_groups
+        if self._bound is None or not self._bound.holds(self._processors, groups):
+            self._bound = Binding(self._processors, groups)
+        return self._bound
 
     def _note_first(self) -> None:
         """Keep the squared norm of the first micro-batch's mean gradient; the window's comes at its end."""
@@ -775,15 +794,6 @@ class Stepping(OptimizerFacade):
         if self._window.micro_batches == 1 and self._window.weight and parameters:
             multiplier = self._precision.multiplier(self._window.scale, parameters[0].device)
             self._measures.first(Gradient(parameters, multiplier).norm(), self._window.weight)
-
-    def _gather(self) -> Gather | None:
-        # What the clocks alone decide is the same on every rank, as they are; anything else has to be compared.
-        if self._member is None or (
-            all(isinstance(processor, Schedule) for processor in self._processors)
-            and not followed_metrics(self._processors)
-        ):
-            return None
-        return gatherer()
 
     def _owners(self) -> dict[str, Any]:
         measurements = MappingProxyType(self._measurements)
@@ -844,8 +854,8 @@ class Stepping(OptimizerFacade):
                 self._count(clock, 0)
             setattr(self._engine.state, f"{self._name}_record", self._last_record)
 
-    def _note(self, norm: torch.Tensor | None, reason: str | None, known: float | None = None) -> None:
-        keys = dict.fromkeys(["lr", *(key.partition(".")[0] for _, key in written_keys(self._processors))])
+    def _note(self, norm: torch.Tensor | None, reason: str | None, factor: Multiplier | None = None) -> None:
+        binding, clip = self._binding, self._clip
         record = StepRecord(
             step=self._clocks.counts["step"],
             attempt=self._clocks.counts["attempt"],
@@ -854,13 +864,11 @@ class Stepping(OptimizerFacade):
             micro_batches=self._window.micro_batches,
             weight=self._window.weight,
             grad_norm=norm,
-            clipped_norm=self._clip.after(norm, known)
-            if isinstance(self._clip, ClipNorm) and norm is not None
-            else None,
+            clipped_norm=clip.after(norm, factor) if isinstance(clip, ClipNorm) and norm is not None else None,
             loss_scale=self._precision.loss_scale,
             values={
-                group_name(group, i): {key: frozen(group[key]) for key in keys if key in group}
-                for i, group in enumerate(self.param_groups)
+                name: {key: frozen(group[key]) for key in binding.keys if key in group}
+                for name, group in zip(binding.names, self._inner.param_groups, strict=True)
             },
             skipped=reason,
         )

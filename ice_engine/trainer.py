@@ -1,6 +1,5 @@
 """An Ignite trainer in one call, shaped like ``ignite.engine.create_supervised_trainer``."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -80,9 +79,13 @@ def create_trainer(
     def train_step(engine: Engine, batch: Any) -> Any:  # noqa: ARG001 - Ignite's signature
         model.train()
         x, y = prepare_batch(batch, device=device, non_blocking=False)
-        with contextlib.nullcontext() if autocast is None else torch.autocast(kind, dtype=autocast):
+        if autocast is None:
             y_pred = model(x)
             loss = loss_fn(y_pred, y)
+        else:
+            with torch.autocast(kind, dtype=autocast):
+                y_pred = model(x)
+                loss = loss_fn(y_pred, y)
         optimizer.backward(loss, weight=weight(x, y))
         return output_transform(x, y, y_pred, loss)
 

@@ -26,6 +26,7 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError, BackwardErr
 Tail = Literal["step", "carry", "drop"]
 Reduction = Literal["mean", "sum"]
 
+_EXACT = 2**53  # integers below are floats, too
 _MUCH = 8.0  # times the unit, from which on a weight makes it grow
 
 
@@ -186,18 +187,22 @@ class Window:
             )
             raise BackwardError(message)
         items = self.items(weight)
-        spread = self._spread if self.is_open else float(self.size or 1) if half else 1.0
+        first_of_micro_batch = not self.pending
+        if first_of_micro_batch and not self.micro_batches:
+            spread = float(self.size or 1) if half else 1.0
+        else:
+            spread = self._spread
         if not math.isfinite(self.weight + items * spread):
             message = f"the weights of this window add up to more than a float can hold, the last is {items:g}"
             raise ArgumentValueError(message)
         self._spread = spread
         self.weighted = weight is not None
         self.losses.append((self.micro_batches + 1, loss.detach()))
-        first_of_micro_batch = not self.pending
         self.pending = True
         # Also of one that weighs nothing: other ranks may be asking for their first weight.
         self.unit = self.unit or (items * spread if weight is None else self.unit_of(items * spread))
-        self.decide(self.unit / spread)
+        if self.batch is not None:
+            self.decide(self.unit / spread)
         if items == 0.0:
             return None
         self.shrink = 1.0
@@ -212,6 +217,8 @@ class Window:
 
     def items(self, weight: float | None) -> float:
         """Return the items that a loss with this *weight* stands for; see :meth:`enter` for what is raised."""
+        if type(weight) is int and 0 <= weight < _EXACT:  # as nearly always
+            return float(weight)
         if weight is None:
             if self.batch is not None:
                 message = (
@@ -262,8 +269,8 @@ class Window:
 
     def end_micro_batch(self) -> None:
         """Count the micro-batch under way; one that no loss has entered was differentiated by the user."""
-        self.require_weight()
         if not self.pending:
+            self.require_weight()
             self.weighted = False
             self.unit = 1.0
             self.weight += 1.0

@@ -10,7 +10,7 @@ import torch
 from ice_engine.errors import ArgumentTypeError, MissingKeyError, ProcessorValueError
 from ice_engine.processors.agreement import Gather, require_agreement
 from ice_engine.processors.compose import Compose
-from ice_engine.processors.composition import Only, When
+from ice_engine.processors.composition import Only
 from ice_engine.processors.group_mapping import GroupMapping, group_name
 from ice_engine.processors.processor import Processor, belongs, name_of
 from ice_engine.processors.schedule import Schedule
@@ -136,15 +136,6 @@ def _limits(processor: Callable[..., Any]) -> Iterator[str]:
 def written_keys(processors: Sequence[Callable[..., Any]]) -> list[tuple[Callable[..., Any], str]]:
     """Return each processor with each key that it is known to write."""
     return [(p, key) for p in processors if isinstance(p, Processor) for key in p.writes]
-
-
-def only_clocks(processors: Sequence[Callable[..., Any]]) -> bool:
-    """Whether *processors* are schedules alone, without a function of the user's that may look at gradients."""
-    return all(isinstance(p, Schedule) and not _asks(p) for p in processors)
-
-
-def _asks(schedule: Schedule) -> bool:
-    return isinstance(schedule, When) or any(_asks(part) for part in schedule.parts)
 
 
 def followed_metrics(processors: Sequence[Callable[..., Any]]) -> set[str]:
