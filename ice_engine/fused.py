@@ -12,10 +12,34 @@ import torch
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined] # has no public name
 from torch.optim import optimizer as torch_optimizer
 
-_FUSED_DEVICES = ("cpu", "cuda")
+# Of these the fused form is the faster one in all sizes, and gradients that it cannot take are refused by all forms.
+_FASTER = (torch.optim.Adam, torch.optim.AdamW)
+_DEVICES = ("cpu", "cuda")
 
 # The function that torch puts around every optimizer's step(), for hooks and for the profiler.
 _WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda _: None).__code__
+
+
+def prefer(optimizer: torch.optim.Optimizer) -> None:
+    """Let *optimizer*, which has not stepped yet, run its fused form where its maker left open which.
+
+    torch itself takes the loop on a CPU, which is 2 to 6 times slower, and several kernels on a GPU. The results differ
+    by rounding.
+    """
+    if type(optimizer) not in _FASTER or optimizer.defaults["fused"] is not None:
+        return
+    open_groups = [g for g in optimizer.param_groups if g["fused"] is g["foreach"] is None]
+    parameters = [p for group in open_groups for p in group["params"]]
+    if (
+        len(open_groups) < len(optimizer.param_groups)
+        or any(group["differentiable"] or isinstance(group["lr"], torch.Tensor) for group in open_groups)
+        or any(type(p) is not torch.nn.Parameter or p.dtype != torch.float32 for p in parameters)
+        or any(p.device.type not in _DEVICES for p in parameters)
+    ):
+        return
+    for group in [optimizer.defaults, *open_groups]:
+        group["fused"] = True
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined] # noqa: SLF001 - as with fused=True
 
 
 def takes_factor(optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor]) -> bool:

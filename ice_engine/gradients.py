@@ -34,6 +34,9 @@ class Gradient:
         # Nearly always they are plain tensors of one kind, for which a list is all that the kernels need.
         kinds = {(type(g), g.layout, g.requires_grad, g.dtype, g.device) for g in found}
         self._plain: list[torch.Tensor] = found if len(kinds) == 1 and next(iter(kinds))[:3] == _PLAIN else []
+        if isinstance(multiplier, torch.Tensor) and self._plain and self._plain[0].dtype in ROUNDED:
+            # In the precision of the gradients, so that a loss scale, which is a power of two, changes no bit.
+            self.pending = multiplier.to(self._plain[0].dtype)
         # Else those of this rank, where a gradient is spread over many: a factor is the same for every part.
         self._parts: list[Part] = [] if self._plain else [part(gradient) for gradient in gradients_of(parameters)]
 

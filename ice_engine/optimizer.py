@@ -49,7 +49,9 @@ class Optimizer(Stepping):
     :meth:`backward` and :meth:`update`; :meth:`attach` lets an Ignite engine call the latter.
 
     Args:
-        optimizer: A torch optimizer, or a factory of one such as ``functools.partial(AdamW, lr=3e-3)``.
+        optimizer: A torch optimizer, or a factory of one such as ``functools.partial(AdamW, lr=3e-3)``. A factory of
+            Adam or AdamW that leaves ``fused`` and ``foreach`` open gets the fused form, which differs by rounding;
+            an instance stays as it is. ``repr(optimizer)`` says which runs.
         params: With a factory: parameters, ``(name, parameter)`` pairs or param groups.
         name: Identifier that prefixes events, ``engine.state`` attributes and tags; unique per engine.
         processors: Functions from dict to dict, run in this order once per step and param group. A schedule over the
