@@ -8,6 +8,7 @@ nothing smaller is claimed.
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -41,6 +42,7 @@ class Case:
         batch: One batch, given again and again.
         slice: Batches in a slice, of about 10 ms.
         bounds: What the ratio of a loop may be at most, for ``--check``.
+        threads: Of torch, in each loop.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Case:
     batch: Any
     slice: int
     bounds: Mapping[str, float]
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def measure(case: Case, slices: int) -> dict[str, Ratio]:
     workers = {}
     for name, loop in case.loops.items():
         baton, theirs = context.Pipe()
-        worker = context.Process(target=_work, args=(loop, case.batch, case.slice, theirs), daemon=True)
+        worker = context.Process(target=_work, args=(loop, case, theirs), daemon=True)
         worker.start()
         workers[name] = baton
     taken: dict[str, list[float]] = {name: [] for name in workers}
@@ -95,10 +98,10 @@ def _ratio(own: list[float], first: list[float]) -> Ratio:
     return Ratio(*statistics.quantiles(ratios, n=4), statistics.median(own))
 
 
-def _work(loop: Loop, batch: Any, size: int, baton: Connection) -> None:
-    torch.set_num_threads(1)
+def _work(loop: Loop, case: Case, baton: Connection) -> None:
+    torch.set_num_threads(case.threads)
     torch.manual_seed(0)
-    loop(_slices(batch, size, baton))
+    loop(_slices(case.batch, case.slice, baton))
 
 
 def _slices(batch: Any, size: int, baton: Connection) -> Iterator[Any]:
@@ -112,7 +115,7 @@ def _slices(batch: Any, size: int, baton: Connection) -> Iterator[Any]:
 def machine() -> str:
     """Return what it was measured on."""
     versions = f"torch {torch.__version__}, ignite {ignite.__version__}, Python {platform.python_version()}"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread; {versions}"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {versions}"
 
 
 def table(results: Mapping[str, Mapping[str, Ratio]]) -> str:
@@ -150,7 +153,7 @@ def run(cases: list[Case], argv: Any = None) -> None:
             for name, loop in case.loops.items()
             if name == first or not settings.loops or any(word in name for word in settings.loops)
         }
-        results[case.name] = measure(Case(case.name, chosen, case.batch, case.slice, case.bounds), settings.slices)
+        results[case.name] = measure(dataclasses.replace(case, loops=chosen), settings.slices)
     print(table(results))
     if settings.json:
         plain = {case: {loop: vars(ratio) for loop, ratio in found.items()} for case, found in results.items()}
