@@ -89,6 +89,13 @@ class Clocks:
 
     def run_lengths(self) -> dict[str, int | None]:
         """Return how long the run is: ``epoch_length``, ``max_epochs`` and ``max_iters``, None where unknown."""
+        run = self.run
+        if run is not None and not self._given:  # as in every step of an attached optimizer
+            return {
+                "epoch_length": getattr(run, "epoch_length", None),
+                "max_epochs": getattr(run, "max_epochs", None),
+                "max_iters": getattr(run, "max_iters", None),
+            }
         return {
             "epoch_length": self._now("epoch_length", "epoch_size"),
             "max_epochs": self._now("max_epochs"),

@@ -288,9 +288,10 @@ class Optimizer(Stepping):
         self._publish()
 
     def _on_iteration_started(self, _: Engine) -> None:
-        self._drop_unfinished()
+        if self._window.pending:
+            self._drop_unfinished()
         # As the zero_grad() of a plain loop: what a handler left there, such as validation, enters no window.
-        if not (self._window.is_open or self.needs_closure) and has_gradient(self._parameters()):
+        if not (self._window.micro_batches or self.needs_closure) and has_gradient(self._parameters()):
             self.zero_grad()
         if "times" in self._measures.wanted:
             self._measures.watch.lap("data")
@@ -303,7 +304,7 @@ class Optimizer(Stepping):
             if self._member is None and self._window.is_full:  # else the peers know whether the window closes
                 self._close(self._window.size)
         elif not self.needs_closure:
-            self._require_own_gradients()
+            self._require_own_gradients(self._parameters())
 
     def _drop_unfinished(self) -> None:
         # Its iteration did not complete: the exception was swallowed by a handler of EXCEPTION_RAISED.

@@ -7,6 +7,7 @@ the user's own the norm that it returns is judged, not what it left, and a handl
 has the last word.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
@@ -356,7 +357,7 @@ def first_nonfinite(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> str
     return "every entry is finite, their norm is not"
 
 
-def nonfinite_loss(losses: Iterable[tuple[int, torch.Tensor]]) -> str:
+def nonfinite_loss(losses: Iterable[tuple[int, float | torch.Tensor]]) -> str:
     """Say which micro-batch is the first whose loss was not finite; nothing if all were."""
-    bad = [index for index, loss in losses if not bool(torch.isfinite(loss))]
+    bad = [index for index, loss in losses if not math.isfinite(float(loss))]
     return f"the loss of micro-batch {bad[0]} of its window was not finite" if bad else ""

@@ -37,14 +37,10 @@ class QuietEngine(Engine):
         for function, args, kwargs in self._event_handlers.get(event_name, ()):
             kwargs.update(event_kwargs)
             if args and isinstance(args[0], weakref.ref):
-                function(_resolved(args[0]), *event_args, *args[1:], **kwargs)
+                engine = args[0]()
+                if engine is None:
+                    message = "Engine reference not resolved. Cannot execute event handler."  # as Ignite says it
+                    raise RuntimeError(message)
+                function(engine, *event_args, *args[1:], **kwargs)
             else:  # metrics do not get the engine
                 function(*event_args, *args, **kwargs)
-
-
-def _resolved(reference: "weakref.ref[Engine]") -> Engine:
-    engine = reference()
-    if engine is None:
-        message = "Engine reference not resolved. Cannot execute event handler."  # as Ignite says it
-        raise RuntimeError(message)
-    return engine

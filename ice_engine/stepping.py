@@ -261,7 +261,8 @@ class Stepping(OptimizerFacade):
             self._check_loss(loss, weight)
         if self._in_close or engine is None or not is_running(engine) or self.needs_closure:
             self._check_time()
-        self._require_own_gradients()
+        parameters = self._parameters()
+        self._require_own_gradients(parameters)
         if self._precision.scaler is not None:
             self._precision.require_unscaled(loss)
             self._precision.require_one_owner(self, self._inner)
@@ -279,9 +280,9 @@ class Stepping(OptimizerFacade):
             self._pass_over(loss)
             return
         if window.shrink != 1.0:
-            Gradient([p for p in self._parameters() if p.grad is not None], window.shrink).multiply()
+            Gradient([p for p in parameters if p.grad is not None], window.shrink).multiply()
         self._differentiate(part, retain_graph=retain_graph)
-        self._note_gradients()
+        self._left = _gradients_and_versions(parameters)
 
     def _check_loss(self, loss: Any, weight: float | None) -> None:
         if not isinstance(loss, torch.Tensor):
@@ -318,7 +319,8 @@ class Stepping(OptimizerFacade):
         try:
             if self._precision.scaler is not None:
                 part = self._precision.scale(part)
-            if foreign := self._foreign_parameters():
+            alone = self._engine is not None and len(vars(self._engine)["_ice_optimizers"]) == 1
+            if not alone and (foreign := self._foreign_parameters()):
                 # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters
                 # that it must not train: what it leaves there would enter the other's step.
                 with gradients_aside(foreign) as reached:
@@ -525,10 +527,9 @@ class Stepping(OptimizerFacade):
             self._measurements[metric] = (*self._measurements.get(metric, ()), float(plain))
 
     def _foreign_parameters(self) -> list[torch.Tensor]:
-        others = _ALL if self._engine is None else vars(self._engine)["_ice_optimizers"]
-        if len(others) == 1:
-            return []
-        if self._engine is None:
+        if self._engine is not None:
+            others = vars(self._engine)["_ice_optimizers"]
+        else:
             # Those that a loss of this one would spoil; not windows whose losses the caller differentiates itself.
             others = [other for other in [*_ALL] if other._engine is None and other._window.losses]  # noqa: SLF001
         mine = {id(p) for p in self._parameters()} if others else ()
@@ -563,17 +564,17 @@ class Stepping(OptimizerFacade):
     def _note_gradients(self) -> None:
         self._left = _gradients_and_versions(self._parameters())
 
-    def _require_own_gradients(self) -> None:
+    def _require_own_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
         """Refuse gradients that backward() did not leave as they are: in the window's mean they would be wrong."""
         if self._left is None:
-            if has_gradient(self._parameters()):
+            if has_gradient(parameters):
                 message = (
                     f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); "
                     f"{_OWN_GRADIENTS}; optimizer.zero_grad() clears what is left from before"
                 )
                 raise BackwardError(message)
             return
-        gradients, versions = _gradients_and_versions(self._parameters())
+        gradients, versions = _gradients_and_versions(parameters)
         if versions == self._left[1] and all(map(operator.is_, gradients, self._left[0])):
             return  # as every time; what follows looks for the one that differs
         for now, gradient, is_now, version in zip(gradients, self._left[0], versions, self._left[1], strict=False):
@@ -884,7 +885,8 @@ class Stepping(OptimizerFacade):
         self._precision.close(overflowed=self._overflowed)
         self._overflowed = None
         self._measures.forget()
-        self._window.reset()
+        if self._window.is_open:
+            self._window.reset()
         self._left = None
         self._release()
 

@@ -46,7 +46,7 @@ class Window:
         micro_batches: Complete micro-batches in the open window.
         weight: Their total weight.
         pending: Whether a loss has entered the micro-batch that is under way.
-        losses: The losses that entered, detached, by micro-batch, for the report on a non-finite window.
+        losses: The losses that entered, by micro-batch, for the report on a non-finite window.
         weighted: Whether losses come with a weight; None before the first.
         unit_of: Returns the unit that a first weight makes; the weight itself, unless other ranks have a say.
         common: The unit of every window, where it is the same on many ranks; 0 where each takes its own.
@@ -81,7 +81,7 @@ class Window:
         self.micro_batches: int = 0
         self.weight: float = 0.0
         self.pending: bool = False
-        self.losses: list[tuple[int, torch.Tensor]] = []
+        self.losses: list[tuple[int, float | torch.Tensor]] = []
         self.shrink: float = 1.0
         self.unit: float = self.common
         self.weighted: bool | None = None
@@ -99,7 +99,7 @@ class Window:
         """Go on in the window that :meth:`state_dict` returned the whole of."""
         self.micro_batches, self.weight = state["micro_batches"], state["weight"]
         self.unit, self._spread, self.weighted = state["unit"], state["spread"], state["weighted"]
-        self.losses = [(micro_batch, torch.tensor(loss)) for micro_batch, loss in state["losses"]]
+        self.losses = [(micro_batch, float(loss)) for micro_batch, loss in state["losses"]]
 
     @property
     def is_open(self) -> bool:
@@ -197,7 +197,9 @@ class Window:
             raise ArgumentValueError(message)
         self._spread = spread
         self.weighted = weight is not None
-        self.losses.append((self.micro_batches + 1, loss.detach()))
+        # On the CPU the number is at hand; elsewhere the host, or every rank, would have to wait for it.
+        at_hand = loss.is_cpu and type(loss) is torch.Tensor
+        self.losses.append((self.micro_batches + 1, loss.item() if at_hand else loss.detach()))
         self.pending = True
         # Also of one that weighs nothing: other ranks may be asking for their first weight.
         self.unit = self.unit or (items * spread if weight is None else self.unit_of(items * spread))

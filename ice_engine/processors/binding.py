@@ -1,6 +1,7 @@
 """What stays the same from step to step about processors and param groups, found once."""
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class Binding:
         return (
             processors is self._processors
             and len(groups) == len(self._groups)
-            and all(group is own for group, own in zip(groups, self._groups, strict=True))
+            and all(map(operator.is_, groups, self._groups))
         )
 
     def run(self, context: Mapping[str, Any]) -> bool:
