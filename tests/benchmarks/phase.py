@@ -1,10 +1,10 @@
 """What the optimizer phase costs, from the last backward to the next forward: ``python tests/benchmarks/phase.py``.
 
-Finite check, unscaling, clip and AdamW: as torch's functions do it one after the other, and as a window closes.
+Finite check, unscaling, clip and AdamW: as torch's functions do it one after the other, and as a window closes. With
+one thread: those of the loops that wait would keep the cores busy.
 """
 
 import functools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +74,7 @@ def case(name: str, shapes: list[tuple[int, ...]], size: int, bounds: dict[str, 
     loops: dict[str, Loop] = {
         loop: functools.partial(function, Sizes(tuple(shapes))) for loop, function in LOOPS.items()
     }
-    return Case(name, loops, None, size, bounds, threads=os.cpu_count() or 1)
+    return Case(name, loops, None, size, bounds, threads=1)
 
 
 def characters() -> list[tuple[int, ...]]:
