@@ -15,7 +15,7 @@ import torch
 
 from ice_engine.arguments import flag, positive
 from ice_engine.errors import ArgumentTypeError, NonFiniteGradientError
-from ice_engine.norms import Part, gradients_of, norm_of_norms, norm_of_parts, over_ranks, part, total_norm
+from ice_engine.norms import ROUNDED, Part, gradients_of, norm_of_norms, norm_of_parts, over_ranks, part, total_norm
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,9 +67,30 @@ class ClipNorm:
         """
         return torch.where(norm.isfinite(), (self.max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
 
-    def after(self, norm: torch.Tensor) -> torch.Tensor | None:
-        """Return what *norm* became by clipping, shape (); None with *per_group*, where it does not follow from it."""
-        return None if self.per_group else norm * self.coefficient(norm)
+    def factor(self, norm: torch.Tensor, known: float | None = None) -> float | torch.Tensor:
+        """Return :meth:`coefficient`, as a number where the host knows that *norm* is *known*: at a tenth of its price.
+
+        It is rounded as torch rounds it, so that gradients are the same to the last bit.
+        """
+        rounded = ROUNDED.get(norm.dtype)
+        if known is None or rounded is None:
+            return self.coefficient(norm)
+        if not math.isfinite(known):
+            return 1.0
+        reciprocal = rounded(1.0 / rounded(known + rounded(1e-6)))
+        return min(rounded(reciprocal * rounded(self.max_norm)), 1.0)
+
+    def after(self, norm: torch.Tensor, factor: float | torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return what *norm* became by clipping, shape (); None with *per_group*, where it does not follow from it.
+
+        Args:
+            norm: The norm before, shape ().
+            factor: What :meth:`factor` returned for it, if it is at hand.
+        """
+        if self.per_group:
+            return None
+        factor = self.coefficient(norm) if factor is None else factor
+        return norm if isinstance(factor, float) and factor == 1.0 else norm * factor
 
     def __repr__(self) -> str:
         return _call(

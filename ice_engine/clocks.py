@@ -1,5 +1,6 @@
 """Where in the run an optimizer is: its three clocks, and how long the run will be."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from ice_engine.arguments import count
@@ -29,6 +30,16 @@ def count_steps(
     return per[0] + whole * per[1] + per[2]
 
 
+def _check_given(given: Mapping[str, int | None]) -> None:
+    for argument, value in given.items():
+        if value is not None:
+            count(argument, value, 1)
+    done, size = given.get("epoch_steps"), given.get("epoch_size")
+    if done is not None and size is not None and done > size:
+        message = f"epoch_steps ({done}) is beyond epoch_size ({size}); both count micro-batches"
+        raise ArgumentValueError(message)
+
+
 class Clocks:
     """Counts iterations (micro-batches), attempts (windows closed), steps (updates applied) and skips.
 
@@ -44,9 +55,10 @@ class Clocks:
         self.run: Any = None
         self.plan: dict[str, Any] = {}
         self._given: dict[str, int | None] = {}
+        self._lengths: tuple[tuple[dict[str, int | None], int, str], dict[str, Any], dict[str, Any]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "run": None}
+        return {**vars(self), "run": None, "_lengths": None}
 
     def leave(self) -> None:
         """Forget the engine, whose clocks say nothing about what comes."""
@@ -59,13 +71,8 @@ class Clocks:
             ArgumentTypeError: If something given is not an integer.
             ArgumentValueError: If it is below 1, or ``epoch_steps`` is beyond ``epoch_size``.
         """
-        for argument, value in given.items():
-            if value is not None:
-                count(argument, value, 1)
-        done, size = given.get("epoch_steps"), given.get("epoch_size")
-        if done is not None and size is not None and done > size:
-            message = f"epoch_steps ({done}) is beyond epoch_size ({size}); both count micro-batches"
-            raise ArgumentValueError(message)
+        if given:
+            _check_given(given)
         self._given = given
         counted = self.counts["iteration"] + 1 if self.run is None else int(self.run.iteration)
         self.counts["iteration"] = given.get("global_steps") or counted
@@ -82,6 +89,13 @@ class Clocks:
 
     def run_lengths(self) -> dict[str, int | None]:
         """Return how long the run is: ``epoch_length``, ``max_epochs`` and ``max_iters``, None where unknown."""
+        run = self.run
+        if run is not None and not self._given:  # as in every step of an attached optimizer
+            return {
+                "epoch_length": getattr(run, "epoch_length", None),
+                "max_epochs": getattr(run, "max_epochs", None),
+                "max_iters": getattr(run, "max_iters", None),
+            }
         return {
             "epoch_length": self._now("epoch_length", "epoch_size"),
             "max_epochs": self._now("max_epochs"),
@@ -113,12 +127,18 @@ class Clocks:
     def lengths(self, window_size: int, tail: str) -> dict[str, Any]:
         """Return the part of :meth:`context` that stays as it is along the run."""
         lengths = self.run_lengths()
-        return {
+        if self._lengths is not None:  # nearly always those of the step before
+            terms, plan, found = self._lengths
+            if plan is self.plan and terms == (lengths, window_size, tail):
+                return found
+        found = {
             **lengths,
             "epoch_size": lengths["epoch_length"],
             "total_steps": self.total_steps(window_size, tail),
             **self.plan,
         }
+        self._lengths = (lengths, window_size, tail), self.plan, found
+        return found
 
     def total_steps(self, window_size: int, tail: str) -> int | None:
         """Return the steps of the whole run; None while its length is unknown."""

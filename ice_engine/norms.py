@@ -7,7 +7,9 @@ the rest: it refuses tensors of several meshes, and plain ones among them
 whose shard is empty, while the others wait for it.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -114,7 +116,8 @@ def norm_of_norms(norms: Sequence[torch.Tensor], norm_type: float = 2.0) -> torc
         return torch.zeros(())
     if len(norms) == 1:
         return norms[0]
-    stacked = torch.stack([norm.to(norms[0].device) for norm in norms])
+    device = norms[0].device
+    stacked = torch.stack([norm if norm.device == device else norm.to(device) for norm in norms])
     return cast("torch.Tensor", torch.linalg.vector_norm(stacked, norm_type))
 
 
@@ -132,6 +135,20 @@ def over_ranks(
         gathered = DTensor.from_local(norms.unsqueeze(0), mesh, placements, run_check=False).full_tensor()
         norms = torch.linalg.vector_norm(gathered, norm_type, dim=0)
     return norms
+
+
+def _single(value: float) -> float:
+    try:
+        (rounded,) = _SINGLE.unpack(_SINGLE.pack(value))
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return cast("float", rounded)
+
+
+_SINGLE = struct.Struct("f")
+
+ROUNDED: dict[torch.dtype, Callable[[float], float]] = {torch.float32: _single, torch.float64: float}
+"""Rounds a number of the host's as a tensor would: what is computed here comes out as there, to the last bit."""
 
 
 def _is_dtensor(tensor: torch.Tensor) -> bool:

@@ -34,7 +34,7 @@ from ice_engine.processors.group import check_names, rewind, set_initial_values
 from ice_engine.processors.group_mapping import group_name
 from ice_engine.processors.processor import name_of
 from ice_engine.state import gradients_in, pack, stub, unpack
-from ice_engine.stepping import Stepping
+from ice_engine.stepping import Stepping, has_gradient
 from ice_engine.summary import summary
 from ice_engine.wrappers import bare
 
@@ -50,7 +50,9 @@ class Optimizer(Stepping):
     :meth:`backward` and :meth:`update`; :meth:`attach` lets an Ignite engine call the latter.
 
     Args:
-        optimizer: A torch optimizer, or a factory of one such as ``functools.partial(AdamW, lr=3e-3)``.
+        optimizer: A torch optimizer, or a factory of one such as ``functools.partial(AdamW, lr=3e-3)``. A factory of
+            Adam or AdamW that leaves ``fused`` and ``foreach`` open gets the fused form, which differs by rounding;
+            an instance stays as it is. ``repr(optimizer)`` says which runs.
         params: With a factory: parameters, ``(name, parameter)`` pairs or param groups.
         name: Identifier that prefixes events, ``engine.state`` attributes and tags; unique per engine.
         processors: Functions from dict to dict, run in this order once per step and param group. A schedule over the
@@ -292,9 +294,10 @@ class Optimizer(Stepping):
         self._publish()
 
     def _on_iteration_started(self, _: Engine) -> None:
-        self._drop_unfinished()
+        if self._window.pending:
+            self._drop_unfinished()
         # As the zero_grad() of a plain loop: what a handler left there, such as validation, enters no window.
-        if not (self._window.is_open or self.needs_closure) and any(p.grad is not None for p in self._parameters()):
+        if not (self._window.micro_batches or self.needs_closure) and has_gradient(self._parameters()):
             self.zero_grad()
         if "times" in self._measures.wanted:
             self._measures.watch.lap("data")
@@ -302,12 +305,12 @@ class Optimizer(Stepping):
     def _on_iteration_completed(self, _: Engine) -> None:
         if "times" in self._measures.wanted:
             self._measures.watch.lap("compute")
-        if self._window.pending and self._member is None:
-            self.update()
-        elif self._window.pending:
-            self._end_micro_batch(size=self._window.size)  # the peers know whether the window closes
+        if self._window.pending:
+            self._end_micro_batch(size=self._window.size)
+            if self._member is None and self._window.is_full:  # else the peers know whether the window closes
+                self._close(self._window.size)
         elif not self.needs_closure:
-            self._require_own_gradients()
+            self._require_own_gradients(self._parameters())
 
     def _drop_unfinished(self) -> None:
         # Its iteration did not complete: the exception was swallowed by a handler of EXCEPTION_RAISED.
@@ -646,7 +649,13 @@ class Optimizer(Stepping):
         if self._closing:
             kept["_clocks"] = copy.copy(self._clocks)
             kept["_clocks"].counts = self._whole_counts()
-        of_this_run: dict[str, Any] = {"_engine": None, "_parameter_names": {}, "_last_record": None, "_left": []}
+        of_this_run: dict[str, Any] = {
+            "_engine": None,
+            "_parameter_names": {},
+            "_last_record": None,
+            "_left": None,
+            "_bound": None,
+        }
         return {**kept, **of_this_run, "_closing": False, "_in_close": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ the user's own the norm that it returns is judged, not what it left, and a handl
 has the last word.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
@@ -261,17 +262,17 @@ class Precision:
         if self.enabled:
             shared(cast("torch.amp.GradScaler", self.scaler)).close(self, overflowed)
 
-    def judge(self, norm: torch.Tensor | None, found_inf: torch.Tensor | None = None) -> str | None:
+    def judge(self, norm: float | None, found_inf: torch.Tensor | None = None) -> str | None:
         """Return why a gradient must not be applied, or None.
 
         Args:
-            norm: The gradient's norm, shape (); None if nobody computed it.
+            norm: The gradient's norm; None if nobody computed it.
             found_inf: Without a norm: above 0 if an entry is infinite or NaN, shape ().
         """
         measured = norm if norm is not None else found_inf
         if measured is None or self.policy == "off":
             return None
-        value = float(measured)  # what the host waits for, once a window
+        value = float(measured)
         if norm is None:
             return "a gradient is infinite or NaN" if value else None
         if value - value == 0.0:  # neither infinite nor NaN
@@ -356,7 +357,7 @@ def first_nonfinite(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> str
     return "every entry is finite, their norm is not"
 
 
-def nonfinite_loss(losses: Iterable[tuple[int, torch.Tensor]]) -> str:
+def nonfinite_loss(losses: Iterable[tuple[int, float | torch.Tensor]]) -> str:
     """Say which micro-batch is the first whose loss was not finite; nothing if all were."""
-    bad = [index for index, loss in losses if not bool(torch.isfinite(loss))]
+    bad = [index for index, loss in losses if not math.isfinite(float(loss))]
     return f"the loss of micro-batch {bad[0]} of its window was not finite" if bad else ""

@@ -4,8 +4,9 @@ import dataclasses
 import difflib
 import inspect
 import logging
+import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, Self, cast
@@ -13,6 +14,7 @@ from typing import Any, Self, cast
 import torch
 from ignite.engine import Engine
 
+from ice_engine import differentiate, fused
 from ice_engine.arguments import choice, count
 from ice_engine.clipping import ClipNorm
 from ice_engine.clocks import Clocks, count_steps
@@ -29,26 +31,24 @@ from ice_engine.errors import (
     NoGradientsError,
     warn,
 )
-from ice_engine.events import StepRecord, check_name, fire, has_listeners, is_running, optimizer_events
+from ice_engine.events import StepRecord, by_kind, check_name, fire, has_listeners, is_running, optimizer_events
 from ice_engine.facade import OptimizerFacade
-from ice_engine.gradients import Gradient
+from ice_engine.gradients import Gradient, Multiplier
 from ice_engine.horizon import Course, OnChange, Terms
 from ice_engine.isolation import gradients_aside
 from ice_engine.measures import MEASURES, Measures
 from ice_engine.norms import entries
 from ice_engine.peers import Member
 from ice_engine.precision import Policy, Precision, first_nonfinite, nonfinite_loss
-from ice_engine.processors.agreement import Gather
+from ice_engine.processors.binding import Binding
 from ice_engine.processors.group import (
     check_processors,
     followed_metrics,
     frozen,
     run_processors,
     set_initial_values,
-    written_keys,
 )
 from ice_engine.processors.group_mapping import group_name
-from ice_engine.processors.schedule import Schedule
 from ice_engine.typing import Clip, DictProcessor, GroupClip, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
 
@@ -129,8 +129,8 @@ class Stepping(OptimizerFacade):
         self._stepping: bool = False
         self._closing: bool = False
         self._in_close: bool = False
-        # Each parameter with the gradient that backward() left it, and that gradient's version.
-        self._left: list[tuple[torch.Tensor, torch.Tensor | None, int]] = []
+        # The gradients that backward() left its parameters, and the version of each.
+        self._left: tuple[list[torch.Tensor | None], list[int]] | None = None
         self._counts_before: dict[str, int] = {}
         self._overflowed: bool | None = None
         self._measures = Measures()
@@ -141,6 +141,7 @@ class Stepping(OptimizerFacade):
         self._engine: Engine | None = None
         self._member: Member | None = None
         self._last_record: StepRecord | None = None
+        self._bound: Binding | None = None
         set_initial_values(self._processors, self.param_groups if self._processors else ())
         _ALL.add(self)
 
@@ -269,6 +270,37 @@ class Stepping(OptimizerFacade):
                 have a weight, if somebody else put, changed or cleared a gradient since the window opened, in a
                 handler of this optimizer's events, or if the engine that this is attached to is not running.
         """
+        # Once per micro-batch: here, and in what is called from here, the usual is found out by cheap questions, and
+        # what is wrong by the functions that say so.
+        window, engine = self._window, self._engine
+        if type(loss) is not torch.Tensor or not loss.requires_grad or loss.numel() != 1:
+            self._check_loss(loss, weight)
+        if self._in_close or engine is None or not is_running(engine) or self.needs_closure:
+            self._check_time()
+        parameters = self._parameters()
+        self._require_own_gradients(parameters)
+        if self._precision.scaler is not None:
+            self._precision.require_unscaled(loss)
+            self._precision.require_one_owner(self, self._inner)
+        first = window.first
+        # In a window of one micro-batch, half precision makes no difference.
+        part = window.enter(loss, weight, half=window.size != 1 and self._begins_in_half)
+        if window.first != first:
+            self._say_size()
+        if len(window.losses) == _FORGOTTEN and engine is None and not self._clocks.counts["iteration"]:
+            warn(
+                f"backward() was called {_FORGOTTEN} times and update() never: optimizer {self._name!r} does not "
+                "step; call optimizer.attach(engine) before the run, or optimizer.update() after each micro-batch"
+            )
+        if part is None:
+            self._pass_over(loss)
+            return
+        if window.shrink != 1.0:
+            Gradient([p for p in parameters if p.grad is not None], window.shrink).multiply()
+        self._differentiate(part, retain_graph=retain_graph)
+        self._left = _gradients_and_versions(parameters)
+
+    def _check_loss(self, loss: Any, weight: float | None) -> None:
         if not isinstance(loss, torch.Tensor):
             message = f"loss must be a tensor, got {type(loss).__name__}; pass the loss itself, not loss.item()"
             raise ArgumentTypeError(message)
@@ -281,6 +313,8 @@ class Stepping(OptimizerFacade):
                 "look for detach(), torch.no_grad() or frozen parameters between the model and the loss"
             )
             raise BackwardError(message)
+
+    def _check_time(self) -> None:
         self._require_window()
         self._refuse_inside_close("backward()")
         if self._engine is not None and not self._running:
@@ -289,42 +323,33 @@ class Stepping(OptimizerFacade):
                 "so nobody would step; call it in train_step, or optimizer.detach() for a loop of your own"
             )
             raise BackwardError(message)
-        self._require_own_gradients()
-        self._precision.require_unscaled(loss)
-        self._precision.require_one_owner(self, self._inner)
-        half = not self._window.is_open and any(p.dtype == torch.float16 for p in self._parameters())
-        first = self._window.first
-        part = self._window.enter(loss, weight, half=half)
-        if self._window.first != first:
-            self._say_size()
-        if self._engine is None and not self._clocks.counts["iteration"] and len(self._window.losses) == _FORGOTTEN:
-            warn(
-                f"backward() was called {_FORGOTTEN} times and update() never: optimizer {self._name!r} does not "
-                "step; call optimizer.attach(engine) before the run, or optimizer.update() after each micro-batch"
-            )
-        if part is None:
-            self._pass_over(loss)
-            return
-        if self._window.shrink != 1.0:
-            Gradient([p for p in self._parameters() if p.grad is not None], self._window.shrink).multiply()
-        self._differentiate(part, retain_graph=retain_graph)
-        self._note_gradients()
+
+    @property
+    def _begins_in_half(self) -> bool:
+        return not self._window.is_open and any(p.dtype == torch.float16 for p in self._parameters())
 
     def _differentiate(self, part: torch.Tensor, *, retain_graph: bool) -> None:
-        if self._member is not None:
-            self._member.sync.before_backward(part)
+        member = self._member
+        if member is not None:
+            member.sync.before_backward(part)
         try:
-            # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters that
-            # it must not train: what it leaves there would enter the other's step.
-            with gradients_aside(self._foreign_parameters()) as reached:
-                torch.autograd.backward(self._precision.scale(part), retain_graph=retain_graph)
-                if self._engine is None and reached():
-                    self._refuse_reaching()
-            if self._member is not None:
-                self._member.differentiated += 1
+            if self._precision.scaler is not None:
+                part = self._precision.scale(part)
+            alone = self._engine is not None and len(vars(self._engine)["_ice_optimizers"]) == 1
+            if not alone and (foreign := self._foreign_parameters()):
+                # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters
+                # that it must not train: what it leaves there would enter the other's step.
+                with gradients_aside(foreign) as reached:
+                    differentiate.backward(part, retain_graph=retain_graph)
+                    if self._engine is None and reached():
+                        self._refuse_reaching()
+            else:
+                differentiate.backward(part, retain_graph=retain_graph)
+            if member is not None:
+                member.differentiated += 1
         except BaseException as error:
-            if self._member is not None:
-                self._member.broken = True
+            if member is not None:
+                member.broken = True
             _note_retain_graph(error)
             # Part of the gradients may be there and part not; the caller may catch this and go on.
             self._discard("a backward() that failed")
@@ -449,16 +474,19 @@ class Stepping(OptimizerFacade):
     def _end_micro_batch(
         self, grad_scaler: torch.amp.GradScaler | None = None, size: int = 1, **given: int | None
     ) -> None:
-        self._require_window()
-        self._refuse_inside_close("update()")
-        self._window.require_weight()  # before the iteration is counted: a refused call changes nothing
-        self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
+        if self.needs_closure or self._in_close:
+            self._require_window()
+            self._refuse_inside_close("update()")
         by_caller = not self._window.pending
+        if by_caller:
+            self._window.require_weight()  # before anything is counted: a refused call changes nothing
+        if grad_scaler is not None:
+            self._precision.adopt(grad_scaler, unscaled_losses=bool(self._window.losses))
         if by_caller:
             self._precision.enter_by_caller()
         self._clocks.micro_batch(**given)
         self._window.end_micro_batch()
-        measures_first = "noise_scale" in self._measures.wanted and size > 1
+        measures_first = size > 1 and "noise_scale" in self._measures.wanted
         if measures_first:
             self._note_first()
         if by_caller or measures_first:
@@ -550,25 +578,23 @@ class Stepping(OptimizerFacade):
             raise BackwardError(message)
 
     def _note_gradients(self) -> None:
-        self._left = [(p, g := p.grad, 0 if g is None else g._version) for p in self._parameters()]  # noqa: SLF001
+        self._left = _gradients_and_versions(self._parameters())
 
-    def _require_own_gradients(self) -> None:
+    def _require_own_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
         """Refuse gradients that backward() did not leave as they are: in the window's mean they would be wrong."""
-        mend = (
-            "call optimizer.backward(loss) instead of loss.backward(), and keep another optimizer's loss from them: "
-            "write with other.toggle(module): around it, of the module that has them, or detach()"
-        )
-        if not self._left:
-            if any(p.grad is not None for p in self._parameters()):
+        if self._left is None:
+            if has_gradient(parameters):
                 message = (
                     f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); "
-                    f"{mend}; optimizer.zero_grad() clears what is left from before"
+                    f"{_OWN_GRADIENTS}; optimizer.zero_grad() clears what is left from before"
                 )
                 raise BackwardError(message)
             return
-        for parameter, gradient, version in self._left:
-            now = parameter.grad
-            if now is gradient and (now is None or now._version == version):  # noqa: SLF001 - has no public name
+        gradients, versions = _gradients_and_versions(parameters)
+        if versions == self._left[1] and all(map(operator.is_, gradients, self._left[0])):
+            return  # as every time; what follows looks for the one that differs
+        for now, gradient, is_now, version in zip(gradients, self._left[0], versions, self._left[1], strict=False):
+            if now is gradient and is_now == version:
                 continue
             cleared = gradient is not None and (now is None or not bool(entries(now).any()))
             self._discard("model.zero_grad()" if cleared else "changed gradients")
@@ -577,7 +603,7 @@ class Stepping(OptimizerFacade):
                 "that out of train_step, gradients are cleared after every step"
                 if cleared
                 else f"gradients of optimizer {self._name!r} were changed inside its window, not by its backward(); "
-                f"{mend}; a handler of {self._name.upper()}_GRADIENTS_READY may change the window's"
+                f"{_OWN_GRADIENTS}; a handler of {self._name.upper()}_GRADIENTS_READY may change the window's"
             )
             raise BackwardError(message)
 
@@ -613,8 +639,9 @@ class Stepping(OptimizerFacade):
 
     def _attempt(self) -> bool:
         window = self._window
-        self._precision.require_one_scale()
-        self._precision.require_one_owner(self, self._inner)
+        if self._precision.scaler is not None:
+            self._precision.require_one_scale()
+            self._precision.require_one_owner(self, self._inner)
         self._count("attempt")
         if window.weight == 0.0:
             return self._skip("the window's weight is 0")
@@ -649,17 +676,21 @@ class Stepping(OptimizerFacade):
         if self._measures.wants_length:
             # A clip's norm may be another one than the length.
             self._measures.whole(norm if clip is None or clip.norm_type == 2.0 else gradient.norm())  # noqa: PLR2004
-        reason = precision.judge(norm, found_inf)
+        # What the host waits for, once a window, to know whether there is a step.
+        known = None if norm is None or precision.policy == "off" else float(norm)
+        reason = precision.judge(known, found_inf)
         if reason is not None:
             # Perhaps only the norm of the scaled sum was beyond its type, and that of the mean is not.
             gradient.multiply()
             norm = gradient.norm(2.0 if clip is None else clip.norm_type)
-            reason = precision.judge(norm)
+            known = float(norm)
+            reason = precision.judge(known)
         precision.count(reason)
         self._overflowed = bool(self._overflowed) or reason is not None
         if reason is None:
-            gradient.multiply(1.0 if clip is None or norm is None else clip.coefficient(norm))
-            return self._step(norm)
+            factor = 1.0 if clip is None or norm is None else clip.factor(norm, known)
+            self._step(gradient, norm, factor)
+            return True
         reason = f"{reason}, {first_nonfinite(self.named_parameters())}; {self._nonfinite_losses()}"
         self._skip(reason, norm)
         counts, epoch = self._clocks.counts, self._clocks.epoch
@@ -706,30 +737,45 @@ class Stepping(OptimizerFacade):
             return (
                 norm.detach().clone().reshape(()) if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
             ), None
-        return None, None if self._precision.policy == "off" else gradient.multiply_and_check()
+        if self._precision.policy == "off" or (self._takes_factor(gradient) and gradient.is_finite()):
+            return None, None
+        return None, gradient.multiply_and_check()
 
-    def _step(self, norm: torch.Tensor | None) -> bool:
+    def _takes_factor(self, gradient: Gradient) -> bool:
+        """Whether the optimizer multiplies the gradients itself: it can, and nobody looks at them before."""
+        return (
+            bool(gradient.plain)
+            and fused.takes_factor(self._inner, gradient.plain)
+            and "step" not in vars(self)
+            and not self._listens("STEP_STARTED")
+            and self._binding.blind
+        )
+
+    def _step(self, gradient: Gradient, norm: torch.Tensor | None, factor: Multiplier) -> None:
+        left: Multiplier = 1.0
+        if self._takes_factor(gradient):
+            left = gradient.final(factor)
+        else:
+            gradient.multiply(factor)
         if self._processors:
-            set_initial_values(self._processors, self.param_groups)
-            # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed.
-            if self._course.configured is not None or self._course.outdated(self._clocks):
-                self._settle(self._window.micro_batches)
-        if self._window.batch is not None and self._engine is not None and self._course.unsettled:
+            self._run_processors()
+        elif self._window.batch is not None and self._engine is not None and self._course.unsettled:
             self._settle(self._window.micro_batches)  # the first loss has told how long windows are
-        if self._processors:
-            context = {**self._clocks.context(self._size, self._window.tail), **self._owners()}
-            run_processors(self._processors, self.param_groups, context, self._gather())
         self._count("step")
         record_before = self._last_record
         try:
-            self._note(norm, None)
+            self._note(norm, None, factor)
             if self._fire("STEP_STARTED"):
-                self._note(norm, None)  # again: torch's and Ignite's schedulers sit there
+                self._note(norm, None, factor)  # again: torch's and Ignite's schedulers sit there
             self._stepping = True
-            self._measures.before_step(
-                {group_name(group, i): group["params"] for i, group in enumerate(self.param_groups)}
-            )
-            self.step()
+            if self._measures.wanted:
+                self._measures.before_step(
+                    {group_name(group, i): group["params"] for i, group in enumerate(self.param_groups)}
+                )
+            if "step" in vars(self):  # patched in by torch's schedulers
+                self.step()
+            else:
+                fused.step_with(self._inner, left, gradient.device)
         except BaseException:
             self._count("step", -1)
             self._publish_record(record_before)
@@ -741,7 +787,27 @@ class Stepping(OptimizerFacade):
             found = self._measures.after_step(self._window.weight)
             self._publish_record(dataclasses.replace(cast("StepRecord", self._last_record), **found))
         self._end_window("STEP_COMPLETED")
-        return True
+
+    def _run_processors(self) -> None:
+        binding = self._binding
+        # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed.
+        if self._course.configured is not None or self._course.outdated(self._clocks):
+            self._settle(self._window.micro_batches)
+        if self._window.batch is not None and self._engine is not None and self._course.unsettled:
+            self._settle(self._window.micro_batches)  # the first loss has told how long windows are
+            binding = self._binding
+        context = self._clocks.context(self._size, self._window.tail)
+        if not binding.run(context):
+            # What the clocks alone decide is the same on every rank, as they are; anything else has to be compared.
+            gather = gatherer() if self._member is not None and not binding.clocks_alone else None
+            run_processors(self._processors, self.param_groups, {**context, **self._owners()}, gather)
+
+    @property
+    def _binding(self) -> Binding:
+        groups = self._inner.param_groups
+        if self._bound is None or not self._bound.holds(self._processors, groups):
+            self._bound = Binding(self._processors, groups)
+        return self._bound
 
     def _note_first(self) -> None:
         """Keep the squared norm of the first micro-batch's mean gradient; the window's comes at its end."""
@@ -749,15 +815,6 @@ class Stepping(OptimizerFacade):
         if self._window.micro_batches == 1 and self._window.weight and parameters:
             multiplier = self._precision.multiplier(self._window.scale, parameters[0].device)
             self._measures.first(Gradient(parameters, multiplier).norm(), self._window.weight)
-
-    def _gather(self) -> Gather | None:
-        # What the clocks alone decide is the same on every rank, as they are; anything else has to be compared.
-        if self._member is None or (
-            all(isinstance(processor, Schedule) for processor in self._processors)
-            and not followed_metrics(self._processors)
-        ):
-            return None
-        return gatherer()
 
     def _owners(self) -> dict[str, Any]:
         measurements = MappingProxyType(self._measurements)
@@ -807,10 +864,10 @@ class Stepping(OptimizerFacade):
             setattr(self._engine.state, f"{self._name}_{clock}", self._clocks.counts[clock])
 
     def _fire(self, kind: str) -> bool:
-        return self._engine is not None and fire(self._engine, self.event(kind))
+        return self._engine is not None and fire(self._engine, by_kind(self._name)[kind])
 
     def _listens(self, kind: str) -> bool:
-        return self._engine is not None and has_listeners(self._engine, self.event(kind))
+        return self._engine is not None and has_listeners(self._engine, by_kind(self._name)[kind])
 
     def _publish(self) -> None:
         if self._engine is not None:
@@ -818,8 +875,8 @@ class Stepping(OptimizerFacade):
                 self._count(clock, 0)
             setattr(self._engine.state, f"{self._name}_record", self._last_record)
 
-    def _note(self, norm: torch.Tensor | None, reason: str | None) -> None:
-        keys = dict.fromkeys(["lr", *(key.partition(".")[0] for _, key in written_keys(self._processors))])
+    def _note(self, norm: torch.Tensor | None, reason: str | None, factor: Multiplier | None = None) -> None:
+        binding, clip = self._binding, self._clip
         record = StepRecord(
             step=self._clocks.counts["step"],
             attempt=self._clocks.counts["attempt"],
@@ -828,11 +885,11 @@ class Stepping(OptimizerFacade):
             micro_batches=self._window.micro_batches,
             weight=self._window.weight,
             grad_norm=norm,
-            clipped_norm=self._clip.after(norm) if isinstance(self._clip, ClipNorm) and norm is not None else None,
+            clipped_norm=clip.after(norm, factor) if isinstance(clip, ClipNorm) and norm is not None else None,
             loss_scale=self._precision.loss_scale,
             values={
-                group_name(group, i): {key: frozen(group[key]) for key in keys if key in group}
-                for i, group in enumerate(self.param_groups)
+                name: {key: frozen(group[key]) for key in binding.keys if key in group}
+                for name, group in zip(binding.names, self._inner.param_groups, strict=True)
             },
             skipped=reason,
         )
@@ -848,9 +905,18 @@ class Stepping(OptimizerFacade):
         self._precision.close(overflowed=self._overflowed)
         self._overflowed = None
         self._measures.forget()
-        self._window.reset()
-        self._left = []
-        self.zero_grad()
+        if self._window.is_open:
+            self._window.reset()
+        self._left = None
+        self._release()
+
+    def _release(self) -> None:
+        # torch's zero_grad() opens a range for the profiler and sorts the gradients, for 7 us; there may be another.
+        if "zero_grad" in vars(self._inner) or type(self._inner).zero_grad is not torch.optim.Optimizer.zero_grad:
+            self.zero_grad()
+            return
+        for parameter in self._parameters():
+            parameter.grad = None
 
     def _discard(self, cause: str) -> None:
         if self._window.is_open:
@@ -859,7 +925,8 @@ class Stepping(OptimizerFacade):
             warn(f"optimizer {self._name!r} dropped the {dropped} micro-batches of a window that {cause} left open")
 
     def _parameters(self) -> list[torch.Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        groups = self._inner.param_groups
+        return groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield its parameters with their names: given ones, the attached model's, or their places in the groups."""
@@ -875,6 +942,24 @@ class Stepping(OptimizerFacade):
 
 
 _ALL: weakref.WeakSet[Stepping] = weakref.WeakSet()
+
+_OWN_GRADIENTS = (
+    "call optimizer.backward(loss) instead of loss.backward(), and keep another optimizer's loss from them: "
+    "write with other.toggle(module): around it, of the module that has them, or detach()"
+)
+
+
+def has_gradient(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether one of *parameters* has a gradient."""
+    for parameter in parameters:  # noqa: SIM110 - any() takes twice the time, in every iteration
+        if parameter.grad is not None:
+            return True
+    return False
+
+
+def _gradients_and_versions(parameters: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor | None], list[int]]:
+    gradients = [parameter.grad for parameter in parameters]
+    return gradients, [-1 if g is None else g._version for g in gradients]  # noqa: SLF001 - has no public name
 
 
 def _note_retain_graph(error: BaseException) -> None:

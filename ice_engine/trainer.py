@@ -1,6 +1,5 @@
 """An Ignite trainer in one call, shaped like ``ignite.engine.create_supervised_trainer``."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from ignite.engine import Engine, _prepare_batch
 from ice_engine.batches import batch_size
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.optimizer import Optimizer
+from ice_engine.quiet_engine import QuietEngine
 
 
 def _loss_value(x: Any, y: Any, y_pred: Any, loss: torch.Tensor) -> float:  # noqa: ARG001 - Ignite's signature
@@ -77,17 +77,32 @@ def create_trainer(
     kind = (device or next((p.device for p in model.parameters()), torch.device("cpu"))).type
 
     def train_step(engine: Engine, batch: Any) -> Any:  # noqa: ARG001 - Ignite's signature
-        model.train()
+        _to_training(model)
         x, y = prepare_batch(batch, device=device, non_blocking=False)
-        with contextlib.nullcontext() if autocast is None else torch.autocast(kind, dtype=autocast):
+        if autocast is None:
             y_pred = model(x)
             loss = loss_fn(y_pred, y)
+        else:
+            with torch.autocast(kind, dtype=autocast):
+                y_pred = model(x)
+                loss = loss_fn(y_pred, y)
         optimizer.backward(loss, weight=weight(x, y))
         return output_transform(x, y, y_pred, loss)
 
-    trainer = Engine(train_step)
+    trainer = QuietEngine(train_step)
     optimizer.attach(trainer, model=model)
     return trainer
+
+
+def _to_training(module: torch.nn.Module) -> None:
+    """Do what ``module.train()`` does, without setting what is set: a fifth of its price, in every iteration."""
+    own = type(module).train is not torch.nn.Module.train or "train" in vars(module)
+    if own or not module.training:
+        module.train()
+        return
+    for child in module._modules.values():  # noqa: SLF001 - children() is half of that price
+        if child is not None:
+            _to_training(child)
 
 
 def _check_autocast(autocast: Any) -> None:

@@ -26,6 +26,7 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError, BackwardErr
 Tail = Literal["step", "carry", "drop"]
 Reduction = Literal["mean", "sum"]
 
+_EXACT = 2**53  # integers below are floats, too
 _MUCH = 8.0  # times the unit, from which on a weight makes it grow
 
 
@@ -45,7 +46,7 @@ class Window:
         micro_batches: Complete micro-batches in the open window.
         weight: Their total weight.
         pending: Whether a loss has entered the micro-batch that is under way.
-        losses: The losses that entered, detached, by micro-batch, for the report on a non-finite window.
+        losses: The losses that entered, by micro-batch, for the report on a non-finite window.
         weighted: Whether losses come with a weight; None before the first.
         unit_of: Returns the unit that a first weight makes; the weight itself, unless other ranks have a say.
         common: The unit of every window, where it is the same on many ranks; 0 where each takes its own.
@@ -80,7 +81,7 @@ class Window:
         self.micro_batches: int = 0
         self.weight: float = 0.0
         self.pending: bool = False
-        self.losses: list[tuple[int, torch.Tensor]] = []
+        self.losses: list[tuple[int, float | torch.Tensor]] = []
         self.shrink: float = 1.0
         self.unit: float = self.common
         self.weighted: bool | None = None
@@ -98,7 +99,7 @@ class Window:
         """Go on in the window that :meth:`state_dict` returned the whole of."""
         self.micro_batches, self.weight = state["micro_batches"], state["weight"]
         self.unit, self._spread, self.weighted = state["unit"], state["spread"], state["weighted"]
-        self.losses = [(micro_batch, torch.tensor(loss)) for micro_batch, loss in state["losses"]]
+        self.losses = [(micro_batch, float(loss)) for micro_batch, loss in state["losses"]]
 
     @property
     def is_open(self) -> bool:
@@ -186,18 +187,24 @@ class Window:
             )
             raise BackwardError(message)
         items = self.items(weight)
-        spread = self._spread if self.is_open else float(self.size or 1) if half else 1.0
+        first_of_micro_batch = not self.pending
+        if first_of_micro_batch and not self.micro_batches:
+            spread = float(self.size or 1) if half else 1.0
+        else:
+            spread = self._spread
         if not math.isfinite(self.weight + items * spread):
             message = f"the weights of this window add up to more than a float can hold, the last is {items:g}"
             raise ArgumentValueError(message)
         self._spread = spread
         self.weighted = weight is not None
-        self.losses.append((self.micro_batches + 1, loss.detach()))
-        first_of_micro_batch = not self.pending
+        # On the CPU the number is at hand; elsewhere the host, or every rank, would have to wait for it.
+        at_hand = loss.is_cpu and type(loss) is torch.Tensor
+        self.losses.append((self.micro_batches + 1, loss.item() if at_hand else loss.detach()))
         self.pending = True
         # Also of one that weighs nothing: other ranks may be asking for their first weight.
         self.unit = self.unit or (items * spread if weight is None else self.unit_of(items * spread))
-        self.decide(self.unit / spread)
+        if self.batch is not None:
+            self.decide(self.unit / spread)
         if items == 0.0:
             return None
         self.shrink = 1.0
@@ -212,6 +219,8 @@ class Window:
 
     def items(self, weight: float | None) -> float:
         """Return the items that a loss with this *weight* stands for; see :meth:`enter` for what is raised."""
+        if type(weight) is int and 0 <= weight < _EXACT:  # as nearly always
+            return float(weight)
         if weight is None:
             if self.batch is not None:
                 message = (
@@ -262,8 +271,8 @@ class Window:
 
     def end_micro_batch(self) -> None:
         """Count the micro-batch under way; one that no loss has entered was differentiated by the user."""
-        self.require_weight()
         if not self.pending:
+            self.require_weight()
             self.weighted = False
             self.unit = 1.0
             self.weight += 1.0

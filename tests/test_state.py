@@ -13,8 +13,9 @@ import ice_engine as ice
 from ice_engine.errors import StateDictError
 
 FACTORIES = {
-    "AdamW": functools.partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1),
-    "AMSGrad": functools.partial(torch.optim.Adam, lr=0.05, amsgrad=True),
+    # Not left open, because ours would then take another implementation than torch.
+    "AdamW": functools.partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1, foreach=False),
+    "AMSGrad": functools.partial(torch.optim.Adam, lr=0.05, amsgrad=True, foreach=False),
     "SGD": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
     "Adafactor": functools.partial(torch.optim.Adafactor, lr=0.05),
     "Adagrad": functools.partial(torch.optim.Adagrad, lr=0.05),

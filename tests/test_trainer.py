@@ -252,3 +252,36 @@ def test_an_attached_optimizer_is_refused():
     create_trainer(model, optimizer, mse_loss)
     with pytest.raises(AttachError, match=r"attached to another engine already; call optimizer\.detach\(\)"):
         create_trainer(model, optimizer, mse_loss)
+
+
+class Frozen(torch.nn.BatchNorm1d):
+    """A layer that never trains, as one writes it."""
+
+    def train(self, mode=True):
+        return super().train(mode=False)
+
+
+def test_every_module_is_in_training_mode_in_every_iteration_as_its_train_has_it():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Dropout(), Frozen(2)), None)
+    model[1].extend([torch.nn.Linear(2, 1)])
+    patched = torch.nn.Identity()
+    patched.train = lambda mode=True: calls.append(mode)
+    model.append(patched)
+    calls, seen = [], []
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer = ice.create_trainer(model, optimizer, torch.nn.functional.mse_loss)
+
+    @trainer.on(Events.ITERATION_STARTED)
+    def meddle():
+        model[1][0].eval()  # a part of it alone
+        model[1][1].training = True
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def look():
+        seen.append([m.training for m in model.modules() if m is not patched])
+
+    model.forward = lambda x: model[1][2](model[1][1](model[1][0](model[0](x))))
+    trainer.run([(torch.ones(4, 2), torch.ones(4, 1))] * 2)
+
+    assert seen == [[True, True, True, True, False, True]] * 2
+    assert calls == [True, True]

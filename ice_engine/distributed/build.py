@@ -8,6 +8,7 @@ import torch.distributed as dist
 from ice_engine.arguments import choice
 from ice_engine.distributed.world import world_size
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
+from ice_engine.fused import prefer
 from ice_engine.typing import OptimizerFactory
 
 if dist.is_available():
@@ -61,6 +62,7 @@ def build(
         raise ArgumentTypeError(message)
     if dist.is_available():
         refuse_raw(type(made))
+    prefer(made)
     return made
 
 

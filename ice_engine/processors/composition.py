@@ -42,6 +42,19 @@ class Product(Schedule):
     def spec(self) -> dict[str, Any]:
         return {"product": [factor.spec for factor in self.factors]}
 
+    def formula(self, mapping: Mapping[str, Any], *, start: int = 0) -> Callable[[float], float] | None:
+        found = [factor.formula(mapping, start=start) for factor in reversed(self.factors)]
+        factors = [factor for factor in found if factor is not None]
+        if len(factors) < len(found):
+            return None
+
+        def product(base: float) -> float:
+            for factor in factors:
+                base = factor(base)
+            return base
+
+        return product
+
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
         for factor in reversed(self.factors):
             if not factor.conditional or factor.applies(mapping, start=start):
@@ -82,6 +95,12 @@ class Sequence(Schedule):
         if self._elapsed(mapping) < change:
             return self.first.applies(mapping, start=start)
         return self.second.applies(mapping, start=change)
+
+    def formula(self, mapping: Mapping[str, Any], *, start: int = 0) -> Callable[[float], float] | None:
+        change = start + self.at
+        if self._elapsed(mapping) < change:
+            return self.first.formula(mapping, start=start)
+        return None if self.rebase else self.second.formula(mapping, start=change)
 
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
         change = start + self.at
@@ -147,8 +166,14 @@ class Clamp(_Wrapped):
     def spec(self) -> dict[str, Any]:
         return {"clamp": self.schedule.spec, "min": self.least, "max": self.most}
 
+    def formula(self, mapping: Mapping[str, Any], *, start: int = 0) -> Callable[[float], float] | None:
+        inner = self.schedule.formula(mapping, start=start)
+        return None if inner is None else lambda base: self._limited(inner(base))
+
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
-        value = self.schedule.value(base, mapping, start=start)
+        return self._limited(self.schedule.value(base, mapping, start=start))
+
+    def _limited(self, value: float) -> float:
         if self.least is not None:
             value = max(value, self.least)
         return value if self.most is None else min(value, self.most)
@@ -167,6 +192,10 @@ class Scale(_Wrapped):
     @property
     def spec(self) -> dict[str, Any]:
         return {"scale": self.schedule.spec, "by": self.by}
+
+    def formula(self, mapping: Mapping[str, Any], *, start: int = 0) -> Callable[[float], float] | None:
+        by, inner = self.by, self.schedule.formula(mapping, start=start)
+        return None if inner is None or isinstance(by, str) else lambda base: inner(base) * by
 
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
         by = self.by

@@ -71,6 +71,14 @@ class Curve(Schedule):
     def _lasts_the_run(self) -> bool:
         return ("total", None) in self.settings
 
+    def formula(self, mapping: Mapping[str, Any], *, start: int = 0) -> Callable[[float], float] | None:
+        if self.reads:
+            return None
+        function, t, settings = self.function, elapsed(mapping, self.unit, self.name) - start, self._fixed
+        if self._lasts_the_run:
+            settings = {**settings, "total": run_length(mapping, self.unit, self.name) - start}
+        return lambda base: function(base, t, **settings)
+
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
         t = elapsed(mapping, self.unit, self.name) - start
         found = {}

@@ -78,6 +78,13 @@ class Schedule(Processor):
             start: When the schedule's own clock starts, in its unit.
         """
 
+    def formula(self, mapping: Mapping[str, Any], *, start: int = 0) -> Callable[[float], float] | None:  # noqa: ARG002
+        """Return the value at the clocks in *mapping* as a function of the base, the same for every param group.
+
+        None if it depends on the group, or might; then :meth:`value` says.
+        """
+        return None
+
     def applies(self, mapping: Mapping[str, Any], *, start: int = 0) -> bool:
         """Whether it has something to say in this group, now; if not, the entry stays as it is."""
         return not self.conditional or any(part.applies(mapping, start=start) for part in self.parts)

@@ -1,0 +1,94 @@
+"""What stays the same from step to step about processors and param groups, found once."""
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ice_engine.errors import ProcessorError
+from ice_engine.processors.composition import When
+from ice_engine.processors.group import followed_metrics, set_initial_values, written_keys
+from ice_engine.processors.group_mapping import group_name
+from ice_engine.processors.schedule import Schedule
+
+
+class Binding:
+    """Processors and the param groups they change, with what follows from both.
+
+    Args:
+        processors: In the order they run.
+        groups: The param groups; their initial values are remembered.
+
+    Attributes:
+        keys: The entries that a record shows.
+        names: The names of the groups.
+        clocks_alone: Whether all are schedules, whose values follow from the clocks; then they are the same on every
+            rank.
+        blind: Whether none is a function of the user's, which might look at the gradients of a group.
+
+    Raises:
+        MissingKeyError: If a processor is known to write a key that a group does not have.
+    """
+
+    def __init__(self, processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]]) -> None:
+        self._processors = processors
+        self._groups = list(groups)
+        if processors:
+            set_initial_values(processors, groups)
+        written = [key for _, key in written_keys(processors)]
+        self.keys = list(dict.fromkeys(["lr", *(key.partition(".")[0] for key in written)]))
+        self.names = [group_name(group, index) for index, group in enumerate(groups)]
+        self.clocks_alone = all(isinstance(p, Schedule) for p in processors) and not followed_metrics(processors)
+        self.blind = all(isinstance(p, Schedule) and not _asks(p) for p in processors)
+        self._schedules = [(p, p.dst, f"initial_{p.dst}") for p in processors if isinstance(p, Schedule)]
+
+    def holds(self, processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether it is of these, and not of others that have come since."""
+        return (
+            processors is self._processors
+            and len(groups) == len(self._groups)
+            and all(map(operator.is_, groups, self._groups))
+        )
+
+    def run(self, context: Mapping[str, Any]) -> bool:
+        """Write what the schedules say at the clocks in *context*; if it is not that simple, nothing.
+
+        A schedule is then evaluated once for all groups that start from one value, and writes a float.
+
+        Returns:
+            Whether it was: schedules alone, the same for every group, from floats to floats that can be used.
+        """
+        if not self.clocks_alone:
+            return False
+        try:
+            values = [self._values(*schedule, context) for schedule in self._schedules]
+        except (_NotThatSimple, ProcessorError, ArithmeticError):
+            return False  # whoever does it step by step also says what is wrong
+        for (_, key, _), of_groups in zip(self._schedules, values, strict=True):
+            for group, value in zip(self._groups, of_groups, strict=True):
+                group[key] = value
+        return True
+
+    def _values(self, schedule: Schedule, key: str, initial: str, context: Mapping[str, Any]) -> list[float]:
+        formula = schedule.formula(context)
+        if formula is None:
+            raise _NotThatSimple
+        values, before, value = [], math.nan, math.nan
+        for group in self._groups:
+            base = group.get(initial)
+            if type(base) is not float or type(group.get(key)) is not float:
+                raise _NotThatSimple
+            if base != before:
+                before, value = base, formula(base)
+                if type(value) is not float or not 0.0 <= value < math.inf:
+                    raise _NotThatSimple
+            values.append(value)
+        return values
+
+
+class _NotThatSimple(Exception):  # noqa: N818 - no error
+    """A value needs the whole way, through a mapping of its group."""
+
+
+def _asks(schedule: Schedule) -> bool:
+    return isinstance(schedule, When) or any(_asks(part) for part in schedule.parts)
