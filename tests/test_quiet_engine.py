@@ -23,7 +23,9 @@ def log_of(kind, caplog):
     return [(record.name, record.levelno, record.getMessage().partition("Time taken")[0]) for record in caplog.records]
 
 
-def test_it_writes_the_log_that_ignite_writes(caplog):
+def test_it_writes_the_log_that_ignite_writes(caplog, monkeypatch):
+    # Other tests of this process may have turned it off.
+    monkeypatch.setattr(logging.getLogger("ignite.engine.engine.Engine"), "disabled", False)
     plain = log_of(Engine, caplog)
 
     assert log_of(QuietEngine, caplog) == plain
