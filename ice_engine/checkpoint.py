@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from signal import Signals
 from typing import Any, Literal
 
 import torch
@@ -32,6 +31,7 @@ from ice_engine.endings import when_left
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, Preempted, warn
 from ice_engine.events import clock_of, is_running
 from ice_engine.hooks import HookRegistry
+from ice_engine.optimizer import Optimizer
 from ice_engine.peers import peers
 from ice_engine.preemption import SIGNALS, Preemption, preemption
 from ice_engine.run_position import FIRST, LAST, RunPosition, run_position
@@ -119,7 +119,7 @@ class Checkpoint(IgniteCheckpoint):
         *,
         background: bool = True,
         on_failure: Literal["raise", "warn"] = "raise",
-        signals: Iterable[Signals] = SIGNALS,
+        signals: Iterable[int] = SIGNALS,
         **settings: Any,
     ) -> None:
         if not isinstance(to_save, Mapping):
@@ -151,6 +151,8 @@ class Checkpoint(IgniteCheckpoint):
         self._run: Engine | None = None
         self._position: RunPosition | None = None
         self._preemption: Preemption | None = None
+        self._stopped = False
+        self._held: set[int] = set()
         self._trainer = next((saved for saved in to_save.values() if isinstance(saved, Engine)), None)
         if self._trainer is not None and self._folder is not None and len(to_save) > 1:
             self._position = run_position(self._trainer)
@@ -240,6 +242,7 @@ class Checkpoint(IgniteCheckpoint):
             request, self._wanted = self._wanted, None
             self._save(request)
             if stops:
+                self._stopped = True
                 engine.terminate(skip_completed=True)
         elif stops and world.world_size() == 1:
             self._save(self._wanted)  # and once more at the epoch's end, if its handlers leave the time
@@ -267,7 +270,8 @@ class Checkpoint(IgniteCheckpoint):
         finally:
             if self._preemption is not None and self._run is not None and not is_running(self._run):
                 self._preemption.leave()
-                if self._preemption.is_asked() and error is None:
+                stopped, self._stopped = self._stopped or self._preemption.is_asked(), False
+                if stopped and error is None:
                     raise Preempted
 
     # -- saving --------------------------------------------------------------------------------------------
@@ -285,7 +289,7 @@ class Checkpoint(IgniteCheckpoint):
         if world.rank() != self.save_on_rank:
             pass
         elif self._background and running:
-            self._writer.write_aside(content, self._optimizers(), write)
+            self._writer.write_aside(content, self._held_optimizers(), write)
         else:
             self._writer.write_now(content, write)
         if not (self._background and running):
@@ -343,9 +347,18 @@ class Checkpoint(IgniteCheckpoint):
             content["checkpointer"] = {"_saved": [tuple(item) for item in save.saved]}
         return content
 
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
+    def _held_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers whose steps wait for a copy of what they change."""
         found = [saved for saved in self.to_save.values() if isinstance(saved, torch.optim.Optimizer)]
-        return found + [o for o in vars(self._run).get("_ice_optimizers", ()) if o not in found]
+        found += [o for o in vars(self._run).get("_ice_optimizers", ()) if o not in found]
+        for optimizer in found:
+            if id(optimizer) not in self._held:
+                self._held.add(id(optimizer))
+                if isinstance(optimizer, Optimizer):
+                    optimizer.wait_before_steps(self._writer.wait_for_copy)
+                else:
+                    optimizer.register_step_pre_hook(lambda *_: self._writer.wait_for_copy())
+        return found
 
     def _write(self, save: _Save, content: Mapping[str, Any]) -> None:
         handler: Any = self.save_handler

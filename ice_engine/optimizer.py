@@ -652,6 +652,7 @@ class Optimizer(Stepping):
         of_this_run: dict[str, Any] = {
             "_engine": None,
             "_parameter_names": {},
+            "_waits": [],
             "_last_record": None,
             "_left": None,
             "_bound": None,

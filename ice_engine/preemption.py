@@ -25,9 +25,9 @@ class Preemption:
         asked: The signal that came; None as long as none did.
     """
 
-    def __init__(self, signals: Iterable[signal.Signals] = SIGNALS) -> None:
+    def __init__(self, signals: Iterable[int] = SIGNALS) -> None:
         self._signals = tuple(signals)
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[int, Any] = {}
         self.asked: signal.Signals | None = None
 
     def is_asked(self) -> bool:
@@ -57,7 +57,7 @@ class Preemption:
         os.kill(os.getpid(), number)
 
 
-def preemption(engine: Engine, signals: Iterable[signal.Signals]) -> Preemption:
+def preemption(engine: Engine, signals: Iterable[int]) -> Preemption:
     """Return what listens for *engine*'s run, one object for one engine, made with the first *signals*."""
     kept: dict[str, Any] = vars(engine)
     if "_ice_preemption" not in kept:

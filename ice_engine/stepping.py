@@ -141,6 +141,7 @@ class Stepping(OptimizerFacade):
         self._engine: Engine | None = None
         self._member: Member | None = None
         self._last_record: StepRecord | None = None
+        self._waits: list[Callable[[], object]] = []
         self._bound: Binding | None = None
         set_initial_values(self._processors, self.param_groups if self._processors else ())
         _ALL.add(self)
@@ -395,7 +396,16 @@ class Stepping(OptimizerFacade):
                 f"step() by hand in a run whose engine steps optimizer {self._name!r}: gradients are applied past its "
                 "window, clipping and clocks. Take step() out of train_step, or do not attach"
             )
+        for wait in self._waits:
+            wait()
         return super().step(closure, **kwargs)
+
+    def wait_before_steps(self, wait: Callable[[], object]) -> None:
+        """Call *wait* before every step; it sees no gradients, and so changes nothing in how they are computed.
+
+        torch's own ``register_step_pre_hook`` may look at gradients: where there is one, they are made final before.
+        """
+        self._waits.append(wait)
 
     # Hooks run once, around the inner step: torch must not wrap this method as well.
     step.hooked = True  # type: ignore[attr-defined]
@@ -775,6 +785,8 @@ class Stepping(OptimizerFacade):
             if "step" in vars(self):  # patched in by torch's schedulers
                 self.step()
             else:
+                for wait in self._waits:
+                    wait()
                 fused.step_with(self._inner, left, gradient.device)
         except BaseException:
             self._count("step", -1)

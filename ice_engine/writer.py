@@ -22,28 +22,25 @@ class Writer:
         self._thread: ThreadPoolExecutor | None = None
         self._written: Future[None] | None = None
         self._snapshot: Snapshot | None = None
-        self._held: set[int] = set()
 
     def write_aside(self, state: Mapping[str, Any], optimizers: Iterable[torch.optim.Optimizer], write: Write) -> None:
         """Copy *state* and let *write* have the copy, in a thread; the next step waits until it is copied.
 
         Args:
             state: Plain data; containers are new already.
-            optimizers: Whose steps alone change their parameters and their state.
+            optimizers: Whose steps alone change their parameters and their state, and come after
+                :meth:`wait_for_copy`.
             write: Is called with the copy.
         """
         self.finish()
         optimizers = list(optimizers)
         snapshot = self._snapshots.take(state, (t for optimizer in optimizers for t in changed_by_steps(optimizer)))
         self._snapshot = snapshot
-        for optimizer in optimizers:
-            if id(optimizer) not in self._held:
-                self._held.add(id(optimizer))
-                optimizer.register_step_pre_hook(self._before_step)
         self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="ice_engine.writer")
         self._written = self._thread.submit(lambda: write(snapshot.complete()))
 
-    def _before_step(self, *_: Any) -> None:
+    def wait_for_copy(self) -> None:
+        """Wait until what is under way is copied; to be called before any of its optimizers steps."""
         if self._snapshot is not None:
             self._snapshot.wait()
             self._snapshot = None

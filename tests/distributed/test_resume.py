@@ -1,0 +1,134 @@
+"""Checkpoints of many ranks: one file, at a window's edge, from which all of them go on bit by bit."""
+
+import functools
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+import ice_engine as ice
+from ice_engine.errors import CheckpointError
+from tests.distributed.launch import launch, watch
+from tests.test_resume import Noisy
+
+pytestmark = pytest.mark.distributed
+
+
+class Training:
+    """Every rank with data, generators and dropout of its own."""
+
+    def __init__(self, folder: str, **settings: Any) -> None:
+        sharding = settings.pop("sharding", None)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(dist.get_rank())
+        ddp = DistributedDataParallel(model)
+        self.optimizer = ice.Optimizer(
+            functools.partial(torch.optim.AdamW, lr=0.05),
+            ddp.parameters(),
+            accumulation_steps=3,
+            clip=ice.clip_norm(1.0),
+            sharding=sharding,
+        )
+        self.losses: list[float] = []
+
+        def step(_: Engine, batch: Any) -> None:
+            loss = torch.nn.functional.cross_entropy(ddp(batch[0]), batch[1])
+            self.optimizer.backward(loss, weight=len(batch[1]))
+            self.losses.append(loss.item())
+
+        self.trainer = Engine(step)
+        self.optimizer.attach(self.trainer, model=ddp)
+        self.sampler = DistributedSampler(Noisy(), shuffle=True)
+        self.data = DataLoader(Noisy(), 2, sampler=self.sampler)  # 7 micro-batches a rank with two, 5 with three
+        self.trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: self.sampler.set_epoch(engine.state.epoch))
+        self.model = model
+        to_save = {"trainer": self.trainer, "model": ddp, "optimizer": self.optimizer}
+        self.checkpoint = ice.Checkpoint(to_save, folder, n_saved=None, **settings)
+
+    def run(self) -> list[Any]:
+        self.trainer.run(self.data, max_epochs=3)
+        return [self.losses, [p.flatten().tolist() for p in self.model.parameters()], self.optimizer.clocks["step"]]
+
+
+def _resumed(folder: str, sharding: str | None) -> Any:
+    whole = Training(f"{folder}/whole", sharding=sharding).run()
+    first = Training(f"{folder}/run", sharding=sharding)
+    first.checkpoint.attach(first.trainer, Events.ITERATION_COMPLETED(every=4))
+    first.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=11), lambda: first.trainer.terminate())
+    first.run()
+    dist.barrier()
+    found = []
+    for name in sorted(path.name for path in Path(folder, "run").iterdir()):
+        second = Training(f"{folder}/run", sharding=sharding)
+        second.checkpoint._find = functools.partial(list, [ice.Checkpoint.Item(0, name)])
+        second.checkpoint.resume(second.trainer)
+        began = second.trainer.state.iteration
+        losses, parameters, steps = second.run()
+        found.append((name, began, losses == whole[0][began:], parameters == whole[1], steps == whole[2]))
+        dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("sharding", [None, "zero1"])
+def test_two_ranks_go_on_bit_by_bit(tmp_path, sharding):
+    first, second = launch(_resumed, 2, str(tmp_path), sharding)
+    assert first == second
+    # Asked for at iterations 4 and 8, inside of windows: saved where these close.
+    assert [found[:2] for found in first] == [("checkpoint_10.pt", 10), ("checkpoint_6.pt", 6)]
+    assert all(all(found[2:]) for found in first), first
+
+
+def _preempted(folder: str) -> None:
+    training = Training(folder)
+    if dist.get_rank() == 1:
+        training.trainer.add_event_handler(
+            Events.ITERATION_STARTED(once=8), lambda: os.kill(os.getpid(), signal.SIGTERM)
+        )
+    training.run()
+
+
+def test_a_signal_to_one_rank_lets_all_save_the_same_step_and_end(tmp_path):
+    outcomes = watch(_preempted, 2, str(tmp_path), timeout=60)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_10.pt"]
+    assert all("Preempted" in outcome.error for outcome in outcomes)
+
+
+def _alone(folder: str) -> None:
+    training = Training(folder)
+    if dist.get_rank() == 1:
+        training.checkpoint.attach(training.trainer, Events.ITERATION_COMPLETED(every=3))
+    training.run()
+
+
+def test_a_checkpoint_on_one_rank_only_is_named(tmp_path):
+    outcomes = watch(_alone, 2, str(tmp_path), timeout=60)
+    assert "rank 0" in outcomes[0].error
+    assert any("checkpoint" in outcome.error for outcome in outcomes), outcomes
+
+
+def _full(folder: str) -> None:
+    training = Training(folder)
+    training.checkpoint.attach(training.trainer, Events.ITERATION_COMPLETED(every=3))
+    if dist.get_rank() == 0:
+        Path(folder).rmdir()
+    try:
+        training.run()
+    except CheckpointError as error:
+        raise RuntimeError from error
+
+
+def test_a_folder_that_vanishes_stops_all_ranks(tmp_path):
+    outcomes = watch(_full, 2, str(tmp_path / "run"), timeout=60)
+    assert "cannot be written" in outcomes[0].error
+    assert "rank 0 raised" in outcomes[1].error
