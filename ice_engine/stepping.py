@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any, Self, cast
 
 import torch
 from ignite.engine import Engine
@@ -54,7 +54,6 @@ from ice_engine.window import Reduction, Tail, Window
 
 logger = logging.getLogger(__name__)
 
-S = TypeVar("S", bound="Stepping")
 _FORGOTTEN = 32  # losses in one micro-batch, without any update() before, from which on attach() was forgotten
 
 
@@ -219,7 +218,7 @@ class Stepping(OptimizerFacade):
         """What happened in the last closed window; None before the first."""
         return self._last_record
 
-    def measure(self: S, *what: str) -> S:
+    def measure(self, *what: str) -> Self:
         """Let the record of every step say more.
 
         Args:
