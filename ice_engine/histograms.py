@@ -3,7 +3,7 @@
 import torch
 
 from ice_engine.event_file import Histogram
-from ice_engine.norms import entries
+from ice_engine.norms import entries, shard
 
 _BUCKETS = 64
 
@@ -15,8 +15,7 @@ def histogram(tensor: torch.Tensor | None) -> Histogram | None:
     """
     if tensor is None:
         return None
-    found = entries(tensor)
-    local = found.to_local() if hasattr(found, "to_local") else found
+    local = shard(entries(tensor))
     if local.is_complex():
         local = torch.view_as_real(local)
     values = local.flatten().float()

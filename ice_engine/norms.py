@@ -69,6 +69,11 @@ def settled(gradient: torch.Tensor, like: torch.Tensor | None = None) -> torch.T
     return cast("torch.Tensor", sharded.redistribute(placements=placements))
 
 
+def shard(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a DTensor; *tensor* itself if it is none. Talks to no other rank."""
+    return cast("torch.Tensor", cast("Any", tensor).to_local()) if _is_dtensor(tensor) else tensor
+
+
 def entries(gradient: torch.Tensor) -> torch.Tensor:
     """Return what is stored of *gradient*: of a sparse one the values, of which one entry may have several."""
     gradient = gradient.detach()

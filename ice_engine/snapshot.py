@@ -13,6 +13,7 @@ import torch
 
 from ice_engine.batches import replaced
 from ice_engine.errors import CheckpointError
+from ice_engine.norms import shard
 
 _Key = tuple[Any, ...]
 
@@ -90,11 +91,11 @@ class Snapshot:
 
 
 def changed_by_steps(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    """Yield the parameters of *optimizer* and the tensors of its state."""
+    """Yield the parameters of *optimizer* and the tensors of its state; of DTensors, what this rank has of them."""
     for group in optimizer.param_groups:
-        yield from group["params"]
+        yield from map(shard, group["params"])
     for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+        yield from (shard(value) for value in state.values() if isinstance(value, torch.Tensor))
 
 
 def _has_storage(tensor: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -87,6 +88,32 @@ def test_two_ranks_go_on_bit_by_bit(tmp_path, sharding):
     # Asked for at iterations 4 and 8, inside of windows: saved where these close.
     assert [found[:2] for found in first] == [("checkpoint_10.pt", 10), ("checkpoint_6.pt", 6)]
     assert all(all(found[2:]) for found in first), first
+
+
+def _sharded(folder: str) -> list[Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3)
+    fully_shard(model)
+    optimizer = ice.Optimizer(functools.partial(torch.optim.AdamW, lr=0.05), model.named_parameters())
+    trainer = ice.create_trainer(model, optimizer, torch.nn.functional.cross_entropy)
+    checkpoint = ice.Checkpoint({"trainer": trainer, "model": model, "optimizer": optimizer}, folder)
+    checkpoint.attach(trainer, Events.ITERATION_COMPLETED(every=2))
+    trainer.run([(torch.ones(4, 6), torch.tensor([0, 1, 2, 0]))] * 3, max_epochs=1)
+    saved = torch.load(checkpoint.last_checkpoint, weights_only=True) if dist.get_rank() == 0 else {}
+    before = [p.full_tensor().tolist() for p in model.parameters()]
+    if saved:
+        assert [list(value.shape) for value in saved["model"].values()] == [[3, 6], [3]]
+    again = ice.Checkpoint({"trainer": trainer, "model": model, "optimizer": optimizer}, folder)
+    dist.barrier()
+    again.resume(trainer)
+    trainer.run([(torch.ones(4, 6), torch.tensor([0, 1, 2, 0]))] * 3, max_epochs=1)
+    return [before, [p.full_tensor().tolist() for p in model.parameters()]]
+
+
+def test_a_sharded_model_is_saved_whole_beside_training_and_goes_on(tmp_path):
+    first, second = launch(_sharded, 2, str(tmp_path))
+    assert first == second
+    assert first[0] == first[1]  # the third step once more, from the checkpoint of the second
 
 
 def _preempted(folder: str) -> None:
