@@ -175,7 +175,8 @@ class Checkpoint(IgniteCheckpoint):
             This object.
         """
         handler = functools.partial(self._on_event, clock=clock_of(event))
-        HookRegistry(engine).add(event, handler, name=name or _free_name(engine, "Checkpoint"), order=50)
+        registry = HookRegistry(engine)
+        registry.add(event, handler, name=name or registry.free_name("Checkpoint"), order=50)
         if self._folder is not None:
             summary(engine).wrote(self._folder)
         return self
@@ -213,7 +214,8 @@ class Checkpoint(IgniteCheckpoint):
         if self._run is run:
             return
         self._run = run
-        registry, name = HookRegistry(run), _free_name(run, "checkpoint", ".edges") + "."
+        registry = HookRegistry(run)
+        name = registry.free_name("checkpoint", ".edges") + "."
         registry.add(
             Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED, self._on_edge, name=f"{name}edges", order=LAST
         )
@@ -490,9 +492,3 @@ class Checkpoint(IgniteCheckpoint):
             # Those of an earlier run that came further would forbid every save until there.
             known = [item for item in known if item.priority <= found[-1].priority]
         self._saved = sorted(known, key=lambda item: item.priority)[-(self.n_saved or len(known)) :]
-
-
-def _free_name(engine: Engine, base: str, ending: str = "") -> str:
-    registry = HookRegistry(engine)
-    names = (base, *(f"{base}#{i}" for i in range(2, len(registry) + 3)))
-    return next(name for name in names if name + ending not in registry)

@@ -112,7 +112,7 @@ class HookRegistry:
         """
         check_hook(hook)
         _check_name_and_order(name, order)
-        name = name or self._free_name(hook)
+        name = name or self.free_name(own_name(hook))
         if name in self._registrations:
             message = f"a hook named {name!r} is on this engine already; remove({name!r}) first, or use another name"
             raise HookError(message)
@@ -141,6 +141,17 @@ class HookRegistry:
             if any(id(entry[2]) in gone for entry in present):
                 # A new list: Ignite may be iterating over the old one right now.
                 handlers[event] = [entry for entry in present if id(entry[2]) not in gone]
+
+    def remove_of(self, owner: object) -> None:
+        """Take all hooks off the engine that are methods of *owner*."""
+        for hook in self:
+            if getattr(hook.hook, "__self__", None) is owner:
+                hook.remove()
+
+    def free_name(self, base: str, ending: str = "") -> str:
+        """Return *base*, or *base* with the first number, under which no hook is named with *ending* behind it."""
+        names = (base, *(f"{base}#{i}" for i in range(2, len(self) + 3)))
+        return next(name for name in names if name + ending not in self)
 
     def __getitem__(self, name: str) -> Hook:
         if name not in self._registrations:
@@ -209,11 +220,6 @@ class HookRegistry:
     def _name(self, entry: Entry) -> str:
         hook = self._owners().get(id(entry[2]))
         return hook.name if hook else f"({own_name(handler_of(entry[0]))})"
-
-    def _free_name(self, hook: Callable[..., Any]) -> str:
-        base = own_name(hook)
-        names = (base, *(f"{base}#{i}" for i in range(2, len(self._registrations) + 3)))
-        return next(name for name in names if name not in self._registrations)
 
     def _check_event(self, event: Any, name: str) -> None:
         if event == Events.EXCEPTION_RAISED:

@@ -179,9 +179,7 @@ class Optimizer(Stepping):
         """
         registry = self.hooks
         self._refuse_while_closing("detach()")
-        for hook in registry:
-            if getattr(hook.hook, "__self__", None) is self:
-                hook.remove()
+        registry.remove_of(self)
         self._discard("detach()")
         if self._member is not None:
             peers(cast("Engine", self._engine)).leave(self._member)

@@ -29,6 +29,7 @@ from ice_engine.distributed.world import world_size
 from ice_engine.endings import when_left
 from ice_engine.errors import ArgumentValueError, AttachError, RankError
 from ice_engine.hooks import HookRegistry
+from ice_engine.of_engine import of_engine
 from ice_engine.window import Window
 
 _ORDER = -99  # after the optimizers' own handlers, before everybody else's
@@ -134,9 +135,7 @@ class Peers:
         member.window.unit_of = float
         self._members.remove(member)
         if not self._members:
-            for hook in HookRegistry(self._engine):
-                if getattr(hook.hook, "__self__", None) is self:
-                    hook.remove()
+            HookRegistry(self._engine).remove_of(self)
             self._forget_ending()
 
     # -- a run ---------------------------------------------------------------------------------------------
@@ -389,8 +388,4 @@ class Peers:
 
 def peers(engine: Engine) -> Peers:
     """Return the peers of *engine*, one object for one engine."""
-    kept: dict[str, Any] = vars(engine)
-    if "_ice_peers" not in kept:
-        kept["_ice_peers"] = Peers(engine)
-    found: Peers = kept["_ice_peers"]
-    return found
+    return of_engine(engine, Peers, engine)

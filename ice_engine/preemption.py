@@ -10,6 +10,8 @@ from typing import Any
 
 from ignite.engine import Engine
 
+from ice_engine.of_engine import of_engine
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -25,7 +27,7 @@ class Preemption:
         asked: The signal that came; None as long as none did.
     """
 
-    def __init__(self, signals: Iterable[int] = SIGNALS) -> None:
+    def __init__(self, signals: Iterable[int]) -> None:
         self._signals = tuple(signals)
         self._before: dict[int, Any] = {}
         self.asked: signal.Signals | None = None
@@ -59,8 +61,4 @@ class Preemption:
 
 def preemption(engine: Engine, signals: Iterable[int]) -> Preemption:
     """Return what listens for *engine*'s run, one object for one engine, made with the first *signals*."""
-    kept: dict[str, Any] = vars(engine)
-    if "_ice_preemption" not in kept:
-        kept["_ice_preemption"] = Preemption(signals)
-    found: Preemption = kept["_ice_preemption"]
-    return found
+    return of_engine(engine, Preemption, signals)

@@ -10,6 +10,7 @@ from ignite.engine import Engine, Events
 from ice_engine import random_state
 from ice_engine.data_position import TrackedData
 from ice_engine.hooks import HookRegistry
+from ice_engine.of_engine import of_engine
 
 FIRST, LAST = -98, 10**6  # orders: after the optimizers' own handlers; after everybody else's
 
@@ -108,11 +109,7 @@ class RunPosition:
 
 def run_position(engine: Engine) -> RunPosition:
     """Return the position of *engine*'s run, one object for one engine."""
-    kept: dict[str, Any] = vars(engine)
-    if "_ice_position" not in kept:
-        kept["_ice_position"] = RunPosition(engine)
-    found: RunPosition = kept["_ice_position"]
-    return found
+    return of_engine(engine, RunPosition, engine)
 
 
 def load_engine(engine: Engine, state: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from ignite.engine import Engine, Events
 
 from ice_engine.distributed import world
 from ice_engine.hooks import HookRegistry
+from ice_engine.of_engine import forget, of_engine
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,8 @@ class Summary:
 
     def leave(self) -> None:
         """Take it off its engine again."""
-        for hook in HookRegistry(self._engine):
-            if getattr(hook.hook, "__self__", None) is self:
-                hook.remove()
-        del vars(self._engine)["_ice_summary"]
+        HookRegistry(self._engine).remove_of(self)
+        forget(self._engine, Summary)
 
     def wrote(self, place: object) -> None:
         """Name *place* among those where something is written."""
@@ -96,11 +95,7 @@ class Summary:
 
 def summary(engine: Engine) -> Summary:
     """Return the summary of *engine*, one object for one engine."""
-    kept: dict[str, Any] = vars(engine)
-    if "_ice_summary" not in kept:
-        kept["_ice_summary"] = Summary(engine)
-    found: Summary = kept["_ice_summary"]
-    return found
+    return of_engine(engine, Summary, engine)
 
 
 def _optimizers(engine: Engine) -> list[Any]:

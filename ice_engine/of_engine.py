@@ -1,0 +1,21 @@
+"""What there is one of for each engine: made when it is first asked for, and kept on the engine, to live as long."""
+
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_KEPT = "_ice_kept"
+
+
+def of_engine(engine: Any, kind: type[T], *args: Any) -> T:
+    """Return the *kind* of *engine*; ``kind(*args)``, if there is none yet."""
+    kept: dict[type[Any], Any] = vars(engine).setdefault(_KEPT, {})
+    if kind not in kept:
+        kept[kind] = kind(*args)
+    found: T = kept[kind]
+    return found
+
+
+def forget(engine: Any, kind: type[Any]) -> None:
+    """Let the next :func:`of_engine` make a new one."""
+    vars(engine).get(_KEPT, {}).pop(kind, None)
