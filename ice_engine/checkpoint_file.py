@@ -4,7 +4,6 @@ It is a file of ``torch.save``. That is a zip archive, whose comment, the last b
 of all bytes before it is: torch and others read it as any other, and it stays checked wherever it is copied.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 
+from ice_engine import disk
 from ice_engine.errors import CheckpointError
 
 VERSION = 1
 _END = b"PK\x05\x06"  # of an archive's last record, which is 22 bytes long without a comment
 _LENGTH = 2  # bytes of that record that say how long the comment is: the only ones after what the digest is of
-_BLOCK = 1 << 20
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -37,7 +36,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         _check(part)
         _seal(part)
         part.replace(path)
-        _wait_for(path.parent)
+        disk.sync(path.parent)
     except Exception as err:
         # Of a full disk, torch says that it is at an unexpected position.
         free = f"; {shutil.disk_usage(path.parent).free:,} bytes are free there" if path.parent.is_dir() else ""
@@ -62,29 +61,12 @@ def _seal(path: Path) -> None:
             message = "torch.save did not write a zip archive"
             raise CheckpointError(message)
         size = file.seek(-_LENGTH, os.SEEK_END)
-        comment = json.dumps({"ice_engine": VERSION, "size": size, "sha256": _digest(file, size)}).encode()
+        file.seek(0)
+        comment = json.dumps({"ice_engine": VERSION, "size": size, "sha256": disk.digest(file, size)[1]}).encode()
         file.seek(size)
         file.write(len(comment).to_bytes(_LENGTH, "little") + comment)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _digest(file: Any, size: int) -> str:
-    file.seek(0)
-    sha, left, block = hashlib.sha256(), size, memoryview(bytearray(_BLOCK))
-    while left and (read := file.readinto(block[: min(left, _BLOCK)])):
-        sha.update(block[:read])
-        left -= read
-    return sha.hexdigest()
-
-
-def _wait_for(folder: Path) -> None:
-    """Wait until the names of *folder*'s files are on the disk."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def damage(path: Path) -> str | None:
@@ -98,7 +80,7 @@ def damage(path: Path) -> str | None:
         seal = _seal_of(path)
         if seal is not None:
             with path.open("rb", buffering=0) as file:
-                whole = _digest(file, seal["size"]) == seal["sha256"]
+                whole = disk.digest(file, seal["size"])[1] == seal["sha256"]
             return None if whole else "its sha256 is not the one that it was written with; bits have changed"
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()
@@ -133,8 +115,8 @@ def version(path: Path) -> int:
     return 0 if seal is None else int(seal["ice_engine"])
 
 
-def read(path: Path, *, mmap: bool = False) -> Any:
-    """Return what the file at *path* holds, on the CPU; with *mmap*, tensors are read when they are looked at.
+def read(path: Path) -> Any:
+    """Return what the file at *path* holds, on the CPU.
 
     Raises:
         CheckpointError: If it is of a newer version, or cannot be read without running what it holds.
@@ -147,6 +129,6 @@ def read(path: Path, *, mmap: bool = False) -> Any:
         message = f"it is of version {found}, this ice_engine reads {VERSION}; install a newer one"
         raise CheckpointError(message)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:
         raise CheckpointError(str(err).rstrip(". ")) from err

@@ -48,8 +48,8 @@ class Names:
             global_step=step,
         )
 
-    def found_in(self, folder: Path, ending: str = "") -> list[tuple[float, str]]:
-        """Return the files of *folder* that are named so, with *ending* after it: priority and name, newest last."""
+    def found_in(self, folder: Path) -> list[tuple[float, str]]:
+        """Return the files of *folder* that are named so: priority and name, newest last."""
         step, score = _Varying("global_step", r"-?\d+"), _Varying("score", r"-?[\d.]+|-?inf|nan")
         expression = re.escape(self.file(step, score if self.by_score else step))
         for varying in (step, score):
@@ -57,7 +57,7 @@ class Names:
             expression = expression.replace(re.escape(varying.mark), f"(?:{varying.expression})")
         found = []
         for file in folder.iterdir() if folder.is_dir() else ():
-            match = re.fullmatch(expression + re.escape(ending), file.name)
+            match = re.fullmatch(expression, file.name)
             if match is not None:
                 priority = match.groupdict().get("score" if self.by_score else "global_step")
                 number = float("-inf") if priority is None else float(priority)

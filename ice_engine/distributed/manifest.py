@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ice_engine import disk
 from ice_engine.errors import CheckpointError
 
 VERSION = 1
 METADATA = ".metadata"
 _MANIFEST, _COMMIT = "manifest.json", "COMMIT"
 _OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|manifest\.json|(COMMIT|manifest\.json)\.part")
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,8 @@ def clear(folder: Path) -> None:
 
 def digest(path: Path) -> tuple[int, str]:
     """Return size and sha256 of the file at *path*."""
-    sha, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
-        while read := file.readinto(block):
-            sha.update(block[:read])
-            size += read
-    return size, sha.hexdigest()
+        return disk.digest(file)
 
 
 def commit(folder: Path, manifest: Manifest) -> None:
@@ -86,16 +82,7 @@ def commit(folder: Path, manifest: Manifest) -> None:
     text = json.dumps({"version": VERSION, **asdict(manifest)}, indent=1)
     _write(folder / _MANIFEST, text)
     _write(folder / _COMMIT, hashlib.sha256(text.encode()).hexdigest())
-    sync(folder.parent)
-
-
-def sync(folder: Path) -> None:
-    """Wait until the names of *folder*'s files are on the disk."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    disk.sync(folder.parent)
 
 
 def _write(path: Path, text: str) -> None:
@@ -105,7 +92,7 @@ def _write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-    sync(path.parent)
+    disk.sync(path.parent)
 
 
 def read(folder: Path) -> Manifest:

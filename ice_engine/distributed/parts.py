@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from ice_engine import disk
 from ice_engine.distributed import manifest, world
 from ice_engine.distributed.manifest import METADATA, Manifest
 from ice_engine.distributed.metadata import read_metadata
@@ -69,7 +70,7 @@ def _own_files(folder: Path) -> dict[str, tuple[int, str]]:
     names = [path.name for path in folder.glob(f"__{world.rank()}_*.distcp")]
     names += [METADATA] if world.rank() == 0 else []
     digests = {name: manifest.digest(folder / name) for name in names}
-    manifest.sync(folder)
+    disk.sync(folder)
     return digests
 
 
