@@ -50,7 +50,7 @@ class _Folder(DiskSaver):
     def __init__(self, folder: Path, save_on_rank: int) -> None:
         super().__init__(folder, create_dir=True, require_empty=False, save_on_rank=save_on_rank)
 
-    def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Any = None) -> None:  # noqa: ARG002
+    def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Any = None) -> None:  # noqa: ARG002 - Ignite gives it
         checkpoint_file.write(self.dirname / filename, checkpoint)
 
     def remove(self, filename: str) -> None:
@@ -223,14 +223,9 @@ class Checkpoint(IgniteCheckpoint):
         registry.add(Events.TERMINATE | Events.COMPLETED, self._on_ended, name=f"{name}ended", order=FIRST)
         if self._position is not None and self.score_function is None:
             self._preemption = preemption(run, self._signals)
-            registry.add(Events.STARTED, self._on_started, name=f"{name}started", order=LAST)
+            listen = functools.partial(_listen, self._preemption)
+            registry.add(Events.STARTED, listen, name=f"{name}started", order=LAST)
         when_left(run, self._on_left)
-
-    def _on_started(self, engine: Engine) -> None:
-        if self._preemption is not None:
-            self._preemption.listen()
-            if world.world_size() > 1:
-                peers(engine).wants_stop = self._preemption.is_asked
 
     def _on_edge(self, engine: Engine) -> None:
         if self._under_way is not None and self._writer.is_done:
@@ -341,7 +336,8 @@ class Checkpoint(IgniteCheckpoint):
     def _content(self, save: _Save) -> dict[str, Any]:
         content = saved_objects.collect(self.to_save, self.save_on_rank)
         if len(content) == 1 and not self.include_self:
-            return dict(next(iter(content.values())))
+            alone: dict[str, Any] = next(iter(content.values()))
+            return alone
         if self._position is not None:
             position = plain(_OURS, self._position.state_dict())
             content[_OURS] = {"version": checkpoint_file.VERSION, "positions": gather_plain("a checkpoint", position)}
@@ -425,7 +421,9 @@ class Checkpoint(IgniteCheckpoint):
             )
             raise CheckpointError(message)
         self._finish()
-        found = together("resume()", self._find if world.rank() == self.save_on_rank else list)
+        saves = world.rank() == self.save_on_rank
+        find: Callable[[], list[_Item]] = functools.partial(self._find, self._folder) if saves else list
+        found = together("resume()", find)
         chosen = gather("resume()", found[-1].filename if found else "")[self.save_on_rank]
         if not chosen:
             logger.warning("no checkpoint in %s: the run starts fresh", self._folder)
@@ -436,10 +434,8 @@ class Checkpoint(IgniteCheckpoint):
             self._adopt(found)
         return file
 
-    def _find(self) -> list[_Item]:
+    def _find(self, folder: Path) -> list[_Item]:
         """The whole files this object would have written, the newest last."""
-        folder = self._folder
-        assert folder is not None  # noqa: S101 - the caller has looked
         names = self._names(0 if self.global_step_transform is not None or self.score_function is None else None)
         found = [_Item(priority, filename) for priority, filename in names.found_in(folder)]
         rejected = []
@@ -469,14 +465,9 @@ class Checkpoint(IgniteCheckpoint):
         if self.include_self and "checkpointer" in content:
             self._saved = [_Item(*item) for item in content["checkpointer"]["_saved"]]
         if self._position is not None and _OURS in content:
-            self._take_position(content)
-
-    def _take_position(self, content: Mapping[str, Any]) -> None:
-        metrics = {name: saved for name, saved in self.to_save.items() if isinstance(saved, Metric)}
-        again = functools.partial(saved_objects.load, metrics, content)
-        positions = content[_OURS]["positions"]
-        assert self._position is not None  # noqa: S101 - the caller has looked
-        self._position.load_state_dict(positions[world.rank()], again)
+            metrics = {name: saved for name, saved in self.to_save.items() if isinstance(saved, Metric)}
+            again = functools.partial(saved_objects.load, metrics, content)
+            self._position.load_state_dict(content[_OURS]["positions"][world.rank()], again)
 
     def _names(self, step: Any) -> Names:
         alone = len(self.to_save) == 1 and not self.include_self
@@ -492,3 +483,9 @@ class Checkpoint(IgniteCheckpoint):
             # Those of an earlier run that came further would forbid every save until there.
             known = [item for item in known if item.priority <= found[-1].priority]
         self._saved = sorted(known, key=lambda item: item.priority)[-(self.n_saved or len(known)) :]
+
+
+def _listen(preempted: Preemption, engine: Engine) -> None:
+    preempted.listen()
+    if world.world_size() > 1:
+        peers(engine).wants_stop = preempted.is_asked

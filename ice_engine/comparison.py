@@ -133,7 +133,7 @@ def _differences(
 
 def _is_close(a: Any, b: Any, rtol: float, atol: float) -> bool:
     if isinstance(a, float | int) and isinstance(b, float | int):
-        return a == b or (a != a and b != b) or abs(a - b) <= atol + rtol * abs(b) < math.inf  # noqa: PLR0124
+        return a == b or (a != a and b != b) or abs(a - b) <= atol + rtol * abs(b) < math.inf  # noqa: PLR0124 - NaN alone is not itself
     return bool(a == b)
 
 

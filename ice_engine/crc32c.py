@@ -23,10 +23,11 @@ def masked_crc32c(data: bytes) -> int:
         length = len(chunk)
         # What came before enters with the first four bytes; of fewer, some of it is still to come.
         start = np.frombuffer(struct.pack("<I", register), np.uint8)
+        left = register >> 8 * length if length < len(start) else 0
         behind = np.arange(length - 1, -1, -1)
         entered = chunk.copy()
-        entered[:4] ^= start[:length]
-        register = int(np.bitwise_xor.reduce(table[behind, entered])) ^ (register >> 8 * length if length < 4 else 0)  # noqa: PLR2004
+        entered[: len(start)] ^= start[:length]
+        register = int(np.bitwise_xor.reduce(table[behind, entered])) ^ left
     crc = register ^ 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 

@@ -26,12 +26,17 @@ class TrackedData:
     Args:
         data: What ``engine.run()`` was given. If it has ``state_dict`` and ``load_state_dict``, such as torchdata's
             ``StatefulDataLoader``, its own state is its position.
+
+    Attributes:
+        data: What it wraps.
+        taken: Batches taken from the present iterator.
+        over: Whether that has said that there are no more.
     """
 
     def __init__(self, data: Iterable[Any]) -> None:
-        self.data = data
-        self._taken = 0
-        self._over = False
+        self.data: Any = data
+        self.taken = 0
+        self.over = False
         self._began: dict[str, Any] | None = None
         self._go_on: tuple[dict[str, Any], Callable[[], None]] | None = None
 
@@ -39,13 +44,13 @@ class TrackedData:
         return getattr(object.__getattribute__(self, "data"), name)
 
     def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
+        return len(self.data)
 
     def position(self) -> dict[str, Any]:
         """Return where it is, as plain data."""
-        position = {"taken": self._taken, "over": self._over or self._taken == _length(self.data), "loader": None}
+        position = {"taken": self.taken, "over": self.over or self.taken == _length(self.data), "loader": None}
         if _has_state(self.data) and self._began is not None:
-            return {**position, "loader": self.data.state_dict(), "random": None}  # type: ignore[attr-defined]
+            return {**position, "loader": self.data.state_dict(), "random": None}
         return {**position, "random": self._began}
 
     def go_on(self, position: dict[str, Any], then: Callable[[], None]) -> None:
@@ -65,7 +70,7 @@ class TrackedData:
     def _begin(self) -> Iterator[Any]:
         self._began = random_state.capture()
         # A generator goes on where it was, whoever asks for its iterator.
-        self._taken, self._over = self._taken if isinstance(self.data, Iterator) else 0, False
+        self.taken, self.over = self.taken if isinstance(self.data, Iterator) else 0, False
         return _Counting(self, iter(self.data))
 
     def _begin_at(self, position: dict[str, Any]) -> Iterator[Any]:
@@ -76,7 +81,7 @@ class TrackedData:
                     f"run() was given {type(self.data).__name__}, which has not; give the same kind of loader"
                 )
                 raise CheckpointError(message)
-            self.data.load_state_dict(position["loader"])  # type: ignore[attr-defined]
+            self.data.load_state_dict(position["loader"])
             iterator: Iterator[Any] = self._begin()
         elif position["over"] and not isinstance(self.data, Iterator):
             return iter(())  # what asks for more makes a new iterator, as it would have done
@@ -85,7 +90,7 @@ class TrackedData:
                 random_state.restore(position["random"])
             iterator = self._begin()
             _pass_over(self.data, iterator, position["taken"])
-        self._taken = position["taken"]
+        self.taken = position["taken"]
         return iterator
 
 
@@ -103,9 +108,9 @@ class _Counting:
         try:
             batch = next(self.batches)
         except StopIteration:
-            self._owner._over = True  # noqa: SLF001 - its own iterator
+            self._owner.over = True
             raise
-        self._owner._taken += 1  # noqa: SLF001
+        self._owner.taken += 1
         return batch
 
 

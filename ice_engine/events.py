@@ -141,7 +141,7 @@ def clock_of(event: Any) -> str:
 
 def step_events(engine: Engine) -> list[EventEnum]:
     """Return the events that tell of a step or of a skipped one, of every optimizer that *engine* knows."""
-    events = (event for event in engine._allowed_events if isinstance(event, _Events))  # noqa: SLF001
+    events = (event for event in engine._allowed_events if isinstance(event, _Events))  # noqa: SLF001 - no public list
     return [event for event in events if not event.name.endswith("_GRADIENTS_READY")]
 
 
@@ -170,7 +170,7 @@ def fire(engine: Engine, event: EventEnum) -> bool:
     last = engine.last_event_name
     try:
         # Without fire_event()'s look for the event among those that are registered, which ours is: 4 of 5 us.
-        engine._fire_event(event)  # noqa: SLF001
+        engine._fire_event(event)  # noqa: SLF001 - as the engine fires its own
     finally:
         engine.last_event_name = last
     return True

@@ -192,5 +192,5 @@ def _parsed(line: bytes, where: str) -> dict[str, Any]:
 
 def _named(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"  # noqa: PLR0124
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"  # noqa: PLR0124 - NaN alone is not itself
     return value

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from ice_engine.distributed import world
 from ice_engine.distributed.plain import plain
-from ice_engine.distributed.shards import is_sharded
+from ice_engine.distributed.shards import is_sharded, is_zero
 from ice_engine.errors import CheckpointError
 from ice_engine.optimizer import Optimizer
 from ice_engine.run_position import load_engine
@@ -37,7 +37,7 @@ def _each(value: Any, function: Callable[[Any], Any]) -> Any:
 def _state(saved: Any, rank: int) -> Any:
     if isinstance(saved, Optimizer):
         return saved.state_dict(rank)
-    if isinstance(saved, torch.distributed.optim.ZeroRedundancyOptimizer):
+    if is_zero(saved):
         saved.consolidate_state_dict(to=rank)
         return saved.state_dict() if rank == world.rank() else {}
     if not isinstance(saved, torch.nn.Module):

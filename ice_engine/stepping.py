@@ -400,15 +400,15 @@ class Stepping(OptimizerFacade):
             wait()
         return super().step(closure, **kwargs)
 
+    # Hooks run once, around the inner step: torch must not wrap this method as well.
+    step.hooked = True  # type: ignore[attr-defined]
+
     def wait_before_steps(self, wait: Callable[[], object]) -> None:
         """Call *wait* before every step; it sees no gradients, and so changes nothing in how they are computed.
 
         torch's own ``register_step_pre_hook`` may look at gradients: where there is one, they are made final before.
         """
         self._waits.append(wait)
-
-    # Hooks run once, around the inner step: torch must not wrap this method as well.
-    step.hooked = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters; the window does it after every step.

@@ -273,6 +273,14 @@ def test_a_single_object_is_saved_and_resumed_without_its_name(tmp_path):
         assert engine.state.iteration == epochs
 
 
+def test_a_module_saved_alone_keeps_the_versions_of_its_layers(tmp_path):
+    trainer, model = Engine(lambda engine, batch: None), torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    ice.Checkpoint({"model": model}, tmp_path).attach(trainer)
+    trainer.run([1])
+    saved = torch.load(tmp_path / "model_1.pt", weights_only=True)
+    assert saved._metadata == model.state_dict()._metadata == {"": {"version": 1}, "0": {"version": 2}}
+
+
 # -- events ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ice_engine import random_state
+
 
 @contextlib.contextmanager
 def nothing_left_behind(model: torch.nn.Module, loss_fn: Any = None) -> Iterator[None]:
@@ -17,30 +19,24 @@ def nothing_left_behind(model: torch.nn.Module, loss_fn: Any = None) -> Iterator
     Copies are what is run; but a loss may know the model itself, and reach it, or other modules that it closes over.
     """
     modules = {each: None for known in (model, *closed_over(loss_fn)) for each in known.modules()}
-    numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
+    state = random_state.capture()
     gradients = [(p, p.grad) for module in modules for p in module.parameters(recurse=False)]
     buffers = [(b, b.detach().clone()) for module in modules for b in module.buffers(recurse=False)]
     places = [(module._buffers, dict(module._buffers)) for module in modules]  # noqa: SLF001 - some assign new ones
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            for p, _ in gradients:
-                p.grad = None
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
-            for p, gradient in gradients:
-                p.grad = gradient
-            for place, kept in places:
-                place.update(kept)
-            for buffer, value in buffers:
-                if not _identical(buffer, value):
-                    with torch.no_grad():
-                        buffer.copy_(value)
+    try:
+        for p, _ in gradients:
+            p.grad = None
+        yield
+    finally:
+        random_state.restore(state)
+        for p, gradient in gradients:
+            p.grad = gradient
+        for place, kept in places:
+            place.update(kept)
+        for buffer, value in buffers:
+            if not _identical(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
 
 
 def closed_over(function: Any) -> list[torch.nn.Module]:

@@ -1,6 +1,6 @@
 """Who holds what: tensors that are spread over ranks, and optimizers that keep the state of some parameters only."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,14 @@ def is_sharded(value: object) -> bool:
     return dist.is_available() and isinstance(value, DTensor)
 
 
+def is_zero(optimizer: object) -> bool:
+    """Whether *optimizer* is a ``ZeroRedundancyOptimizer``, ours or torch's own."""
+    return dist.is_available() and isinstance(optimizer, ZeroRedundancyOptimizer)
+
+
 def shard_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the optimizer with this rank's state: that inside a ``ZeroRedundancyOptimizer``, or *optimizer* itself."""
-    if dist.is_available() and isinstance(optimizer, ZeroRedundancyOptimizer):
-        return cast("torch.optim.Optimizer", optimizer.optim)
-    return optimizer
+    return cast("Any", optimizer).optim if is_zero(optimizer) else optimizer
 
 
 def empty_state(parameter: torch.Tensor, key: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:

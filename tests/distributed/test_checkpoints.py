@@ -62,6 +62,10 @@ class Training:
         return [self.losses, [p.flatten().tolist() for p in self.model.parameters()], self.optimizer.clocks["step"]]
 
 
+def _only(name: str, _: Path) -> list[Any]:
+    return [ice.Checkpoint.Item(0, name)]
+
+
 def _resumed(folder: str, sharding: str | None) -> Any:
     whole = Training(f"{folder}/whole", sharding=sharding).run()
     first = Training(f"{folder}/run", sharding=sharding)
@@ -72,7 +76,7 @@ def _resumed(folder: str, sharding: str | None) -> Any:
     found = []
     for name in sorted(path.name for path in Path(folder, "run").iterdir()):
         second = Training(f"{folder}/run", sharding=sharding)
-        second.checkpoint._find = functools.partial(list, [ice.Checkpoint.Item(0, name)])
+        second.checkpoint._find = functools.partial(_only, name)
         second.checkpoint.resume(second.trainer)
         began = second.trainer.state.iteration
         losses, parameters, steps = second.run()
