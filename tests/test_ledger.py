@@ -17,19 +17,7 @@ from ignite.engine import Engine, Events
 import ice_engine as ice
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, HookError, LedgerError, WriteError
 from ice_engine.ledger import read
-
-
-def parts(name="optimizer", output=lambda batch: batch, **settings):
-    """A trainer whose batch is the gradient of a single weight, and its optimizer."""
-    weight = torch.nn.Parameter(torch.ones(()))
-    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.5), name=name, **settings)
-
-    def train_step(engine, batch):
-        optimizer.backward(weight * batch)
-        return output(batch)
-
-    engine = Engine(train_step)
-    return engine, optimizer.attach(engine)
+from tests.single_weight import parts
 
 
 def test_a_step_is_a_line_with_its_clocks_and_rows(tmp_path):

@@ -9,18 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ice_engine as ice
 from ice_engine.errors import ArgumentTypeError
-
-
-def parts(**settings):
-    weight = torch.nn.Parameter(torch.ones(()))
-    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.5), **settings)
-
-    def train_step(engine, batch):
-        optimizer.backward(weight * batch)
-        return batch
-
-    engine = Engine(train_step)
-    return engine, optimizer.attach(engine)
+from tests.single_weight import parts
 
 
 def read(folder):

@@ -8,19 +8,13 @@ import torch
 from ignite.engine import Engine, Events
 
 import ice_engine as ice
+from tests.single_weight import parts, parts_of_two
 
 
 @pytest.fixture
 def lines(caplog):
     caplog.set_level(logging.INFO, logger="ice_engine.summary")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "ice_engine.summary"]
-
-
-def parts(name="optimizer", **settings):
-    weight = torch.nn.Parameter(torch.ones(()))
-    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.5), name=name, **settings)
-    engine = Engine(lambda engine, batch: optimizer.backward(weight * batch))
-    return engine, optimizer.attach(engine)
 
 
 def test_a_run_ends_with_one_line_that_counts_steps_short_windows_and_skips(lines):
@@ -78,19 +72,7 @@ def test_it_names_the_best_metrics_where_the_time_went_and_where_things_are(line
 
 
 def test_several_optimizers_stand_in_the_same_line(lines):
-    weights = [torch.nn.Parameter(torch.ones(())) for _ in range(2)]
-    optimizers = [
-        ice.Optimizer(torch.optim.SGD([weight], lr=0.5), name=name, accumulation_steps=k)
-        for weight, name, k in zip(weights, ("generator", "critic"), (2, 1), strict=True)
-    ]
-
-    def train_step(engine, batch):
-        for optimizer, weight in zip(optimizers, weights, strict=True):
-            optimizer.backward(weight * batch)
-
-    engine = Engine(train_step)
-    for optimizer in optimizers:
-        optimizer.attach(engine)
+    engine, _ = parts_of_two("generator", "critic")
     engine.run([1.0] * 4)
     (line,) = lines()
     assert "; generator: 2 steps, 0 of short windows, 0 skipped; critic: 4 steps, 0 of short windows" in line

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import ice_engine as ice
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError, HookError
+from tests.single_weight import parts, parts_of_two
 
 
 def read(folder):
@@ -42,19 +43,6 @@ MEASURED = {
     "optimizer/time/data",
     "optimizer/time/step",
 }
-
-
-def parts(output=lambda batch: batch, name="optimizer", **settings):
-    """A trainer whose batch is the gradient of a single weight, and its optimizer."""
-    weight = torch.nn.Parameter(torch.ones(()))
-    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.5), name=name, **settings)
-
-    def train_step(engine, batch):
-        optimizer.backward(weight * batch)
-        return output(batch)
-
-    engine = Engine(train_step)
-    return engine, optimizer.attach(engine)
 
 
 def test_a_run_writes_these_tags_steps_and_values(tmp_path):
@@ -627,19 +615,7 @@ def test_a_fresh_run_in_the_same_folder_takes_the_place_of_the_one_before(tmp_pa
 
 def test_of_two_optimizers_nothing_is_taken_back_that_was_before_the_checkpoint(tmp_path):
     def make():
-        weights = [torch.nn.Parameter(torch.ones(())) for _ in range(2)]
-        optimizers = [
-            ice.Optimizer(torch.optim.SGD([weight], lr=0.5), name=name, accumulation_steps=k)
-            for weight, name, k in zip(weights, ("slow", "fast"), (2, 1), strict=True)
-        ]
-
-        def train_step(engine, batch):
-            for optimizer, weight in zip(optimizers, weights, strict=True):
-                optimizer.backward(weight * batch)
-
-        engine = Engine(train_step)
-        for optimizer in optimizers:
-            optimizer.attach(engine)
+        engine, optimizers = parts_of_two("slow", "fast")
         ice.TensorBoard(tmp_path).attach(engine, *optimizers)
         return engine, optimizers
 
