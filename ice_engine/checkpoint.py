@@ -17,24 +17,23 @@ from typing import Any, Literal
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint as IgniteCheckpoint
-from ignite.handlers import DiskSaver
 from ignite.handlers.checkpoint import CheckpointEvents
 from ignite.metrics import Metric
 
 from ice_engine import checkpoint_file, saved_objects
 from ice_engine.arguments import choice
+from ice_engine.checkpoint_folder import Folder, whole_files
 from ice_engine.checkpoint_names import Names
 from ice_engine.distributed import world
 from ice_engine.distributed.plain import plain
 from ice_engine.distributed.together import agree, gather, gather_plain, together
-from ice_engine.endings import when_left
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, Preempted, warn
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, warn
 from ice_engine.events import clock_of, is_running
 from ice_engine.hooks import HookRegistry
 from ice_engine.optimizer import Optimizer
-from ice_engine.peers import peers
-from ice_engine.preemption import SIGNALS, Preemption, preemption
-from ice_engine.run_position import FIRST, LAST, RunPosition, run_position
+from ice_engine.preemption import SIGNALS
+from ice_engine.run_position import RunPosition, run_position
+from ice_engine.save_times import Request, SaveTimes
 from ice_engine.summary import summary
 from ice_engine.writer import Writer
 
@@ -42,28 +41,6 @@ logger = logging.getLogger(__name__)
 
 _OURS = "ice_engine"  # the entry of a checkpoint that says where the run is
 _Item = IgniteCheckpoint.Item
-
-
-class _Folder(DiskSaver):
-    """The files of one checkpoint in one folder."""
-
-    def __init__(self, folder: Path, save_on_rank: int) -> None:
-        super().__init__(folder, create_dir=True, require_empty=False, save_on_rank=save_on_rank)
-
-    def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Any = None) -> None:  # noqa: ARG002 - Ignite gives it
-        checkpoint_file.write(self.dirname / filename, checkpoint)
-
-    def remove(self, filename: str) -> None:
-        (self.dirname / filename).unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A save that was asked for, perhaps in the middle of a window."""
-
-    engine: Engine
-    event_name: Any
-    clock: str
 
 
 @dataclass(frozen=True)
@@ -134,7 +111,7 @@ class Checkpoint(IgniteCheckpoint):
             if self._folder.exists() and not self._folder.is_dir():
                 message = f"save_handler must be a folder, got {self._folder}, which is a file"
                 raise ArgumentValueError(message)
-            save_handler = _Folder(self._folder, settings.get("save_on_rank", 0))
+            save_handler = Folder(self._folder, settings.get("save_on_rank", 0))
         try:
             super().__init__(to_save, save_handler, filename_prefix, **settings)
         except TypeError as err:
@@ -144,20 +121,18 @@ class Checkpoint(IgniteCheckpoint):
         self._background = background
         choice("on_failure", on_failure, ("raise", "warn"))
         self._goes_on = on_failure == "warn"
-        self._signals = tuple(signals)
         self._writer = Writer()
         self._under_way: _Save | None = None
-        self._wanted: _Request | None = None
-        self._run: Engine | None = None
         self._position: RunPosition | None = None
-        self._preemption: Preemption | None = None
-        self._stopped = False
         self._held: set[int] = set()
         self._trainer = next((saved for saved in to_save.values() if isinstance(saved, Engine)), None)
         if self._trainer is not None and self._folder is not None and len(to_save) > 1:
             self._position = run_position(self._trainer)
+        # A file that is kept for its score may not be the newest, and so is nothing to go on from after a signal.
+        stops = self._position is not None and self.score_function is None
+        self._times = SaveTimes(self._position, signals if stops else (), self._save, self._settle, self._finish)
         if self._trainer is not None and self._folder is not None:
-            self._follow(self._trainer)
+            self._times.follow(self._trainer)
 
     # -- a run ---------------------------------------------------------------------------------------------
 
@@ -202,78 +177,12 @@ class Checkpoint(IgniteCheckpoint):
         if self._folder is None:
             self._save_by_ignite(engine)
             return
-        self._follow(self._trainer or engine)
-        request = _Request(engine, engine.last_event_name, clock)
-        if self._must_wait():
-            self._wanted = request
-        else:
-            self._save(request)
-
-    def _follow(self, run: Engine) -> None:
-        """Be there when a save is ready, when a window closes, and when the run ends."""
-        if self._run is run:
-            return
-        self._run = run
-        registry = HookRegistry(run)
-        name = registry.free_name("checkpoint", ".edges") + "."
-        registry.add(
-            Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED, self._on_edge, name=f"{name}edges", order=LAST
-        )
-        # Handlers of the run's end may look for the last file.
-        registry.add(Events.TERMINATE | Events.COMPLETED, self._on_ended, name=f"{name}ended", order=FIRST)
-        if self._position is not None and self.score_function is None:
-            self._preemption = preemption(run, self._signals)
-            listen = functools.partial(_listen, self._preemption)
-            registry.add(Events.STARTED, listen, name=f"{name}started", order=LAST)
-        when_left(run, self._on_left)
-
-    def _on_edge(self, engine: Engine) -> None:
-        if self._under_way is not None and self._writer.is_done:
-            self._finish()
-        stops = self._is_preempted(engine)
-        if stops and self._wanted is None:
-            self._wanted = _Request(engine, engine.last_event_name, "iteration")
-        if self._wanted is None:
-            return
-        if not self._must_wait():
-            request, self._wanted = self._wanted, None
-            self._save(request)
-            if stops:
-                self._stopped = True
-                engine.terminate(skip_completed=True)
-        elif stops and world.world_size() == 1:
-            self._save(self._wanted)  # and once more at the epoch's end, if its handlers leave the time
-
-    def _is_preempted(self, engine: Engine) -> bool:
-        if self._preemption is None:
-            return False
-        return peers(engine).stop_wanted if world.world_size() > 1 else self._preemption.is_asked()
-
-    def _must_wait(self) -> bool:
-        """Whether what would be saved now could not be gone on from exactly."""
-        if self._position is None:
-            return False
-        optimizers = vars(self._trainer).get("_ice_optimizers", ())
-        inside = world.world_size() > 1 and any(optimizer.in_window for optimizer in optimizers)
-        return inside or self._position.at_last_iteration
-
-    def _on_ended(self, _: Engine) -> None:
-        self._finish()
-
-    def _on_left(self, error: BaseException | None) -> None:
-        try:
-            self._wanted = None
-            self._finish(raises=error is None)
-        finally:
-            if self._preemption is not None and self._run is not None and not is_running(self._run):
-                self._preemption.leave()
-                stopped, self._stopped = self._stopped or self._preemption.is_asked(), False
-                if stopped and error is None:
-                    raise Preempted
+        self._times.follow(self._trainer or engine)
+        self._times.ask(Request(engine, engine.last_event_name, clock))
 
     # -- saving --------------------------------------------------------------------------------------------
 
-    def _save(self, request: _Request) -> None:
+    def _save(self, request: Request) -> None:
         """Decide, collect and write, together with all ranks."""
         self._finish()
         save = self._decide(request)
@@ -282,7 +191,7 @@ class Checkpoint(IgniteCheckpoint):
         content = self._content(save)
         self._under_way = save
         write = functools.partial(self._write, save)
-        running = self._run is not None and is_running(self._run)
+        running = self._times.run is not None and is_running(self._times.run)
         if world.rank() != self.save_on_rank:
             pass
         elif self._background and running:
@@ -292,7 +201,7 @@ class Checkpoint(IgniteCheckpoint):
         if not (self._background and running):
             self._finish()
 
-    def _decide(self, request: _Request) -> _Save | None:
+    def _decide(self, request: Request) -> _Save | None:
         engine = request.engine
         if not engine.has_registered_events(CheckpointEvents.SAVED_CHECKPOINT):
             engine.register_events(*CheckpointEvents)
@@ -311,7 +220,7 @@ class Checkpoint(IgniteCheckpoint):
         outdated = [item.filename for item in saved if item not in kept]
         return _Save(engine, filename, kept, outdated)
 
-    def _measured(self, request: _Request) -> tuple[Any, Any]:
+    def _measured(self, request: Request) -> tuple[Any, Any]:
         engine, step = request.engine, None
         if self.global_step_transform is not None:
             step = self.global_step_transform(engine, request.event_name)
@@ -348,7 +257,7 @@ class Checkpoint(IgniteCheckpoint):
     def _held_optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers whose steps wait for a copy of what they change."""
         found = [saved for saved in self.to_save.values() if isinstance(saved, torch.optim.Optimizer)]
-        found += [o for o in vars(self._run).get("_ice_optimizers", ()) if o not in found]
+        found += [o for o in vars(self._times.run).get("_ice_optimizers", ()) if o not in found]
         for optimizer in found:
             if id(optimizer) not in self._held:
                 self._held.add(id(optimizer))
@@ -363,6 +272,10 @@ class Checkpoint(IgniteCheckpoint):
         handler(content, save.filename)
         for filename in save.outdated:
             handler.remove(filename)
+
+    def _settle(self) -> None:
+        if self._under_way is not None and self._writer.is_done:
+            self._finish()
 
     def _finish(self, *, raises: bool = True) -> None:
         """Wait for what is being written, and count it as saved."""
@@ -422,8 +335,7 @@ class Checkpoint(IgniteCheckpoint):
             raise CheckpointError(message)
         self._finish()
         saves = world.rank() == self.save_on_rank
-        find: Callable[[], list[_Item]] = functools.partial(self._find, self._folder) if saves else list
-        found = together("resume()", find)
+        found = together("resume()", functools.partial(self._find, self._folder) if saves else list[_Item])
         chosen = gather("resume()", found[-1].filename if found else "")[self.save_on_rank]
         if not chosen:
             logger.warning("no checkpoint in %s: the run starts fresh", self._folder)
@@ -435,17 +347,9 @@ class Checkpoint(IgniteCheckpoint):
         return file
 
     def _find(self, folder: Path) -> list[_Item]:
-        """The whole files this object would have written, the newest last."""
-        names = self._names(0 if self.global_step_transform is not None or self.score_function is None else None)
-        found = [_Item(priority, filename) for priority, filename in names.found_in(folder)]
-        rejected = []
-        while found and (problem := checkpoint_file.damage(folder / found[-1].filename)) is not None:
-            rejected.append(f"{folder / found.pop().filename} is damaged: {problem}")
-            logger.warning("%s; it is passed over", rejected[-1])
-        if rejected and not found:
-            message = f"no checkpoint is whole: {'; '.join(rejected)}. Move them away to start afresh"
-            raise CheckpointError(message)
-        return found
+        by_number = self.global_step_transform is not None or self.score_function is None
+        names = self._names(0 if by_number else None)
+        return [_Item(*file) for file in whole_files(folder, names)]
 
     def _load(self, file: Path, found: list[_Item]) -> None:
         try:
@@ -483,9 +387,3 @@ class Checkpoint(IgniteCheckpoint):
             # Those of an earlier run that came further would forbid every save until there.
             known = [item for item in known if item.priority <= found[-1].priority]
         self._saved = sorted(known, key=lambda item: item.priority)[-(self.n_saved or len(known)) :]
-
-
-def _listen(preempted: Preemption, engine: Engine) -> None:
-    preempted.listen()
-    if world.world_size() > 1:
-        peers(engine).wants_stop = preempted.is_asked

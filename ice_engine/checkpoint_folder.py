@@ -1,0 +1,53 @@
+"""The files of one checkpoint in one folder: written whole, found again, and passed over where they are damaged."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ignite.handlers import DiskSaver
+
+from ice_engine import checkpoint_file
+from ice_engine.checkpoint_names import Names
+from ice_engine.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class Folder(DiskSaver):
+    """A save handler of Ignite's, whose files are whole or not there.
+
+    Args:
+        path: The folder; made if it is not there.
+        save_on_rank: The rank that writes.
+    """
+
+    def __init__(self, path: Path, save_on_rank: int) -> None:
+        super().__init__(path, create_dir=True, require_empty=False, save_on_rank=save_on_rank)
+
+    def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Any = None) -> None:  # noqa: ARG002 - Ignite gives it
+        """Write a file; at return it is whole and on the disk."""
+        checkpoint_file.write(self.dirname / filename, checkpoint)
+
+    def remove(self, filename: str) -> None:
+        """Remove a file, if it is there."""
+        (self.dirname / filename).unlink(missing_ok=True)
+
+
+def whole_files(folder: Path, names: Names) -> list[tuple[float, str]]:
+    """Return priority and name of the files of *folder* that are named so, the newest whole one last.
+
+    Those that are newer, and damaged, are named in the log.
+
+    Raises:
+        CheckpointError: If there are files, and all are damaged.
+    """
+    found = names.found_in(folder)
+    rejected = []
+    while found and (problem := checkpoint_file.damage(folder / found[-1][1])) is not None:
+        rejected.append(f"{folder / found.pop()[1]} is damaged: {problem}")
+        logger.warning("%s; it is passed over", rejected[-1])
+    if rejected and not found:
+        message = f"no checkpoint is whole: {'; '.join(rejected)}. Move them away to start afresh"
+        raise CheckpointError(message)
+    return found
