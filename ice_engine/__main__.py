@@ -1,13 +1,15 @@
-"""The commands: ``python -m ice_engine plan train:optimizer``, ``python -m ice_engine diff a.jsonl b.jsonl``."""
+"""The commands, such as ``python -m ice_engine plan train:optimizer`` and ``python -m ice_engine inspect last.pt``."""
 
 import argparse
 import io
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ice_engine.comparison import compare
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, IceEngineError
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, IceEngineError
+from ice_engine.inspection import difference, files_in, inspect
 from ice_engine.object_path import call, load_object
 from ice_engine.optimizer import Optimizer
 from ice_engine.plan import Plan
@@ -25,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ice_engine", description="Look at runs from outside.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_plan(commands)
+    _add_inspect(commands)
     _add_diff(commands)
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -107,6 +110,44 @@ def _draw(plan: Plan, file: str) -> None:
     except ValueError as error:  # matplotlib knows no such format, and lists those it knows
         message = f"--plot {file}: {error}"
         raise ArgumentValueError(message) from error
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show what a checkpoint holds and whether it is whole, or how two differ",
+        description="Show what a checkpoint holds, at which step, and whether every byte is as it was written; or in "
+        "what two checkpoints differ. Tensors are not loaded. Exits with 0 if it is whole, or both hold the same, 1 "
+        "if not, 2 if there is none.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, a sharded checkpoint, or a folder of files")
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="another one, to be compared with it")
+    parser.set_defaults(command=_inspect, parser=parser)
+
+
+def _inspect(options: argparse.Namespace) -> tuple[str, int]:
+    try:
+        (first, said), *other = [_chosen(path) for path in (options.checkpoint, options.other) if path is not None]
+        contents = inspect(first)
+        if not other:
+            return "\n".join([*said, str(contents)]), 0
+        found = difference(contents, inspect(other[0][0]))
+    except CheckpointError as error:
+        return str(error), 1
+    return str(found), 0 if found.is_none else 1
+
+
+def _chosen(path: str) -> tuple[Path, list[str]]:
+    """Return the checkpoint at *path*; of a folder of files the newest whole one, and a line for each file."""
+    folder = Path(path)
+    files = files_in(folder) if folder.is_dir() else []
+    if not files:
+        return folder, []
+    said = [f"{file.name}: {problem or 'whole'}" for file, problem in files]
+    whole = [file for file, problem in files if problem is None]
+    if not whole:
+        raise CheckpointError("\n".join([*said, f"{folder}: no checkpoint is whole"]))
+    return whole[0], [*said, ""]
 
 
 def _add_diff(commands: Any) -> None:

@@ -115,8 +115,12 @@ def version(path: Path) -> int:
     return 0 if seal is None else int(seal["ice_engine"])
 
 
-def read(path: Path) -> Any:
+def read(path: Path, *, mapped: bool = False) -> Any:
     """Return what the file at *path* holds, on the CPU.
+
+    Args:
+        path: The file.
+        mapped: Leave tensors on the disk until they are looked at; the file must stay as it is until then.
 
     Raises:
         CheckpointError: If it is of a newer version, or cannot be read without running what it holds.
@@ -129,6 +133,6 @@ def read(path: Path) -> Any:
         message = f"it is of version {found}, this ice_engine reads {VERSION}; install a newer one"
         raise CheckpointError(message)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as err:
         raise CheckpointError(str(err).rstrip(". ")) from err

@@ -90,6 +90,7 @@ class Parts:
         self._manifest = together(doing, self._check)
         self._metadata = together(doing, lambda: read_metadata(folder / METADATA))
         self.objects = self._manifest.objects
+        self.files = self._manifest.files
 
     def _check(self) -> Manifest:
         whole = manifest.read(self._folder)
