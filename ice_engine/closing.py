@@ -16,8 +16,8 @@ from ice_engine.errors import ArgumentTypeError, AttachError, NoGradientsError
 from ice_engine.events import StepRecord
 from ice_engine.gradients import Gradient, Multiplier
 from ice_engine.precision import first_nonfinite, nonfinite_loss
-from ice_engine.processors.group import frozen
-from ice_engine.processors.group_mapping import group_name
+from ice_engine.processors.group import frozen, take_back
+from ice_engine.processors.group_mapping import Written, group_name
 from ice_engine.typing import Clip, GroupClip
 
 
@@ -175,8 +175,9 @@ class Closing(Accumulating):
             left = gradient.final(factor)
         else:
             gradient.multiply(factor)
+        written: list[Written] = []
         if self._processors:
-            self._run_processors()
+            written = self._run_processors()
         elif self._window.batch is not None and self._engine is not None and self._course.unsettled:
             self._settle(self._window.micro_batches)  # the first loss has told how long windows are
         self._count("step")
@@ -199,6 +200,7 @@ class Closing(Accumulating):
         except BaseException:
             self._count("step", -1)
             self._publish_record(record_before)
+            take_back(written)
             raise
         finally:
             self._stepping = False

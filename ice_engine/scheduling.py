@@ -16,6 +16,7 @@ from ice_engine.horizon import Course, OnChange, Terms
 from ice_engine.peers import Member
 from ice_engine.processors.binding import Binding
 from ice_engine.processors.group import followed_metrics, run_processors
+from ice_engine.processors.group_mapping import Written
 from ice_engine.typing import DictProcessor
 from ice_engine.window import Window
 
@@ -105,7 +106,8 @@ class Scheduling(Announcing):
                 raise ArgumentValueError(message)
             self._measurements[metric] = (*self._measurements.get(metric, ()), float(plain))
 
-    def _run_processors(self) -> None:
+    def _run_processors(self) -> list[Written]:
+        """Let processors write to the groups, and return what was there before."""
         binding = self._binding
         # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed.
         if self._course.configured is not None or self._course.outdated(self._clocks):
@@ -114,10 +116,12 @@ class Scheduling(Announcing):
             self._settle(self._window.micro_batches)  # the first loss has told how long windows are
             binding = self._binding
         context = self._clocks.context(self._size, self._window.tail)
-        if not binding.run(context):
+        written = binding.run(context)
+        if written is None:
             # What the clocks alone decide is the same on every rank, as they are; anything else has to be compared.
             gather = gatherer() if self._member is not None and not binding.clocks_alone else None
-            run_processors(self._processors, self.param_groups, {**context, **self._owners()}, gather)
+            _, written = run_processors(self._processors, self.param_groups, {**context, **self._owners()}, gather)
+        return written
 
     @property
     def _binding(self) -> Binding:
