@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from ignite.engine import Engine, Events
 
+from ice_engine.arguments import choice
 from ice_engine.clocks import Clocks
 from ice_engine.distributed import world
 from ice_engine.distributed.build import remove_last_param_group
@@ -24,7 +25,9 @@ from ice_engine.errors import (
 from ice_engine.events import is_running, register
 from ice_engine.hooks import HookRegistry
 from ice_engine.isolation import GradOff
+from ice_engine.left import Left, has_gradient
 from ice_engine.matching import LoadReport, fit, shapes
+from ice_engine.measures import MEASURES
 from ice_engine.names import class_name
 from ice_engine.peers import Member, Peers, peers
 from ice_engine.plan import Plan
@@ -34,7 +37,7 @@ from ice_engine.processors.group import check_names, rewind, set_initial_values
 from ice_engine.processors.group_mapping import group_name
 from ice_engine.processors.processor import name_of
 from ice_engine.state import gradients_in, pack, stub, unpack
-from ice_engine.stepping import Stepping, has_gradient
+from ice_engine.stepping import Stepping
 from ice_engine.summary import summary
 from ice_engine.wrappers import bare
 
@@ -112,6 +115,35 @@ class Optimizer(Stepping):
             message = f"optimizer {self._name!r} is not attached to an engine; call optimizer.attach(engine) first"
             raise AttachError(message)
         return HookRegistry(self._engine)
+
+    def measure(self, *what: str) -> "Optimizer":
+        """Let the record of every step say more.
+
+        Args:
+            what: ``"grad_norm"``, if nothing else computes it (one more pass over the gradients); ``"noise_scale"``,
+                the batch size, in items, from which on a larger one brings little (one more pass over the gradients
+                of the first micro-batch); ``"update_ratio"``, how far the step moves each param group, as a part of
+                its length (a copy of the parameters); ``"times"``, the seconds of the window spent on data, on
+                forward and backward, and on the step (on a GPU, of the host; in an attached run).
+
+        Returns:
+            This optimizer.
+
+        Raises:
+            ArgumentValueError: If there is no such measure.
+
+        Examples:
+            >>> weight = torch.nn.Parameter(torch.tensor(2.0))
+            >>> optimizer = Optimizer(torch.optim.SGD([weight], lr=0.1)).measure("grad_norm", "update_ratio")
+            >>> optimizer.backward(weight * 3.0)
+            >>> stepped = optimizer.update()
+            >>> float(optimizer.record.grad_norm), round(float(optimizer.record.update_ratio["group_0"]), 4)
+            (3.0, 0.15)
+        """
+        for measure in what:
+            choice("measure()", measure, MEASURES)
+        self._measures.wanted |= {*what}
+        return self
 
     # -- engine -------------------------------------------------------------------------------------------
 
@@ -652,7 +684,7 @@ class Optimizer(Stepping):
             "_parameter_names": {},
             "_waits": [],
             "_last_record": None,
-            "_left": None,
+            "_left": Left(),
             "_bound": None,
         }
         return {**kept, **of_this_run, "_closing": False, "_in_close": False}

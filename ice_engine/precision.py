@@ -34,8 +34,28 @@ class SharedScale:
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self._scaler = weakref.ref(scaler)
         self._overflowed: bool | None = None
+        self._known: tuple[torch.Tensor, int, float, int] | None = None
         self.windows: weakref.WeakSet[Precision] = weakref.WeakSet()
         self.users: weakref.WeakSet[Precision] = weakref.WeakSet()
+
+    def scale(self) -> float:
+        """Return the scale; read from the device, for which the host waits, only where it may have changed."""
+        scaler = cast("torch.amp.GradScaler", self._scaler())
+        tensor = _scale_of(scaler)
+        if tensor is None:
+            return scaler.get_scale()
+        known = self._known
+        if known is None or known[0] is not tensor or known[1] != tensor._version:  # noqa: SLF001 - has no public name
+            state = scaler.state_dict()
+            known = self._known = tensor, tensor._version, state["scale"], state["_growth_tracker"]  # noqa: SLF001
+        return known[2]
+
+    def _adapt(self, scaler: torch.amp.GradScaler, *, overflowed: bool) -> None:
+        tensor, known, self._known = _scale_of(scaler), self._known, None
+        was_known = known is not None and known[0] is tensor and known[1] == known[0]._version  # noqa: SLF001
+        scaler.update()
+        if known is not None and was_known and not overflowed and known[3] + 1 != scaler.get_growth_interval():
+            self._known = known[0], known[0]._version, known[2], known[3] + 1  # noqa: SLF001 - it is as it was
 
     def close(self, window: "Precision", overflowed: bool | None) -> None:
         """Note that *window* is closed and whether it overflowed; adapt the scale if it was the last one."""
@@ -49,7 +69,7 @@ class SharedScale:
         # pass that makes the window's mean.
         found_inf = torch.full((), float(self._overflowed), device=scaler._device)  # noqa: SLF001
         scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {found_inf.device: found_inf}  # noqa: SLF001
-        scaler.update()
+        self._adapt(scaler, overflowed=self._overflowed)
         self._overflowed = None
 
     def open_beside(self, window: "Precision") -> bool:
@@ -114,7 +134,7 @@ class Precision:
     @property
     def loss_scale(self) -> float | None:
         """The scale that the next loss is multiplied with."""
-        return self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else None
+        return shared(cast("torch.amp.GradScaler", self.scaler)).scale() if self.enabled else None
 
     def adopt(self, scaler: torch.amp.GradScaler | None, *, unscaled_losses: bool) -> None:
         """Take over the scaler that the caller of ``update()`` scaled its loss with.

@@ -171,7 +171,7 @@ class Rehearsal:
             context = {**self._clocks.position(), **self._fixed}
             try:
                 view = Witness if step in probes else GroupMapping
-                seen = run_processors(self._processors, self.groups, context, view=view)
+                seen, _ = run_processors(self._processors, self.groups, context, view=view)
             except Exception as error:
                 if sys.version_info >= (3, 11):  # pragma: no branch - 3.10 has no notes
                     error.add_note(

@@ -1289,3 +1289,37 @@ def test_a_warning_in_a_handler_of_ours_points_at_the_users_line():
     with pytest.warns(ice.IceEngineWarning, match="got no loss in epoch 1") as told:
         engine.run([1.0])
     assert told[0].filename == __file__
+
+
+def halve(group):
+    group["lr"] = group["lr"] * 0.5
+    return group
+
+
+@pytest.mark.parametrize("lr", [0.8, torch.tensor(0.8)], ids=["float", "tensor"])
+@pytest.mark.parametrize("processor", [halve, ice.schedules.exponential(gamma=0.5)], ids=["function", "schedule"])
+@pytest.mark.parametrize("where", ["STEP_STARTED", "pre-hook"])
+def test_what_a_step_wrote_to_its_groups_is_taken_back_if_it_does_not_happen(where, processor, lr):
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=lr), processors=[processor])
+    trainer = Engine(lambda engine, batch: optimizer.backward(weight * batch))
+    optimizer.attach(trainer)
+    trainer.run([1.0, 1.0])
+    before = float(optimizer.param_groups[0]["lr"])
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    if where == "pre-hook":
+        failing = optimizer.inner.register_step_pre_hook(fail)
+    else:
+        failing = trainer.add_event_handler(optimizer.event(where), fail)
+    with pytest.raises(ZeroDivisionError):
+        trainer.run([1.0, 1.0], max_epochs=2)
+    assert float(optimizer.param_groups[0]["lr"]) == before
+    assert optimizer.clocks["step"] == 2
+
+    failing.remove()
+    trainer._internal_run_generator = None  # Ignite: the run after an exception would do nothing
+    trainer.run([1.0, 1.0], max_epochs=2)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(before / 2 ** (optimizer.clocks["step"] - 2))

@@ -41,6 +41,9 @@ def one_step(*, clip=None, scaled=False, weights=(3, 5), listen=False, nonfinite
     )
     stepped = []
     optimizer.register_step_pre_hook(lambda *_: stepped.append(True))
+    for weight in weights:  # a run's first window, in which the loss scale is read
+        optimizer.backward(sum(p.sum() for p in parameters), weight=weight)
+        optimizer.update()
     for weight in weights[:-1]:
         optimizer.backward(scale * sum(p.sum() for p in parameters), weight=weight)
         optimizer.update()
@@ -58,14 +61,14 @@ def test_with_a_norm_clip_one_pass_reads_and_one_writes(scaled, max_norm):
     passes, waits, _ = one_step(clip=ice.clip_norm(max_norm), scaled=scaled)
 
     assert passes == {"_foreach_norm": 1, "_foreach_mul_": 1}
-    assert waits == 1 + scaled  # the norm; the loss scale, for the record
+    assert waits == 1  # the norm, by which a skip is told from a step; the loss scale in the record is known
 
 
 def test_with_a_scaler_alone_one_pass_unscales_normalises_and_looks_for_infinities():
     passes, waits, _ = one_step(scaled=True)
 
     assert passes == {"_amp_foreach_non_finite_check_and_unscale_": 1}
-    assert waits == 2
+    assert waits == 1
 
 
 def test_a_policy_alone_takes_one_pass():
@@ -100,3 +103,52 @@ def test_a_norm_beyond_its_type_is_not_taken_for_an_infinite_gradient():
 
     assert optimizer.update()
     assert float(optimizer.record.grad_norm) == pytest.approx(2e3)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [None, ice.clip_norm(1.0)])
+def test_the_host_waits_once_a_window_and_for_the_scale_only_where_it_may_have_changed(clip, fused):
+    """And the record tells the scale that the losses were multiplied with, each time."""
+    parameter = torch.nn.Parameter(torch.ones(MANY))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+    inner = torch.optim.SGD([parameter], lr=0.0, fused=fused)
+    optimizer = ice.Optimizer(inner, clip=clip, grad_scaler=scaler)
+    waits, scales, truth = [], [], []
+    for step in range(12):
+        optimizer.backward(parameter.sum() * (float("inf") if step in {5, 6} else 1.0))
+        truth.append(scaler._scale.item())
+        with Passes([parameter.grad]) as passes:
+            optimizer.update()
+        waits.append(passes.waits)
+        scales.append(optimizer.record.loss_scale)
+
+    assert scales == truth == [64, 64, 64, 128, 128, 128, 64, 32, 32, 32, 64, 64]
+    # Steps 5 and 6 say what is not finite; 0, 3, 6, 7 and 10 are the first with another scale.
+    assert [n for step, n in enumerate(waits) if step not in {0, 3, 5, 6, 7, 10}] == [1] * 6
+
+
+def test_without_a_policy_the_host_waits_for_nothing():
+    assert one_step(clip=ice.clip_norm(1.0), nonfinite="off")[1] == 0
+
+
+@pytest.mark.parametrize("how", ["update", "load_state_dict", "growth"])
+def test_a_scale_that_the_user_sets_between_windows_is_seen(how):
+    parameter = torch.nn.Parameter(torch.ones(MANY))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=100)
+    optimizer = ice.Optimizer(torch.optim.SGD([parameter], lr=0.0), grad_scaler=scaler)
+
+    def step():
+        optimizer.backward(parameter.sum())
+        optimizer.update()
+        return optimizer.record.loss_scale
+
+    assert [step(), step()] == [64, 64]
+    if how == "update":
+        scaler.update(16.0)
+    elif how == "load_state_dict":
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 16.0})
+    else:
+        scaler.set_growth_interval(3)
+        assert [step(), step()] == [64, 128]
+        return
+    assert [step(), step()] == [16, 16]

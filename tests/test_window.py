@@ -451,7 +451,7 @@ def items(weights, batch, *, epochs=1, state=None, **settings):
     ("batch", "first", "k"), [(128, 32, 4), (128, 30, 4), (100, 32, 3), (80, 32, 3), (79, 32, 2), (1, 32, 1)]
 )
 def test_a_window_has_the_micro_batches_that_come_nearest_to_the_effective_batch(batch, first, k, caplog):
-    with caplog.at_level(logging.INFO, logger="ice_engine.stepping"):
+    with caplog.at_level(logging.INFO, logger="ice_engine.scheduling"):
         steps, _, _, optimizer = items([first] * 12, batch)
     assert steps == [k * first] * (12 // k)
     assert optimizer.accumulation_steps == k

@@ -7,13 +7,14 @@ together. CUDA tensors go through the CPU (not run here: there was neither CUDA 
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from ice_engine.distributed import wire, world
 from ice_engine.distributed.agreement import announce
+from ice_engine.distributed.shards import is_zero
 from ice_engine.errors import StateDictError
 
 if dist.is_available():
@@ -29,7 +30,7 @@ def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
     """Whether no rank holds the whole state of *optimizer*."""
     if not dist.is_available():
         return False
-    return _is_zero(optimizer) or any(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
+    return is_zero(optimizer) or any(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
 
 
 def consolidate(optimizer: torch.optim.Optimizer, rank: int, name: str = "optimizer") -> dict[str, Any] | None:
@@ -49,7 +50,7 @@ def consolidate(optimizer: torch.optim.Optimizer, rank: int, name: str = "optimi
     own = _local_state_dict(optimizer)
     # Packed on the rank that saves as well: what cannot be sent is an error wherever it happens to lie.
     try:
-        (text, tensors), problem = _parcel(own["state"], whole=_is_zero(optimizer)), ""
+        (text, tensors), problem = _parcel(own["state"], whole=is_zero(optimizer)), ""
     except StateDictError as error:
         text, tensors, problem = "", [], str(error)
     announce(f"state_dict(rank={rank}) of optimizer {name!r}{_extent(optimizer, own)}", problem)
@@ -96,18 +97,14 @@ def _laid_out_as(p: "DTensor") -> Callable[[torch.Tensor, Keys], torch.Tensor]:
     return lay_out
 
 
-def _is_zero(optimizer: torch.optim.Optimizer) -> bool:
-    return hasattr(optimizer, "local_state_dict")
-
-
 def _local_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     # A ZeroOptimizer's is the part that is here, numbered as in the whole.
-    return dict(getattr(optimizer, "local_state_dict", optimizer.state_dict)())
+    return dict(cast("Any", optimizer).local_state_dict() if is_zero(optimizer) else optimizer.state_dict())
 
 
 def _extent(optimizer: torch.optim.Optimizer, own: dict[str, Any]) -> str:
     # Of pieces: those of a parameter must be on all ranks, or there is no whole.
-    return "" if _is_zero(optimizer) else f", with state of {len(own['state'])} parameters"
+    return "" if is_zero(optimizer) else f", with state of {len(own['state'])} parameters"
 
 
 def _sorted(state: dict[Any, Any]) -> dict[Any, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from ice_engine.errors import ProcessorError
 from ice_engine.processors.composition import When
 from ice_engine.processors.group import followed_metrics, set_initial_values, written_keys
-from ice_engine.processors.group_mapping import group_name
+from ice_engine.processors.group_mapping import Written, group_name
 from ice_engine.processors.schedule import Schedule
 
 
@@ -50,24 +50,27 @@ class Binding:
             and all(map(operator.is_, groups, self._groups))
         )
 
-    def run(self, context: Mapping[str, Any]) -> bool:
+    def run(self, context: Mapping[str, Any]) -> list[Written] | None:
         """Write what the schedules say at the clocks in *context*; if it is not that simple, nothing.
 
         A schedule is then evaluated once for all groups that start from one value, and writes a float.
 
         Returns:
-            Whether it was: schedules alone, the same for every group, from floats to floats that can be used.
+            What was there before, for :func:`~ice_engine.processors.group.take_back`; None if it was not that simple,
+            which is schedules alone, the same for every group, from floats to floats that can be used.
         """
         if not self.clocks_alone:
-            return False
+            return None
         try:
             values = [self._values(*schedule, context) for schedule in self._schedules]
         except (_NotThatSimple, ProcessorError, ArithmeticError):
-            return False  # whoever does it step by step also says what is wrong
+            return None  # whoever does it step by step also says what is wrong
+        written: list[Written] = []
         for (_, key, _), of_groups in zip(self._schedules, values, strict=True):
             for group, value in zip(self._groups, of_groups, strict=True):
+                written.append((group, key, group[key]))
                 group[key] = value
-        return True
+        return written
 
     def _values(self, schedule: Schedule, key: str, initial: str, context: Mapping[str, Any]) -> list[float]:
         formula = schedule.formula(context)

@@ -11,7 +11,7 @@ from ice_engine.errors import ArgumentTypeError, MissingKeyError, ProcessorValue
 from ice_engine.processors.agreement import Gather, require_agreement
 from ice_engine.processors.compose import Compose
 from ice_engine.processors.composition import Only
-from ice_engine.processors.group_mapping import GroupMapping, group_name
+from ice_engine.processors.group_mapping import GroupMapping, Written, group_name
 from ice_engine.processors.processor import Processor, belongs, name_of
 from ice_engine.processors.schedule import Schedule
 from ice_engine.typing import DictProcessor
@@ -23,7 +23,7 @@ def run_processors(
     context: Mapping[str, Any],
     gather: Gather | None = None,
     view: type[GroupMapping] = GroupMapping,
-) -> list[GroupMapping]:
+) -> tuple[list[GroupMapping], list[Written]]:
     """Run every processor on every group, then commit; if any fails, no group has changed.
 
     Args:
@@ -35,7 +35,7 @@ def run_processors(
         view: What shows them a group; one of a plan's own also records who reads and writes what.
 
     Returns:
-        What the processors of each group saw and wrote.
+        What the processors of each group saw and wrote, and what was there before, for :func:`take_back`.
 
     Raises:
         ProcessorError: If a processor returns or writes something impossible; names processor and group.
@@ -50,9 +50,16 @@ def run_processors(
         staged.append(mapping)
     if gather is not None:
         require_agreement(staged, gather, processors, groups, context)
-    for mapping in staged:
-        mapping.commit()
-    return staged
+    return staged, [each for mapping in staged for each in mapping.commit()]
+
+
+def take_back(written: Iterable[Written]) -> None:
+    """Give groups the entries that they had before something was *written*."""
+    for group, key, before in written:
+        if isinstance(before, torch.Tensor):
+            group[key].copy_(before)
+        else:
+            group[key] = before
 
 
 def set_initial_values(processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]]) -> None:

@@ -10,6 +10,9 @@ import torch
 from ice_engine.errors import MissingKeyError, ProcessorReturnError, ProcessorValueError, UnknownKeyError
 from ice_engine.processors.processor import name_of
 
+Written = tuple[dict[str, Any], str, Any]
+"""A param group, one of its entries, and what that was before it was written."""
+
 _ABSENT: Any = object()
 _OWN = ("group_index", "group_name", "x", "param_group")  # what the mapping itself says; no entry of the context
 
@@ -169,15 +172,19 @@ class GroupMapping(MutableMapping[str, Any]):
             message = f"processor {name!r} writes {key!r}, which {self.label} lacks; it has: {self._writable()}{hint}"
             raise MissingKeyError(message)
 
-    def commit(self) -> None:
-        """Write what was staged to the group, tensors in place."""
+    def commit(self) -> list[Written]:
+        """Write what was staged to the group, tensors in place, and return what was there."""
+        written: list[Written] = []
         for key, value in self._staged.items():
             current = self._group[key]
             if isinstance(current, torch.Tensor):
+                written.append((self._group, key, current.detach().clone()))
                 # In place, so that a compiled or capturable step keeps its tensor and does not recompile.
                 current.fill_(float(value))
             else:
+                written.append((self._group, key, current))
                 self._group[key] = value
+        return written
 
     def check(self) -> None:
         """Make staged values plain and usable, before any group is changed.
