@@ -20,41 +20,49 @@ PLAN = "plan"  # what the tags of planned values begin with
 
 Layout = dict[str, dict[str, tuple[str, list[str]]]]
 
+_CLIPPED = "gradient norm, before and after clipping"
+
+# In the order of the charts, behind those of scheduled values: how it goes, then what it costs.
 _TITLES = {
-    "clipped_norm": "gradient norm, before and after clipping",
-    "grad_norm": "gradient norm, before and after clipping",
-    "items_per_second": "items per second",
-    "loss_scale": "loss scale",
+    "clipped_norm": _CLIPPED,
+    "grad_norm": "gradient norm",
+    "update_ratio": "step, as a part of the weights",
     "noise_scale": "gradient noise scale, in items",
     "skipped": "skipped steps",
-    "time": "seconds of a window",
-    "update_ratio": "step, as a part of the weights",
+    "loss_scale": "loss scale",
     "weight": "items behind a step",
+    "items_per_second": "items per second",
+    "time": "seconds of a window",
 }
+_ORDER = ["loss", "", *_TITLES.values()]  # "": any other
 
 
 def layout(tags: Iterable[str], optimizers: Iterable[str]) -> Layout:
     """Return which curves are drawn in one chart, by category and title, for the tab Custom Scalars.
 
-    Losses stand together, whoever found them, and a plan with what it planned.
+    All losses stand together, each other metric whoever measured it, and a plan with what it planned.
 
     Args:
         tags: Of all curves there are.
         optimizers: Their names, with which tags begin.
     """
-    names = list(optimizers)
+    tags, names = list(tags), list(optimizers)
     charts: dict[str, dict[str, list[str]]] = {"run": {}, **{name: {} for name in names}, "machine": {}}
     for tag in tags:
-        category, title = _place(tag, names)
+        category, title = _place(tag, names, tags)
         charts[category].setdefault(title, []).append(f"^{re.escape(tag)}$")
     return {
-        category: {title: ("Multiline", found) for title, found in of_category.items()}
+        category: {title: ("Multiline", of_category[title]) for title in sorted(of_category, key=_rank)}
         for category, of_category in charts.items()
         if of_category
     }
 
 
-def _place(tag: str, optimizers: list[str]) -> tuple[str, str]:
+def _rank(title: str) -> int:
+    return _ORDER.index(title if title in _ORDER else "")
+
+
+def _place(tag: str, optimizers: list[str], tags: list[str]) -> tuple[str, str]:
     source, *parts = tag.split("/")
     if source == PLAN:
         # There, the place in a tuple such as betas stands with the key.
@@ -62,8 +70,10 @@ def _place(tag: str, optimizers: list[str]) -> tuple[str, str]:
     if source == MEMORY:
         return "machine", "memory in MiB"
     if source in optimizers:
-        return source, _TITLES.get(parts[0], parts[0])
-    return "run", "loss" if "loss" in tag else source
+        is_clipped = parts[0] == "grad_norm" and f"{source}/clipped_norm" in tags
+        return source, _CLIPPED if is_clipped else _TITLES.get(parts[0], parts[0])
+    metric = re.sub(r"\.\d+$", "", "/".join(parts))  # of one with a number for each class, all
+    return "run", "loss" if "loss" in metric else metric
 
 
 def hyperparameters(optimizers: Iterable[Optimizer], given: Mapping[str, Any]) -> dict[str, float | str]:

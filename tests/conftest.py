@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,10 @@ import torch
 matplotlib.use("Agg")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that a test starts, too
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pictures", type=Path, metavar="FOLDER", help="save there what the tests see in a browser")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""The pictures of the documentation: one command draws them all, and each one is shown somewhere."""
+"""The pictures of the documentation: a command draws them all, and each one is shown somewhere.
+
+Screenshots are made by tests/test_browser.py; `tox run -e pictures` makes both.
+"""
 
 import re
 import subprocess
@@ -18,7 +21,7 @@ def shown() -> set[Path]:
 
 
 def test_every_picture_that_is_shown_is_there_and_every_one_there_is_shown() -> None:
-    assert shown() == {*DOCS.glob("*.png"), *(DOCS / "figures").iterdir()}
+    assert shown() == {*DOCS.glob("*.png"), *(DOCS / "figures").iterdir(), *(DOCS / "screenshots").iterdir()}
 
 
 def test_every_picture_says_in_words_what_it_shows() -> None:

@@ -447,8 +447,7 @@ def test_the_dashboard_has_every_curve_once_and_the_plan_beside_what_it_planned(
     assert found == {
         "run": {
             "loss": ["training/loss", "validation/loss"],
-            "validation": ["validation/accuracy"],
-            "training": ["training/accuracy"],
+            "accuracy": ["training/accuracy", "validation/accuracy"],
         },
         "optimizer": {
             "lr": ["optimizer/lr/body", "optimizer/lr/head", "plan/optimizer/lr/body", "plan/optimizer/lr/head"],
@@ -466,8 +465,49 @@ def test_the_dashboard_has_every_curve_once_and_the_plan_beside_what_it_planned(
         },
         "machine": {"memory in MiB": ["memory/host"]},
     }
+    # What a reader looks for first stands first, whatever came first: how it goes, then what it costs.
+    assert list(found) == ["run", "optimizer", "machine"]
+    assert list(found["run"]) == ["loss", "accuracy"]
+    assert list(found["optimizer"]) == [
+        "lr",
+        "betas",
+        "gradient norm, before and after clipping",
+        "step, as a part of the weights",
+        "skipped steps",
+        "loss scale",
+        "items behind a step",
+        "items per second",
+        "seconds of a window",
+    ]
     shown = [tag for category in found.values() for tags in category.values() for tag in tags]
     assert sorted(shown) == sorted(read(tmp_path))
+
+
+def test_each_metric_has_a_chart_of_its_own_in_which_all_that_measured_it_stand(tmp_path):
+    engine, optimizer = parts(output=lambda batch: {"accuracy": 0.5, "loss": batch})
+    names = ("validation", "test")
+    evaluators = {name: Engine(lambda engine, batch: None) for name in names}
+    for evaluator in evaluators.values():
+        metrics = {"perplexity": 80.0, "accuracy": 0.75, "recall": [0.5, 1.0], "f1.macro": 0.9, "val_loss": 2.0}
+        evaluator.add_event_handler(Events.COMPLETED, lambda engine, found=metrics: engine.state.metrics.update(found))
+        engine.add_event_handler(Events.STARTED, lambda _, evaluator=evaluator: evaluator.run([0]))
+    ice.TensorBoard(tmp_path).attach(engine, optimizer, evaluators=evaluators)
+    engine.run([1.0])
+    assert charts(tmp_path)["run"] == {
+        "loss": ["test/val_loss", "training/loss", "validation/val_loss"],
+        "perplexity": ["test/perplexity", "validation/perplexity"],
+        "accuracy": ["test/accuracy", "training/accuracy", "validation/accuracy"],
+        "recall": [f"{name}/recall.{i}" for name in ("test", "validation") for i in (0, 1)],
+        "f1.macro": [f"{name}/f1.macro" for name in ("test", "validation")],
+    }
+    assert list(charts(tmp_path)["run"])[0] == "loss"
+
+
+def test_a_norm_that_nobody_clips_is_not_said_to_be_clipped(tmp_path):
+    engine, optimizer = parts()
+    ice.TensorBoard(tmp_path).attach(engine, optimizer)
+    engine.run([1.0])
+    assert charts(tmp_path)["optimizer"]["gradient norm"] == ["optimizer/grad_norm"]
 
 
 def test_a_chart_that_would_stay_empty_is_left_out(tmp_path):
