@@ -222,7 +222,8 @@ class Accumulating(Scheduling):
             "that out of train_step, gradients are cleared after every step"
             if cleared
             else f"gradients of optimizer {self._name!r} were changed inside its window, not by its backward(); "
-            f"{_OWN_GRADIENTS}; a handler of {self._name.upper()}_GRADIENTS_READY may change the window's"
+            f"{_OWN_GRADIENTS}; clip with Optimizer(..., clip=); a handler of {self._name.upper()}_GRADIENTS_READY may "
+            "change the window's"
         )
         raise BackwardError(message)
 

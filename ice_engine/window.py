@@ -158,6 +158,11 @@ class Window:
         self.unit *= ranks
 
     @property
+    def is_mean(self) -> bool:
+        """Whether the accumulated gradients are the window's mean as they are."""
+        return self.unit == self.weight
+
+    @property
     def scale(self) -> float:
         """What the accumulated gradients are multiplied with to become the window's mean."""
         return self.unit / self.weight
@@ -240,8 +245,11 @@ class Window:
         else:
             number = isinstance(weight, Real) and not isinstance(weight, bool)
         if not number:
+            shape = (
+                f" of shape {tuple(weight.shape)}" if isinstance(weight, torch.Tensor) and weight.numel() != 1 else ""
+            )
             message = (
-                f"weight must be a number, got {type(weight).__name__}; "
+                f"weight must be a number, got {type(weight).__name__}{shape}; "
                 "it is the number of items (samples, tokens) behind the loss"
             )
             raise ArgumentTypeError(message)

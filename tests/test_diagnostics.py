@@ -858,6 +858,24 @@ def test_a_model_that_casts_down_is_judged_by_the_lower_precision(dtype, toleran
     assert not check(mlp(Narrow(), nn.BatchNorm1d(8)))
 
 
+def test_a_loss_that_torch_gives_in_the_type_of_its_targets_is_judged_by_that():
+    """binary_cross_entropy of double outputs and single targets is single."""
+
+    def by_positives(y_pred, y):
+        positive = (y > 0).float()
+        summed = nn.functional.binary_cross_entropy_with_logits(y_pred, positive, reduction="sum")
+        return summed / positive.sum()
+
+    batch = (torch.randn(16, 8), torch.randint(0, 3, (16,)))
+    model = nn.Sequential(nn.Linear(8, 1), nn.Flatten(0))
+
+    report = ice.check_accumulation(model, by_positives, batch, 4, weight=lambda x, y: (y > 0).sum())
+
+    assert report.equal, report
+    assert report.tolerance == 1e-4
+    assert not ice.check_accumulation(model, by_positives, batch, 4)
+
+
 def test_a_tolerance_of_ones_own_holds():
     model = mlp(nn.BatchNorm1d(8))
     assert check(model, tolerance=100.0)

@@ -1323,3 +1323,44 @@ def test_what_a_step_wrote_to_its_groups_is_taken_back_if_it_does_not_happen(whe
     trainer._internal_run_generator = None  # Ignite: the run after an exception would do nothing
     trainer.run([1.0, 1.0], max_epochs=2)
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(before / 2 ** (optimizer.clocks["step"] - 2))
+
+
+@pytest.mark.parametrize("settings", [{"accumulation_steps": 2}, {"grad_scaler": torch.amp.GradScaler("cpu")}])
+@pytest.mark.parametrize("how", ["clip", "foreign loss", "zero_grad"])
+def test_gradients_that_are_still_to_be_divided_are_not_changed_before_the_window_closes(settings, how):
+    """By hand, such as by clipping in the last micro-batch, it would be the scaled sum that is clipped."""
+    weight, other = torch.nn.Parameter(torch.zeros(())), torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight, other], lr=1.0), **settings)
+    k = settings.get("accumulation_steps", 1)
+
+    def train_step(engine, batch):
+        optimizer.backward(weight * batch + other)
+        if engine.state.iteration % k == 0:
+            if how == "clip":
+                torch.nn.utils.clip_grad_norm_([weight, other], 0.1)
+            elif how == "zero_grad":
+                weight.grad = None
+            else:
+                (weight * 3.0).backward()
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer)
+    with pytest.warns(ice.IceEngineWarning, match="dropped"), pytest.raises(BackwardError, match="inside its window"):
+        trainer.run([1.0, 2.0])
+    assert weight.item() == 0.0
+    assert optimizer.clocks["attempt"] == 0
+    assert weight.grad is other.grad is None
+
+
+def test_a_gradient_that_is_final_already_may_be_changed_in_train_step():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0))
+
+    def train_step(engine, batch):
+        optimizer.backward(weight * batch, weight=7)
+        torch.nn.utils.clip_grad_norm_([weight], 1.0)
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer)
+    trainer.run([3.0, 0.5])
+    assert weight.item() == pytest.approx(-1.5)

@@ -269,7 +269,7 @@ class Reference:
         self.row = 0
         self.gradients = clipped(setup.clip, self.gradients, norm, self.parameters)
         factor = SCHEDULES[setup.schedule](self.clocks["step"])
-        self.rates = [rate * factor for rate in RATES]
+        rates, self.rates = self.rates, [rate * factor for rate in RATES]
         self.clocks["step"] += 1
         before, self.record = self.record, self.note(weight, micro_batches, norm, skipped=False)
         try:
@@ -277,6 +277,7 @@ class Reference:
         except Boom:
             self.clocks["step"] -= 1
             self.record = before  # of the last window that was a step or a skip
+            self.rates = rates
             self.adapt(overflowed)
             raise
         for index in (0, 1):

@@ -321,7 +321,7 @@ def test_losses_with_and_without_weight_do_not_mix():
         (math.inf, ArgumentValueError, "finite"),
         ("3", ArgumentTypeError, "weight must be a number, got str"),
         (True, ArgumentTypeError, "got bool"),
-        (torch.ones(2), ArgumentTypeError, "got Tensor"),
+        (torch.ones(2), ArgumentTypeError, r"got Tensor of shape \(2,\)"),
         (torch.tensor(True), ArgumentTypeError, "got Tensor"),
         (torch.tensor(1j), ArgumentTypeError, "got Tensor"),
         (10**400, ArgumentValueError, "finite"),

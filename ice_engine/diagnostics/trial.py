@@ -111,8 +111,8 @@ class Trial:
                 self.drawn_outside = drawn_outside() or self.drawn_outside
                 watch.outside = None  # backward may run parts of the forward again
                 items = weight(x, y)
-                if isinstance(items, torch.Tensor) and items.is_floating_point():
-                    still.narrowed.add(items.dtype)
+                # A loss may be of another type than its outputs, such as that of its targets.
+                still.narrowed |= {t.dtype for t in (loss, items) if isinstance(t, torch.Tensor)}
                 optimizer.backward(loss, weight=items)
                 optimizer.update()
         self.narrowed |= still.narrowed
