@@ -21,6 +21,8 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"ice_engine {release}"
+html_static_path = ["_static"]
+html_css_files = ["ice.css"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
