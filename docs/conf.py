@@ -21,12 +21,15 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"ice_engine {release}"
+html_static_path = ["_static"]
+html_css_files = ["ice.css"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
+toc_object_entries = False  # a list of hundreds of names beside the page hides its sections
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_google_docstring = True

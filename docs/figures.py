@@ -5,8 +5,11 @@ what a schedule gives, and the last picture is of runs that were trained, stoppe
 """
 
 import argparse
+import contextlib
 import itertools
 import logging
+import re
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from matplotlib.figure import Figure
 import ice_engine as ice
 from ice_engine import schedules
 from ice_engine.errors import ScheduleChangedError
+from ice_engine.ledger import read
 from ice_engine.processors.schedules import Schedule
 
 BLUE, ORANGE, GREEN, GREY, DARK = "#2166ac", "#d6712a", "#3a8f5c", "#a8a8a8", "#333333"
@@ -306,7 +310,74 @@ def on_change() -> Figure:
     return figure
 
 
-FIGURES: tuple[Callable[[], Figure], ...] = (overview, units, warmups, composition, restarts, stable, on_change)
+def tutorial() -> Figure:
+    """The run of tutorial.md: its code is run, and its ledger drawn."""
+    page = (Path(__file__).parent / "tutorial.md").read_text().split("## Stopped, and resumed")[0]
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        exec(code.replace('"runs/digits"', repr(folder)), {})  # noqa: S102 - our own page
+        lines = read(Path(folder) / "ledger.jsonl")
+    figure, (rate, loss, accuracy) = plt.subplots(3, sharex=True, figsize=(7.2, 4.6), height_ratios=[2, 3, 2])
+    panels = (
+        (rate, "optimizer/lr/default", "learning rate", {"color": ORANGE}),
+        (loss, "training/loss", "loss", {"color": BLUE}),
+        (accuracy, "validation/accuracy", "accuracy", {"color": GREEN, "marker": "o"}),
+    )
+    for axes, key, name, line in panels:
+        found = [(row["step"], row[key]) for row in lines if key in row]
+        axes.plot(*zip(*found, strict=True), **line)
+        axes.set(title=name, xlim=(0, 67))
+    rate.set_ylim(0, 0.0042)
+    loss.set_ylim(0, None)
+    accuracy.set(ylim=(0.5, 1), xlabel="step", title="held-out accuracy, after each epoch", xticks=range(0, 67, 11))
+    return figure
+
+
+# -- one window -----------------------------------------------------------------------------------------------
+
+EVENTS = ("GRADIENTS_READY", "STEP_STARTED", "STEP_COMPLETED")
+WORK = ("reduce, unscale,\ndivide by its weight", "clip, then the\nprocessors", "the optimizer's\nown step")
+
+
+def window() -> Figure:
+    """Six micro-batches, windows of four, and what happens where a window closes."""
+    figure, axes = plt.subplots(figsize=(8.6, 3.5))
+    axes.set(xlim=(-0.1, 6.3), ylim=(-2.5, 1.75))
+    axes.axis("off")
+    for i, colour in enumerate([BLUE] * 4 + [ORANGE] * 2):
+        axes.add_patch(plt.Rectangle((i, 0), 0.9, 0.5, color=colour, alpha=0.85, linewidth=0))
+        say(axes, i + 0.45, 0.25, f"backward()\niteration {i + 1}", "white", ha="center", fontsize=7.5)
+    brackets = ((0, 3.9, "window: attempt 1, step 1, divided by 4", BLUE), (4, 5.9, "attempt 2, step 2, by 2", ORANGE))
+    for start, end, text, colour in brackets:
+        axes.plot([start, start, end, end], [0.62, 0.74, 0.74, 0.62], color=colour, linewidth=1.2)
+        say(axes, (start + end) / 2, 0.93, text, colour, ha="center")
+    axes.plot([-0.05, 5.98], [1.25, 1.25], color=GREY, linewidth=1.2)
+    say(axes, 2.95, 1.45, "an epoch of six micro-batches", ha="center")
+    say(axes, 6.0, 0.25, "EPOCH_\nCOMPLETED", fontsize=7, fontfamily=MONO)
+    axes.plot([3.9, 0.2], [-0.1, -0.75], color=GREY, linewidth=0.8, linestyle=":")
+    axes.plot([3.9, 6.1], [-0.1, -0.75], color=GREY, linewidth=0.8, linestyle=":")
+    for i, (event, work) in enumerate(zip(EVENTS, WORK, strict=True)):
+        x = 0.2 + 2 * i
+        axes.add_patch(plt.Rectangle((x, -1.45), 1.25, 0.62, facecolor="#eeeeee", edgecolor=GREY, linewidth=0.8))
+        say(axes, x + 0.625, -1.14, work, ha="center", fontsize=7.5)
+        axes.annotate("", (x + 1.95, -1.14), (x + 1.3, -1.14), arrowprops={"arrowstyle": "->", "color": DARK})
+        say(axes, x + 1.62, -1.62, event, ha="center", fontfamily=MONO, fontsize=7)
+    say(axes, 1.82, -2.0, "infinite or NaN?\nSTEP_SKIPPED instead", "#b2182b", ha="center", fontsize=7.5)
+    axes.set_title("where a window closes, the optimizer steps")
+    return figure
+
+
+FIGURES: tuple[Callable[[], Figure], ...] = (
+    overview,
+    units,
+    warmups,
+    composition,
+    restarts,
+    stable,
+    on_change,
+    tutorial,
+    window,
+)
 
 
 def main(folder: Path) -> None:

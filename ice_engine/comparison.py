@@ -57,7 +57,7 @@ class Comparison:
         if self.row is None:
             text = [f"{first} and {second} are the same in {_count(self.same)}, all that both have"]
         else:
-            after = f"after {_count(self.same)} that are the same" if self.same else "from the beginning"
+            after = f"after {_count(self.same)} in common" if self.same else "from the beginning"
             text = [f"{first} and {second} part at {_place(self.row)}, {after}", "", *self._table()]
         for path, only in zip((first, second), self.only, strict=True):
             if only.row is not None:

@@ -1,5 +1,6 @@
 """From an engine's events to rows in a file: what :class:`TensorBoard` and :class:`Ledger` have in common."""
 
+import contextlib
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -11,7 +12,8 @@ from ignite.engine import Engine, Events
 from ice_engine.arguments import count
 from ice_engine.background import Background, File
 from ice_engine.distributed import world
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError
+from ice_engine.endings import when_left
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError, IceEngineError
 from ice_engine.events import StepRecord, is_running
 from ice_engine.hooks import HookRegistry
 from ice_engine.memory import memory_rows
@@ -85,6 +87,7 @@ class Recording:
             wanted.append((HookRegistry(evaluator), Events.COMPLETED, self._metrics_noter(name), name, 90))
         if world.rank() == 0:
             self._add(wanted)
+            when_left(engine, self._on_left)
             summary(engine).wrote(self._place)
             for name, evaluator in found.items():
                 summary(engine).follow(name, evaluator, optimizers[0])
@@ -138,6 +141,12 @@ class Recording:
         self._begin()
         self._describe(engine)
         self.flush()  # a path that cannot be written to is known now
+
+    def _on_left(self, error: BaseException | None) -> None:
+        """After an exception, too, all is written: who catches it may go on in the same file."""
+        if error is not None:
+            with contextlib.suppress(IceEngineError):  # the log has it, and the run's own error is the one to raise
+                self.flush()
 
     def _describe(self, engine: Engine) -> None:
         """Write what is known when a run starts."""

@@ -69,7 +69,7 @@ def test_the_first_step_in_which_they_part_is_found_and_what_differs(paths):
     assert 0 < abs(loss - other) < 1e-2
     lines = str(found).splitlines()
     assert lines[0] == (
-        f"{a} and {b} part at step 6 of 'optimizer' (attempt 6, iteration 6, epoch 2), after 6 lines that are the same"
+        f"{a} and {b} part at step 6 of 'optimizer' (attempt 6, iteration 6, epoch 2), after 6 lines in common"
     )
     assert [line.split()[0] for line in lines[2:5]] == [str(a), "training/loss", "optimizer/grad_norm"]
 

@@ -1,4 +1,4 @@
-"""docs/coming-from.md: each row's expression is made with real arguments, and gives the numbers of the other library.
+"""docs/coming-from-schedules.md: each expression is made with real arguments, and gives the other library's numbers.
 
 A row's first cell is a call, ``Name(parameters with defaults)``; its second is an expression in those parameters. The
 numbers are those of the installed torch, and of ``data/*.json``, which the other libraries themselves wrote.
@@ -24,7 +24,7 @@ from ice_engine.processors import schedules
 from ice_engine.processors.schedules import Schedule
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parent / "docs/coming-from.md").read_text()
+PAGE = (HERE.parent / "docs/coming-from-schedules.md").read_text()
 COUNT = 60
 
 

@@ -12,14 +12,21 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ice_engine.comparison import compare
+from ice_engine.ledger import read
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DIGITS, GAN, DISTRIBUTED = EXAMPLES / "digits.py", EXAMPLES / "gan.py", EXAMPLES / "distributed.py"
+LANGUAGE_MODEL = EXAMPLES / "language_model.py"
 EPOCH = re.compile(r"^epoch +(\d+) +step +(\d+) ", re.MULTILINE)
 GAN_STEPS = re.compile(
     r"^(\d+) epochs in .* s: (\d+) generator steps, (\d+) discriminator steps, loss scale 65536$", re.MULTILINE
 )
 DRAWN = re.compile(r"^drawn digits +(\d\.\d+) of 1000 read as their labels; by digit \[(.*)\]", re.MULTILINE)
 VARIETY = re.compile(r"^their variety +(\d\.\d+) of the real digits'; by digit \[(.*)\]", re.MULTILINE)
+TRAINED_ON = re.compile(r"^trained for .* s, on ([\d,]+) bytes$", re.MULTILINE)
+BITS = re.compile(r"^bits per byte +(\d\.\d+) of [\d,]+ held-out bytes$", re.MULTILINE)
+BASELINES = re.compile(r"^gzip -9 +(\d\.\d+)\nbytes one by one +(\d\.\d+)$", re.MULTILINE)
 ACCURACY = re.compile(r"^held-out accuracy +(\d\.\d+) of 360 digits", re.MULTILINE)
 
 
@@ -115,7 +122,7 @@ def test_digits_resumes_from_nothing(tmp_path):
     assert epochs(output) == [(1, 12)]
 
 
-@pytest.mark.parametrize("example", [DIGITS, GAN, DISTRIBUTED], ids=lambda example: example.stem)
+@pytest.mark.parametrize("example", [DIGITS, GAN, DISTRIBUTED, LANGUAGE_MODEL], ids=lambda example: example.stem)
 def test_an_example_explains_every_option(example, tmp_path):
     spec = importlib.util.spec_from_file_location(example.stem, example)
     module = importlib.util.module_from_spec(spec)
@@ -180,6 +187,54 @@ def test_gan_draws_digits_that_a_classifier_reads(tmp_path):
     share, by_digit = VARIETY.search(output).groups()
     assert float(share) >= 0.8
     assert min(map(float, by_digit.split())) >= 0.6
+
+
+TINY = ("--share", "0.1", "--width", "64", "--depth", "1", "--lr", "0.01", "--epochs", "2")
+
+
+@pytest.fixture(scope="module")
+def tiny_language_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("language_model")
+    return folder, run(LANGUAGE_MODEL, folder, *TINY)
+
+
+def test_language_model_learns_more_than_how_frequent_bytes_are(tiny_language_model):
+    _, output = tiny_language_model
+    _, one_by_one = map(float, BASELINES.search(output).groups())
+    assert float(BITS.search(output)[1]) < one_by_one - 0.3
+    assert [line[:6] for line in output.splitlines()].count("    | ") >= 2  # what it wrote
+
+
+def test_language_model_weighs_every_byte_once_and_names_its_groups(tiny_language_model):
+    folder, output = tiny_language_model
+    out = folder / "runs/language_model"
+    lines = [line for line in read(out / "ledger.jsonl") if line["source"] == "optimizer"]
+    steps = epochs(output)[-1][1]
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    groups = {key.removeprefix("optimizer/lr/") for key in lines[0] if key.startswith("optimizer/lr/")}
+    assert groups == {"embeddings", "default", "default.no_weight_decay"}
+    for epoch in (1, 2):  # paragraphs, and so windows, of many sizes: together they are the text
+        weights = [line["optimizer/weight"] for line in lines if line["epoch"] == epoch]
+        assert len(set(weights)) > 5
+        assert sum(weights) == int(TRAINED_ON.search(output)[1].replace(",", ""))
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("validation/loss")] == [steps // 2, steps]
+
+
+def test_interrupted_language_model_writes_the_same(tiny_language_model, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_language_model[0], folder)
+    out = folder / "runs/language_model"
+    first, last = sorted(out.glob("checkpoint_*.pt"), key=lambda file: int(file.stem.split("_")[1]))
+    last.unlink()
+    output = run(LANGUAGE_MODEL, folder, *TINY, "--resume")
+    assert f"{first.name}: epoch 1" in output
+    whole = tiny_language_model[1]
+    assert output[output.index("epoch   2") : output.index("trained for")] in whole
+    assert BITS.search(output)[0] == BITS.search(whole)[0]
+    ledgers = [run_of / "runs/language_model/ledger.jsonl" for run_of in (folder, tiny_language_model[0])]
+    assert compare(*ledgers).is_same, compare(*ledgers)
+    assert "this run was complete" in run(LANGUAGE_MODEL, folder, *TINY, "--resume")
 
 
 def test_distributed_runs_in_one_process_and_resumes(tmp_path):

@@ -198,6 +198,21 @@ def test_a_run_that_is_made_longer_goes_on_in_its_file(tmp_path):
     assert [row["step"] for row in read(path)] == [1, 2, 3, 4]
 
 
+def test_a_run_that_raised_has_written_everything_when_the_exception_is_caught(tmp_path):
+    def output(batch):
+        if batch == 4.0:
+            message = "the data are bad"
+            raise ValueError(message)
+        return batch
+
+    engine, optimizer = parts(output)
+    ice.Ledger(tmp_path / "a.jsonl").attach(engine, optimizer)
+    with pytest.raises(ValueError, match="the data are bad"):
+        engine.run([1.0, 2.0, 3.0, 4.0, 5.0])
+    # At once: whoever resumes in this process goes on in the same file.
+    assert [line["step"] for line in read(tmp_path / "a.jsonl")] == [1, 2, 3]
+
+
 def test_a_fresh_run_keeps_the_ledger_of_the_one_before(tmp_path):
     path = tmp_path / "ledger.jsonl"
     for losses in ([1.0], [2.0, 2.0], [3.0]):
