@@ -9,8 +9,10 @@
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from ignite.handlers.checkpoint import CheckpointEvents
 from ignite.metrics import Metric
 
 from ice_engine import checkpoint_file, saved_objects
-from ice_engine.arguments import choice
+from ice_engine.arguments import choice, count
 from ice_engine.checkpoint_folder import Folder, whole_files
 from ice_engine.checkpoint_names import Names
 from ice_engine.distributed import world
@@ -32,7 +34,7 @@ from ice_engine.events import clock_of, is_running
 from ice_engine.hooks import HookRegistry
 from ice_engine.optimizer import Optimizer
 from ice_engine.preemption import SIGNALS
-from ice_engine.run_position import RunPosition, run_position
+from ice_engine.run_position import RunPosition, check_positions, run_position
 from ice_engine.save_times import Request, SaveTimes
 from ice_engine.summary import summary
 from ice_engine.writer import Writer
@@ -84,6 +86,7 @@ class Checkpoint(IgniteCheckpoint):
     Raises:
         ArgumentTypeError: If an argument has the wrong type, or an object of *to_save* has no ``state_dict``.
         ArgumentValueError: If an argument has an impossible value.
+        CheckpointError: If the folder cannot be made.
 
     .. versionadded:: 0.1.0
     """
@@ -111,7 +114,13 @@ class Checkpoint(IgniteCheckpoint):
             if self._folder.exists() and not self._folder.is_dir():
                 message = f"save_handler must be a folder, got {self._folder}, which is a file"
                 raise ArgumentValueError(message)
-            save_handler = Folder(self._folder, settings.get("save_on_rank", 0))
+            try:
+                save_handler = Folder(self._folder, settings.get("save_on_rank", 0))
+            except OSError as err:
+                message = f"{self._folder} cannot be made: {err}; give a save_handler that can be written to"
+                raise CheckpointError(message) from err
+        if settings.get("n_saved") is not None:
+            settings["n_saved"] = count("n_saved", settings["n_saved"], 1)
         try:
             super().__init__(to_save, save_handler, filename_prefix, **settings)
         except TypeError as err:
@@ -212,6 +221,8 @@ class Checkpoint(IgniteCheckpoint):
         if not (self._check_lt_n_saved() or self._compare_fn(priority)):
             return None
         text = f"{priority}" if isinstance(priority, int) else f"{priority:.4f}"
+        if isinstance(priority, float) and math.isnan(priority):
+            priority = -math.inf  # below all others; nothing is above or below NaN
         filename = self._names(step).file(step, text if self.score_function is not None else None)
         agree("a checkpoint", filename)
         others = [item for item in self._saved if item.filename != filename]
@@ -228,10 +239,10 @@ class Checkpoint(IgniteCheckpoint):
             priority = self.score_function(engine)
             if isinstance(priority, torch.Tensor) and priority.numel() == 1:
                 priority = priority.item()
-            if not isinstance(priority, int | float):
+            if not isinstance(priority, Real):
                 message = f"score_function must return a number, got {priority!r} ({type(priority).__name__})"
                 raise ArgumentValueError(message)
-            return step, priority
+            return step, int(priority) if isinstance(priority, Integral) else float(priority)
         step = getattr(engine.state, request.clock) if step is None else step
         return step, step
 
@@ -335,27 +346,32 @@ class Checkpoint(IgniteCheckpoint):
             raise CheckpointError(message)
         self._finish()
         saves = world.rank() == self.save_on_rank
-        found = together("resume()", functools.partial(self._find, self._folder) if saves else list[_Item])
-        chosen = gather("resume()", found[-1].filename if found else "")[self.save_on_rank]
-        if not chosen:
+        own = together("resume()", functools.partial(self._find, self._folder) if saves else list[_Item])
+        # All must know what is there, to decide alike what is better.
+        found = [_Item(*item) for item in json.loads(gather("resume()", json.dumps(own))[self.save_on_rank])]
+        if not found:
             logger.warning("no checkpoint in %s: the run starts fresh", self._folder)
             return None
-        file = self._folder / chosen
+        file = self._folder / found[-1].filename
         together(f"resume() from {file}", functools.partial(self._load, file, found))
         if not self.include_self:
             self._adopt(found)
         return file
 
     def _find(self, folder: Path) -> list[_Item]:
+        if folder.exists() and not folder.is_dir():
+            message = f"{folder} is a file, wanted is the folder that was there; move it away"
+            raise CheckpointError(message)
         by_number = self.global_step_transform is not None or self.score_function is None
         names = self._names(0 if by_number else None)
         return [_Item(*file) for file in whole_files(folder, names)]
 
     def _load(self, file: Path, found: list[_Item]) -> None:
         try:
-            content = checkpoint_file.read(file)
-            if len(self.to_save) == 1 and not self.include_self and next(iter(self.to_save)) not in content:
-                content = {next(iter(self.to_save)): content}
+            content = self._checked(checkpoint_file.read(file))
+            listed = (
+                _listed(content["checkpointer"], found) if self.include_self and "checkpointer" in content else None
+            )
             saved_objects.load(self.to_save, content)
         except Exception as err:
             others = ", ".join(item.filename for item in found[:-1])
@@ -366,12 +382,25 @@ class Checkpoint(IgniteCheckpoint):
                 "strict=False) and optimizer.load_state_dict(..., strict=False)"
             )
             raise CheckpointError(message) from err
-        if self.include_self and "checkpointer" in content:
-            self._saved = [_Item(*item) for item in content["checkpointer"]["_saved"]]
+        if listed is not None:
+            self._saved = listed
         if self._position is not None and _OURS in content:
             metrics = {name: saved for name, saved in self.to_save.items() if isinstance(saved, Metric)}
             again = functools.partial(saved_objects.load, metrics, content)
             self._position.load_state_dict(content[_OURS]["positions"][world.rank()], again)
+
+    def _checked(self, found: Any) -> Mapping[str, Any]:
+        """Return the states by name, before anything is loaded; a digest says that they are as written, not by whom."""
+        if not isinstance(found, Mapping):
+            message = f"it holds {type(found).__name__}, wanted is a dict of states by name"
+            raise CheckpointError(message)
+        content: Mapping[str, Any] = found
+        if len(self.to_save) == 1 and not self.include_self and next(iter(self.to_save)) not in content:
+            content = {next(iter(self.to_save)): content}
+        if self._position is not None and _OURS in content:
+            trainer = next(name for name, saved in self.to_save.items() if saved is self._trainer)
+            check_positions(content[_OURS], content.get(trainer))
+        return content
 
     def _names(self, step: Any) -> Names:
         alone = len(self.to_save) == 1 and not self.include_self
@@ -382,8 +411,19 @@ class Checkpoint(IgniteCheckpoint):
 
     def _adopt(self, found: list[_Item]) -> None:
         """Count the files found as saved by this object, so that ``n_saved`` holds over resumed runs."""
-        known = [item for item in found if item.priority != float("-inf")]
+        known = [item for item in found if not math.isnan(item.priority)]
         if self.score_function is None and known:
             # Those of an earlier run that came further would forbid every save until there.
             known = [item for item in known if item.priority <= found[-1].priority]
         self._saved = sorted(known, key=lambda item: item.priority)[-(self.n_saved or len(known)) :]
+
+
+def _listed(checkpointer: Any, found: list[_Item]) -> list[_Item]:
+    """Return what a file says was saved, of what is in its folder: what else it names is not for it to have removed."""
+    there = {item.filename for item in found}
+    try:
+        listed = [_Item(priority + 0, filename) for priority, filename in checkpointer["_saved"]]
+        return [item for item in listed if item.filename in there]
+    except (KeyError, TypeError, ValueError) as err:
+        message = "its list of files saved is damaged"
+        raise CheckpointError(message) from err

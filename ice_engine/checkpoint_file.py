@@ -103,10 +103,14 @@ def _seal_of(path: Path) -> dict[str, Any] | None:
         return None
     seal = json.loads(comment)
     try:
-        return {"ice_engine": int(seal["ice_engine"]), "size": int(seal["size"]), "sha256": str(seal["sha256"])}
+        found = {"ice_engine": int(seal["ice_engine"]), "size": int(seal["size"]), "sha256": str(seal["sha256"])}
     except (KeyError, TypeError) as err:
         message = "its last bytes are no digest"
         raise ValueError(message) from err
+    if found["size"] != path.stat().st_size - len(comment) - _LENGTH:
+        message = "its digest is of a file of another size"
+        raise ValueError(message)
+    return found
 
 
 def version(path: Path) -> int:

@@ -1,6 +1,7 @@
 """The files of one checkpoint in one folder: written whole, found again, and passed over where they are damaged."""
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ice_engine.checkpoint_names import Names
 from ice_engine.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+_TICK = 1_000_000  # nanoseconds, which file systems tell apart
 
 
 class Folder(DiskSaver):
@@ -26,12 +29,19 @@ class Folder(DiskSaver):
         super().__init__(path, create_dir=True, require_empty=False, save_on_rank=save_on_rank)
 
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Any = None) -> None:  # noqa: ARG002 - Ignite gives it
-        """Write a file; at return it is whole and on the disk."""
-        checkpoint_file.write(self.dirname / filename, checkpoint)
+        """Write a file; at return it is whole and on the disk, and the newest, also by a clock that goes backwards."""
+        file = self.dirname / filename
+        newest = max((other.lstat().st_mtime_ns for other in self.dirname.glob(f"*{file.suffix}")), default=0)
+        checkpoint_file.write(file, checkpoint)
+        if file.stat().st_mtime_ns <= newest:
+            os.utime(file, ns=(newest + _TICK, newest + _TICK))
 
     def remove(self, filename: str) -> None:
-        """Remove a file, if it is there."""
-        (self.dirname / filename).unlink(missing_ok=True)
+        """Remove a file, if it is there; one that cannot be removed is named in the log."""
+        try:
+            (self.dirname / filename).unlink(missing_ok=True)
+        except OSError as err:  # nothing is lost: what was to be kept is there
+            logger.warning("%s stays, as it cannot be removed: %s", self.dirname / filename, err)
 
 
 def whole_files(folder: Path, names: Names) -> list[tuple[float, str]]:

@@ -1,5 +1,7 @@
 """The names of a checkpoint's files: which files of a folder are its own, and which is the newest."""
 
+import contextlib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +51,10 @@ class Names:
         )
 
     def found_in(self, folder: Path) -> list[tuple[float, str]]:
-        """Return the files of *folder* that are named so: priority and name, newest last."""
+        """Return priority (NaN if the name has none) and name of the files of *folder* that are named so, newest last.
+
+        A score of NaN is below all others.
+        """
         step, score = _Varying("global_step", r"-?\d+"), _Varying("score", r"-?[\d.]+|-?inf|nan")
         expression = re.escape(self.file(step, score if self.by_score else step))
         for varying in (step, score):
@@ -60,8 +65,16 @@ class Names:
             match = re.fullmatch(expression, file.name)
             if match is not None:
                 priority = match.groupdict().get("score" if self.by_score else "global_step")
-                number = float("-inf") if priority is None else float(priority)
+                number = math.nan if priority is None else float(priority.replace("nan", "-inf"))
                 # Files of the same tick of the clock are told apart by their numbers.
                 numbers = [int(digits) for digits in re.findall(r"\d+", file.name)]
-                found.append(((file.stat().st_mtime_ns, numbers), (number, file.name)))
+                found.append(((_written(file), numbers), (number, file.name)))
         return [pair for _, pair in sorted(found, key=lambda entry: entry[0])]
+
+
+def _written(file: Path) -> int:
+    """Return when *file* was written; of a link that leads nowhere, when that was made."""
+    for look in (file.stat, file.lstat):
+        with contextlib.suppress(OSError):
+            return look().st_mtime_ns
+    return 0  # another process has removed it meanwhile

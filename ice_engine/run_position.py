@@ -9,8 +9,18 @@ from ignite.engine import Engine, Events
 
 from ice_engine import random_state
 from ice_engine.data_position import TrackedData
+from ice_engine.errors import CheckpointError
 from ice_engine.hooks import HookRegistry
 from ice_engine.of_engine import of_engine
+
+_KINDS: dict[str, Any] = {
+    "epoch": int,
+    "in_epoch": bool,
+    "began": int,
+    "data": dict | None,
+    "random": dict,
+    "metrics": dict,
+}
 
 FIRST, LAST = -98, 10**6  # orders: after the optimizers' own handlers; after everybody else's
 
@@ -110,6 +120,27 @@ class RunPosition:
 def run_position(engine: Engine) -> RunPosition:
     """Return the position of *engine*'s run, one object for one engine."""
     return of_engine(engine, RunPosition, engine)
+
+
+def check_positions(saved: Any, engine: Any) -> None:
+    """Check that a run can be where a checkpoint says that each rank's is; before anything is loaded.
+
+    Args:
+        saved: With the ranks' states under ``"positions"``.
+        engine: The engine's state in the same checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot.
+    """
+    try:
+        states, iteration = saved["positions"], engine["iteration"]
+        kinds = len(states) > 0 and all(isinstance(state[key], _KINDS[key]) for state in states for key in _KINDS)
+        fits = kinds and all(0 <= state["began"] <= iteration for state in states)
+    except (IndexError, KeyError, TypeError):
+        fits = False
+    if not fits:
+        message = "its place in the run is damaged"
+        raise CheckpointError(message)
 
 
 def load_engine(engine: Engine, state: Mapping[str, Any]) -> None:

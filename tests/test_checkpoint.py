@@ -517,7 +517,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
         ({"lr": 0.1}, {}, ArgumentTypeError, "float.* should have `state_dict` method"),
         ({}, {"global_step_transform": 3}, ArgumentTypeError, "global_step_transform should be a function"),
         ({}, {"no_such_setting": 3}, ArgumentTypeError, "no_such_setting"),
-        ({}, {"n_saved": 0}, ArgumentValueError, "n_saved must be a positive integer or None, got 0"),
+        ({}, {"n_saved": 0}, ArgumentValueError, "n_saved must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path, to_save, settings, error, match):

@@ -1,0 +1,99 @@
+"""Checkpoints by a score, where every rank has measured another one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine
+from ignite.handlers import Checkpoint as IgniteCheckpoint
+from ignite.handlers import DiskSaver
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+import ice_engine as ice
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.distributed
+
+DATA = [(torch.ones(4, 6), torch.tensor([0, 1, 2, 0]))] * 2
+
+
+def _trainer(sharding: str | None = None) -> tuple[torch.nn.Module, ice.Optimizer, Engine]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3)
+
+    def adam(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=0.1)
+
+    optimizer = ice.Optimizer(adam, model.named_parameters(), sharding=sharding)
+    return model, optimizer, ice.create_trainer(model, optimizer, torch.nn.functional.cross_entropy)
+
+
+def _scored(folder: str, own: list[list[float]], *, resumes: bool) -> list[str]:
+    model, optimizer, trainer = _trainer()
+    scores = iter(own[dist.get_rank()])
+    to_save = {"trainer": trainer, "model": model, "optimizer": optimizer}
+    checkpoint = ice.Checkpoint(to_save, folder, score_function=lambda _: next(scores), score_name="f1", n_saved=1)
+    checkpoint.attach(trainer)
+    if resumes:
+        checkpoint.resume(trainer)
+    trainer.run(DATA, max_epochs=trainer.state.epoch + len(own[0]))
+    dist.barrier()
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_the_score_of_the_rank_that_saves_decides_for_all(tmp_path):
+    own = [[0.1, 0.9, 0.2], [0.8, 0.3, float("nan")]]
+    assert launch(_first, 2, str(tmp_path), own) == [["checkpoint_f1=0.9000.pt"]] * 2
+
+
+def _again(folder: str, own: list[list[float]]) -> list[str]:
+    return _scored(folder, own, resumes=True)
+
+
+def test_ranks_that_see_no_folder_know_the_best_score_of_it_after_a_resume(tmp_path):
+    launch(_first, 2, str(tmp_path), [[0.9], [0.1]])
+    # On rank 0 neither is better than what is there; a rank that did not know would want to save the first.
+    assert launch(_again, 2, str(tmp_path), [[0.5, 0.6], [0.5, 0.6]]) == [["checkpoint_f1=0.9000.pt"]] * 2
+    assert launch(_again, 2, str(tmp_path), [[0.95], [0.2]]) == [["checkpoint_f1=0.9500.pt"]] * 2
+
+
+def _first(folder: str, own: list[list[float]]) -> list[str]:
+    return _scored(folder, own, resumes=False)
+
+
+def _by_ignite(folder: str, save_on_rank: int) -> list[Any]:
+    model, optimizer, trainer = _trainer("zero1")
+    saver = DiskSaver(folder, require_empty=False, save_on_rank=save_on_rank)
+    checkpoint = IgniteCheckpoint({"model": model, "optimizer": optimizer}, saver, save_on_rank=save_on_rank)
+    trainer.run(DATA, max_epochs=1)
+    checkpoint(trainer)
+    dist.barrier()
+    saved = torch.load(Path(folder, str(checkpoint.last_checkpoint)), weights_only=True)
+
+    # The oracle: torch's own consolidation of the very same optimizer.
+    assert isinstance(optimizer.inner, ZeroRedundancyOptimizer)
+    optimizer.inner.consolidate_state_dict(to=0)
+    whole = optimizer.inner.state_dict()["state"] if dist.get_rank() == 0 else saved["optimizer"]["state"]
+    same = [torch.equal(whole[i][key], saved["optimizer"]["state"][i][key]) for i in whole for key in whole[i]]
+
+    # Every rank loads the one file, into ranks that share the state and into a plain optimizer.
+    again, sharded, _ = _trainer("zero1")
+    IgniteCheckpoint.load_objects({"model": again, "optimizer": sharded}, saved)
+    plain_model, plain, plain_trainer = _trainer()
+    IgniteCheckpoint.load_objects({"model": plain_model, "optimizer": plain}, saved)
+    trainer.run(DATA, max_epochs=2)
+    ice.create_trainer(again, sharded, torch.nn.functional.cross_entropy).run(DATA, max_epochs=1)
+    plain_trainer.run(DATA, max_epochs=1)
+    goes_on = [
+        torch.equal(p, q)
+        for other in (again, plain_model)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True)
+    ]
+    return [len(same), all(same), all(goes_on)]
+
+
+@pytest.mark.parametrize("save_on_rank", [0, 1])
+def test_ignites_own_checkpoint_saves_the_whole_state_of_zero(tmp_path, save_on_rank):
+    assert launch(_by_ignite, 2, str(tmp_path), save_on_rank) == [[6, True, True]] * 2
