@@ -245,6 +245,7 @@ class Closing(Accumulating):
                 for name, group in zip(binding.names, self._inner.param_groups, strict=True)
             },
             skipped=reason,
+            form=binding.form,
         )
         self._publish_record(record)
 

@@ -192,6 +192,8 @@ class StepRecord:
         loss_scale: Scale the window's losses were multiplied with; None without a GradScaler.
         values: Per param group name, ``lr`` and every key that a processor writes.
         skipped: Why the step was skipped; None if it was not.
+        form: What steps the groups: ``"fused"``, ``"foreach"`` or ``"for-loop"``, all by name if they differ; None
+            where the optimizer has no such choice.
         noise_scale: Batch size, in items, from which on a larger one brings little; None unless it is measured.
         update_ratio: Per param group name, how far the step moved it, as a part of its length, shape (); None unless
             it is measured, and before the step.
@@ -209,6 +211,7 @@ class StepRecord:
     loss_scale: float | None = None
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: str | None = None
+    form: str | None = None
     noise_scale: float | None = None
     update_ratio: dict[str, Any] | None = None
     times: dict[str, float] | None = None

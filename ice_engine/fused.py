@@ -5,7 +5,7 @@ reads them, and writes them back so; what torch made for its ``GradScaler`` serv
 the mean of a window, the loss scale and the clip cost no pass over the gradients of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,27 @@ def prefer(optimizer: torch.optim.Optimizer) -> None:
     for group in [optimizer.defaults, *open_groups]:
         group["fused"] = True
     optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined] # noqa: SLF001 - as with fused=True
+
+
+def form(groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return which form steps these param *groups*: ``"fused"``, ``"foreach"``, ``"for-loop"``, or several of them.
+
+    None for an optimizer that has one form alone.
+    """
+    found = dict.fromkeys(_form(group) for group in groups)
+    return None if None in found else " and ".join(map(str, found))
+
+
+def _form(group: Mapping[str, Any]) -> str | None:
+    if "foreach" not in group:
+        return None
+    if group.get("fused"):
+        return "fused"
+    foreach = group["foreach"]
+    if foreach is None and group.get("fused") is None:  # as each step() of torch decides it
+        differentiable = group.get("differentiable", False)
+        foreach = torch_optimizer._default_to_fused_or_foreach(group["params"], differentiable)[1]  # noqa: SLF001
+    return "foreach" if foreach else "for-loop"
 
 
 def takes_factor(optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor]) -> bool:

@@ -82,7 +82,10 @@ _SHARED: weakref.WeakKeyDictionary[torch.amp.GradScaler, SharedScale] = weakref.
 
 def shared(scaler: torch.amp.GradScaler) -> SharedScale:
     """Return what the optimizers that use *scaler* have in common, one object for one scaler."""
-    return _SHARED.setdefault(scaler, SharedScale(scaler))
+    found = _SHARED.get(scaler)
+    if found is None:
+        found = _SHARED[scaler] = SharedScale(scaler)
+    return found
 
 
 class Precision:
@@ -268,8 +271,12 @@ class Precision:
         """Return what makes the window's mean of what was accumulated: *factor* over the loss scale."""
         if not self.enabled:
             return factor
+        scaler = cast("torch.amp.GradScaler", self.scaler)
+        known = _scale_of(scaler)
+        if known is not None and known.device.type == "cpu":
+            return factor / float(known)  # nothing to wait for, and numbers cost less than tensors of shape ()
         # scale() is the public way to the scale that does not make the host wait for it.
-        scale = cast("torch.amp.GradScaler", self.scaler).scale(torch.ones((), device=device))
+        scale = scaler.scale(torch.ones((), device=device))
         return scale.double().reciprocal() * factor
 
     def close(self, *, overflowed: bool | None = None) -> None:

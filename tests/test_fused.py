@@ -93,6 +93,18 @@ def test_one_factor_inside_of_the_kernel_differs_by_rounding(factory, clip, scal
         assert apart(model, by_hand(factory, data)) > 1e-3  # what leaving the clip out does
 
 
+def test_on_a_tiny_model_the_folded_factor_stays_within_1e_8():
+    """The issue's bound, at its step sizes: a window's mean, a loss scale and a clip, all inside of the kernel."""
+    data = batches([3, 5, 2, 4, 1, 6, 7, 2] * 3)
+    factory = functools.partial(torch.optim.SGD, lr=1e-3, fused=True)
+
+    model, optimizer = ours(factory, data, clip=ice.clip_norm(1.0), scaler=torch.amp.GradScaler("cpu"))
+
+    assert optimizer.record.clipped_norm < optimizer.record.grad_norm  # the clip has bitten
+    assert apart(model, by_hand(factory, data, clip=1.0)) <= 1e-8
+    assert apart(model, by_hand(factory, data)) > 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gradients_in_other_precisions_are_multiplied_before(dtype):
     """A factor in single precision is too coarse for double; for halves torch's kernel takes it for a part of them."""
@@ -228,6 +240,28 @@ def test_a_factory_that_says_which_gets_that(asked):
     plain = functools.partial(ADAMW, **asked)(tiny().parameters())
 
     assert form(ice.Optimizer(functools.partial(ADAMW, **asked), tiny().parameters())) == form(plain)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"), [({}, "fused"), ({"foreach": True}, "foreach"), ({"foreach": False}, "for-loop")]
+)
+def test_the_record_says_which_form_stepped(asked, told):
+    _, optimizer = ours(functools.partial(ADAMW, **asked), batches([1, 1, 1]))  # an instance
+
+    assert optimizer.record.form == ("for-loop" if not asked else told)  # torch's choice on the CPU
+    optimizer = ice.Optimizer(functools.partial(ADAMW, **asked), tiny().parameters())
+    optimizer.backward(sum(p.sum() for p in optimizer.param_groups[0]["params"]))
+    optimizer.update()
+    assert optimizer.record.form == told
+
+
+def test_the_record_says_nothing_where_there_is_no_choice():
+    table = torch.nn.Embedding(3, 2, sparse=True)
+    optimizer = ice.Optimizer(torch.optim.SparseAdam(table.parameters()))
+    optimizer.backward(table(torch.tensor([1])).sum())
+    optimizer.update()
+
+    assert optimizer.record.form is None
 
 
 def test_an_instance_stays_as_it_is():

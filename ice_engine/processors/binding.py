@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ice_engine.errors import ProcessorError
+from ice_engine.fused import form
 from ice_engine.processors.composition import When
 from ice_engine.processors.group import followed_metrics, set_initial_values, written_keys
 from ice_engine.processors.group_mapping import Written, group_name
@@ -22,6 +23,7 @@ class Binding:
     Attributes:
         keys: The entries that a record shows.
         names: The names of the groups.
+        form: Which form of the optimizer steps them, see :func:`ice_engine.fused.form`.
         clocks_alone: Whether all are schedules, whose values follow from the clocks; then they are the same on every
             rank.
         blind: Whether none is a function of the user's, which might look at the gradients of a group.
@@ -38,6 +40,7 @@ class Binding:
         written = [key for _, key in written_keys(processors)]
         self.keys = list(dict.fromkeys(["lr", *(key.partition(".")[0] for key in written)]))
         self.names = [group_name(group, index) for index, group in enumerate(groups)]
+        self.form = form(groups)
         self.clocks_alone = all(isinstance(p, Schedule) for p in processors) and not followed_metrics(processors)
         self.blind = all(isinstance(p, Schedule) and not _asks(p) for p in processors)
         self._schedules = [(p, p.dst, f"initial_{p.dst}") for p in processors if isinstance(p, Schedule)]
