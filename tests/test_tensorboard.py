@@ -500,7 +500,7 @@ def test_each_metric_has_a_chart_of_its_own_in_which_all_that_measured_it_stand(
         "recall": [f"{name}/recall.{i}" for name in ("test", "validation") for i in (0, 1)],
         "f1.macro": [f"{name}/f1.macro" for name in ("test", "validation")],
     }
-    assert list(charts(tmp_path)["run"])[0] == "loss"
+    assert next(iter(charts(tmp_path)["run"])) == "loss"
 
 
 def test_a_norm_that_nobody_clips_is_not_said_to_be_clipped(tmp_path):
