@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # the first optimizer of a process would import it, for seconds
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.metrics import Accuracy, RunningAverage
