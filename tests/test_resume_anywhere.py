@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import EMAHandler, EarlyStopping, PiecewiseLinear
+from ignite.handlers import EarlyStopping, EMAHandler, PiecewiseLinear
 from ignite.metrics import Accuracy, ConfusionMatrix, EpochMetric, Fbeta, Precision, RunningAverage
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
 
 import ice_engine as ice
-from tests.test_checkpoint import assert_equal
 from tests.test_resume import LENGTH, Noisy, Stops, Training, assert_same_run, resumed
 
 EVENTS = [
@@ -110,8 +109,6 @@ def metrics(training):
 
 
 def evaluator(training):
-    found = []
-
     def step(engine, batch):
         training.model.eval()
         with torch.no_grad():
@@ -126,8 +123,8 @@ def evaluator(training):
     stopping = EarlyStopping(100, lambda engine: engine.state.metrics["accuracy"], training.trainer)
     engine.add_event_handler(Events.COMPLETED, stopping)
     training.to_save["stopping"] = stopping
-    training.trainer.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda: training.log.append(f"1 {training.trainer.state.iteration} {engine.state.metrics}")
+    engine.add_event_handler(
+        Events.COMPLETED, lambda: training.log.append(f"1 {training.trainer.state.iteration} {engine.state.metrics}")
     )
 
 
@@ -219,7 +216,8 @@ def test_resumed_to_more_epochs(tmp_path, at):
     second = Training(tmp_path / "run")
     second.checkpoint.resume(second.trainer)
     second.train(max_epochs=4)
-    assert_same_run(whole, second, at)
+    whole.to_save["optimizer"], second.to_save["optimizer"] = whole.optimizer.inner, second.optimizer.inner
+    assert_same_run(whole, second, at)  # but for what our optimizer notes of its plan, which was another one
 
 
 @pytest.mark.parametrize("at", [3, 9])
