@@ -137,7 +137,7 @@ class Checkpoint(IgniteCheckpoint):
     # -- a run ---------------------------------------------------------------------------------------------
 
     def attach(self, engine: Engine, event: Any = Events.EPOCH_COMPLETED, *, name: str | None = None) -> "Checkpoint":
-        """Save on *event*, after handlers such as validation that are there already.
+        """Save on *event*, when all handlers of its iteration or epoch have run; by score, when those there now have.
 
         Args:
             engine: The trainer.
@@ -149,7 +149,10 @@ class Checkpoint(IgniteCheckpoint):
         Returns:
             This object.
         """
-        handler = functools.partial(self._on_event, clock=clock_of(event))
+        if not engine.has_registered_events(CheckpointEvents.SAVED_CHECKPOINT):
+            engine.register_events(*CheckpointEvents)
+        self._times.clock = clock_of(event)
+        handler = functools.partial(self._on_event, clock=self._times.clock)
         registry = HookRegistry(engine)
         registry.add(event, handler, name=name or registry.free_name("Checkpoint"), order=50)
         if self._folder is not None:
@@ -170,6 +173,7 @@ class Checkpoint(IgniteCheckpoint):
     @property
     def last_checkpoint(self) -> str | Path | None:
         """The file with the highest priority; waits for one that is being written."""
+        self._times.take_wanted()
         self._finish()
         return super().last_checkpoint
 
@@ -178,7 +182,8 @@ class Checkpoint(IgniteCheckpoint):
             self._save_by_ignite(engine)
             return
         self._times.follow(self._trainer or engine)
-        self._times.ask(Request(engine, engine.last_event_name, clock))
+        # A score is measured where it is asked for: an evaluator may have another one when all handlers have run.
+        self._times.ask(Request(engine, engine.last_event_name, clock), at_once=self.score_function is not None)
 
     # -- saving --------------------------------------------------------------------------------------------
 
@@ -209,7 +214,7 @@ class Checkpoint(IgniteCheckpoint):
         if self.score_function is None:
             # A run that starts over counts from 1 again; Ignite would save nothing until it is further than the last.
             self._saved = [item for item in self._saved if item.priority <= priority]
-        if not (self._check_lt_n_saved() or self._compare_fn(priority)):
+        elif not (self._check_lt_n_saved() or self._compare_fn(priority)):
             return None
         text = f"{priority}" if isinstance(priority, int) else f"{priority:.4f}"
         filename = self._names(step).file(step, text if self.score_function is not None else None)
@@ -386,4 +391,5 @@ class Checkpoint(IgniteCheckpoint):
         if self.score_function is None and known:
             # Those of an earlier run that came further would forbid every save until there.
             known = [item for item in known if item.priority <= found[-1].priority]
-        self._saved = sorted(known, key=lambda item: item.priority)[-(self.n_saved or len(known)) :]
+        # One more: a process that was killed between a new file and the removal of an old one left both.
+        self._saved = sorted(known, key=lambda item: item.priority)[-((self.n_saved or len(known)) + 1) :]

@@ -88,5 +88,6 @@ def _make_room(metric: Metric, state: Any) -> None:
     """Ignite loads a list, such as a metric's predictions, only into one as long, and a new metric's is empty."""
     for of_rank in state.values():  # one entry, under a name of Ignite's own
         for key, value in of_rank[min(world.rank(), len(of_rank) - 1)].items():
-            if isinstance(value, list) and isinstance(getattr(metric, key, None), list):
+            found = getattr(metric, key, None)
+            if isinstance(value, list) and isinstance(found, list) and len(found) != len(value):
                 setattr(metric, key, [None] * len(value))

@@ -150,16 +150,20 @@ class Training:
         return self.average(batch[0]), batch[1]
 
     def evaluated(self) -> None:
-        self.evaluator.run(DataLoader(Noisy(), 13, shuffle=True))
+        metrics = self.evaluator.run(DataLoader(Noisy(), 13, shuffle=True)).metrics
+        self.write(f"{self.rank} evaluated {self.trainer.state.iteration} {metrics}\n")
 
     def note(self, engine: Engine) -> None:
         state = engine.state
         metrics = {name: value for name, value in state.metrics.items() if name == "smooth" or not self.inside}
         line = (
             f"{self.rank} {engine.last_event_name} {state.epoch} {state.iteration} {state.optimizer_step} "
-            f"{state.output['loss']!r} {metrics} {self.evaluator.state.metrics} "
+            f"{state.output['loss']!r} {metrics} "
             f"{self.optimizer.param_groups[0]['lr']!r} {self.optimizer.grad_scaler.get_scale()}\n"
         )
+        self.write(line)
+
+    def write(self, line: str) -> None:
         with (self.folder / f"log-{self.rank}").open("a") as file:
             file.write(line)
 

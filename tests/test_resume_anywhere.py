@@ -28,9 +28,11 @@ EVENTS = [
 
 
 @pytest.mark.parametrize("at", [5, 9, 12])
-@pytest.mark.parametrize("event", EVENTS, ids=str)
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: getattr(event, "name", "several"))
 def test_on_whatever_event_it_is_saved(tmp_path, event, at):
     whole = Training(tmp_path / "whole", event=event).train(max_epochs=3)
+    if event in {Events.EPOCH_COMPLETED, Events.DATALOADER_STOP_ITERATION, ice.OptimizerEvents.OPTIMIZER_STEP_SKIPPED}:
+        at = 16  # there has been one by then
     _, second, began = resumed(tmp_path, at, event=event, run={"max_epochs": 3})
     assert_same_run(whole, second, began)
 
@@ -157,8 +159,9 @@ def test_with(tmp_path, also, at):
 def test_what_is_attached_after_the_checkpoint(tmp_path, at):
     class Late(Training):
         def train(self, **settings):
-            self.late = RunningAverage(output_transform=lambda out: out[2], alpha=0.5)
-            self.late.attach(self.trainer, "late")
+            self.trainer.add_event_handler(Events.STARTED, lambda: random.random())
+            self.trainer.add_event_handler(Events.EPOCH_STARTED, lambda: random.random())
+            self.to_save["late"].attach(self.trainer, "late")
             self.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.count())
             self.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.count())
             return super().train(**settings)
@@ -177,6 +180,7 @@ def test_what_is_attached_after_the_checkpoint(tmp_path, at):
 
     def counter(training):
         training.to_save["counter"] = training.counter = Counter()
+        training.to_save["late"] = RunningAverage(output_transform=lambda out: out[2], alpha=0.5)
 
     Late.count = count
     whole = Late(tmp_path / "whole", also=counter, event=Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED).train()
@@ -231,3 +235,25 @@ def test_a_run_that_was_terminated_goes_on(tmp_path, at):
     assert second.trainer.state.iteration == at
     second.train(max_epochs=3)
     assert_same_run(whole, second, at)
+
+
+@pytest.mark.parametrize("at", [4, 8, 12])
+def test_a_run_without_data(tmp_path, at):
+    def made(folder):
+        training = Training(folder)
+        step = training.trainer._process_function
+        training.trainer._process_function = lambda engine, _: step(
+            engine, (torch.rand(4, 6) + random.random(), torch.tensor([0, 1, 2, 0]))
+        )
+        training.data = None
+        return training
+
+    run = {"max_epochs": 2, "epoch_length": LENGTH}
+    whole = made(tmp_path / "whole").train(**run)
+    with pytest.raises(Stops):
+        made(tmp_path / "run").train(until=at, **run)
+    second = made(tmp_path / "run")
+    second.checkpoint.resume(second.trainer)
+    began = second.trainer.state.iteration
+    second.train(**run)
+    assert_same_run(whole, second, began)
