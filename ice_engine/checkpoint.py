@@ -30,8 +30,10 @@ from ice_engine.distributed.together import agree, gather, gather_plain, togethe
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, warn
 from ice_engine.events import clock_of, is_running
 from ice_engine.hooks import HookRegistry
+from ice_engine.of_engine import of_engine
 from ice_engine.optimizer import Optimizer
 from ice_engine.preemption import SIGNALS
+from ice_engine.recording import Recordings
 from ice_engine.run_position import RunPosition, run_position
 from ice_engine.save_times import Request, SaveTimes
 from ice_engine.summary import summary
@@ -273,6 +275,8 @@ class Checkpoint(IgniteCheckpoint):
         return found
 
     def _write(self, save: _Save, content: Mapping[str, Any]) -> None:
+        for recording in of_engine(self._times.run, Recordings):
+            recording.flush()  # a resumed run would have a hole there
         handler: Any = self.save_handler
         handler(content, save.filename)
         for filename in save.outdated:
