@@ -32,8 +32,10 @@ from ice_engine.distributed.together import agree, gather, gather_plain, togethe
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, warn
 from ice_engine.events import clock_of, is_running
 from ice_engine.hooks import HookRegistry
+from ice_engine.of_engine import of_engine
 from ice_engine.optimizer import Optimizer
 from ice_engine.preemption import SIGNALS
+from ice_engine.recording import Recordings
 from ice_engine.run_position import RunPosition, check_positions, run_position
 from ice_engine.save_times import Request, SaveTimes
 from ice_engine.summary import summary
@@ -146,7 +148,7 @@ class Checkpoint(IgniteCheckpoint):
     # -- a run ---------------------------------------------------------------------------------------------
 
     def attach(self, engine: Engine, event: Any = Events.EPOCH_COMPLETED, *, name: str | None = None) -> "Checkpoint":
-        """Save on *event*, after handlers such as validation that are there already.
+        """Save on *event*, when all handlers of its iteration or epoch have run; by score, when those there now have.
 
         Args:
             engine: The trainer.
@@ -158,7 +160,10 @@ class Checkpoint(IgniteCheckpoint):
         Returns:
             This object.
         """
-        handler = functools.partial(self._on_event, clock=clock_of(event))
+        if not engine.has_registered_events(CheckpointEvents.SAVED_CHECKPOINT):
+            engine.register_events(*CheckpointEvents)
+        self._times.clock = clock_of(event)
+        handler = functools.partial(self._on_event, clock=self._times.clock)
         registry = HookRegistry(engine)
         registry.add(event, handler, name=name or registry.free_name("Checkpoint"), order=50)
         if self._folder is not None:
@@ -179,6 +184,7 @@ class Checkpoint(IgniteCheckpoint):
     @property
     def last_checkpoint(self) -> str | Path | None:
         """The file with the highest priority; waits for one that is being written."""
+        self._times.take_wanted()
         self._finish()
         return super().last_checkpoint
 
@@ -187,7 +193,8 @@ class Checkpoint(IgniteCheckpoint):
             self._save_by_ignite(engine)
             return
         self._times.follow(self._trainer or engine)
-        self._times.ask(Request(engine, engine.last_event_name, clock))
+        # A score is measured where it is asked for: an evaluator may have another one when all handlers have run.
+        self._times.ask(Request(engine, engine.last_event_name, clock), at_once=self.score_function is not None)
 
     # -- saving --------------------------------------------------------------------------------------------
 
@@ -218,7 +225,7 @@ class Checkpoint(IgniteCheckpoint):
         if self.score_function is None:
             # A run that starts over counts from 1 again; Ignite would save nothing until it is further than the last.
             self._saved = [item for item in self._saved if item.priority <= priority]
-        if not (self._check_lt_n_saved() or self._compare_fn(priority)):
+        elif not (self._check_lt_n_saved() or self._compare_fn(priority)):
             return None
         text = f"{priority}" if isinstance(priority, int) else f"{priority:.4f}"
         if isinstance(priority, float) and math.isnan(priority):
@@ -279,6 +286,8 @@ class Checkpoint(IgniteCheckpoint):
         return found
 
     def _write(self, save: _Save, content: Mapping[str, Any]) -> None:
+        for recording in of_engine(self._times.run, Recordings):
+            recording.flush()  # a resumed run would have a hole there
         handler: Any = self.save_handler
         handler(content, save.filename)
         for filename in save.outdated:
@@ -415,7 +424,8 @@ class Checkpoint(IgniteCheckpoint):
         if self.score_function is None and known:
             # Those of an earlier run that came further would forbid every save until there.
             known = [item for item in known if item.priority <= found[-1].priority]
-        self._saved = sorted(known, key=lambda item: item.priority)[-(self.n_saved or len(known)) :]
+        # One more: a process that was killed between a new file and the removal of an old one left both.
+        self._saved = sorted(known, key=lambda item: item.priority)[-((self.n_saved or len(known)) + 1) :]
 
 
 def _listed(checkpointer: Any, found: list[_Item]) -> list[_Item]:

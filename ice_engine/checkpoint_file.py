@@ -4,6 +4,7 @@ It is a file of ``torch.save``. That is a zip archive, whose comment, the last b
 of all bytes before it is: torch and others read it as any other, and it stays checked wherever it is copied.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -32,19 +33,27 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     """
     part = path.with_name(f"{path.name}.part")
     try:
+        part.touch()  # torch would call whatever is wrong a folder that does not exist
         torch.save(content, part)
         _check(part)
         _seal(part)
         part.replace(path)
         disk.sync(path.parent)
     except Exception as err:
-        # Of a full disk, torch says that it is at an unexpected position.
-        free = f"; {shutil.disk_usage(path.parent).free:,} bytes are free there" if path.parent.is_dir() else ""
+        free = _free(path.parent)
         message = f"{path} cannot be written: {str(err).rstrip('. ')}{free}. Checkpoints that were there still are"
         raise CheckpointError(message) from err
     finally:
-        if path.parent.is_dir():
+        with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _free(folder: Path) -> str:
+    """Return how much room there is: of a full disk, torch says that it is at an unexpected position."""
+    try:
+        return f"; {shutil.disk_usage(folder).free:,} bytes are free there"
+    except OSError:  # it is not there, or may not be looked into
+        return ""
 
 
 def _check(path: Path) -> None:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
@@ -38,6 +39,7 @@ class TrackedData:
         self.taken = 0
         self.over = False
         self._began: dict[str, Any] | None = None
+        self._own_began: list[torch.Tensor] = []
         self._go_on: tuple[dict[str, Any], Callable[[], None]] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -51,7 +53,7 @@ class TrackedData:
         position = {"taken": self.taken, "over": self.over or self.taken == _length(self.data), "loader": None}
         if _has_state(self.data) and self._began is not None:
             return {**position, "loader": self.data.state_dict(), "random": None}
-        return {**position, "random": self._began}
+        return {**position, "random": self._began, "own": self._own_began, "own_now": _own_states(self.data)}
 
     def go_on(self, position: dict[str, Any], then: Callable[[], None]) -> None:
         """Let the next iterator begin at *position*, and call *then* when it is there; generators stay as they are."""
@@ -68,7 +70,7 @@ class TrackedData:
         return iterator
 
     def _begin(self) -> Iterator[Any]:
-        self._began = random_state.capture()
+        self._began, self._own_began = random_state.capture(), _own_states(self.data)
         # A generator goes on where it was, whoever asks for its iterator.
         self.taken, self.over = self.taken if isinstance(self.data, Iterator) else 0, False
         return _Counting(self, iter(self.data))
@@ -84,12 +86,15 @@ class TrackedData:
             self.data.load_state_dict(position["loader"])
             iterator: Iterator[Any] = self._begin()
         elif position["over"] and not isinstance(self.data, Iterator):
+            _restore_own(self.data, position.get("own_now", ()))
             return iter(())  # what asks for more makes a new iterator, as it would have done
         else:
             if position["random"] is not None:
                 random_state.restore(position["random"])
+            _restore_own(self.data, position.get("own", ()))
             iterator = self._begin()
             _pass_over(self.data, iterator, position["taken"])
+            _restore_own(self.data, position.get("own_now", ()))
         self.taken = position["taken"]
         return iterator
 
@@ -131,6 +136,23 @@ def _pass_over(data: Any, iterator: Any, count: int) -> None:
             "persistent_workers=True: workers go on from epoch to epoch, and begin anew in a resumed run; what they "
             "draw at random will differ. Use persistent_workers=False for a run that resumes bit by bit"
         )
+
+
+def _own_generators(data: Any) -> list[torch.Generator]:
+    """Return the generators that a loader and its samplers were given, in place of torch's global one."""
+    batch_sampler = getattr(data, "batch_sampler", None)
+    owners = data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
+
+
+def _own_states(data: Any) -> list[torch.Tensor]:
+    return [generator.get_state() for generator in _own_generators(data)]
+
+
+def _restore_own(data: Any, states: Iterable[torch.Tensor]) -> None:
+    for generator, state in zip(_own_generators(data), states, strict=False):
+        generator.set_state(state)
 
 
 def _has_state(data: Any) -> bool:

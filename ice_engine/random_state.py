@@ -9,8 +9,9 @@ import torch
 
 def capture() -> dict[str, Any]:
     """Return the states of Python's, numpy's and torch's generators: the CPU's, and every GPU's in use."""
+    version, words, gauss = random.getstate()
     return {
-        "python": random.getstate(),
+        "python": (version, torch.tensor(words), gauss),  # of 625 numbers, each would be looked at
         "numpy": _numpy_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
@@ -19,7 +20,8 @@ def capture() -> dict[str, Any]:
 
 def restore(state: dict[str, Any]) -> None:
     """Let all generators go on from what :func:`capture` returned; those of GPUs that are not here are left out."""
-    random.setstate(state["python"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist() if isinstance(words, torch.Tensor) else words), gauss))
     if state["numpy"] is not None:
         import numpy as np
 

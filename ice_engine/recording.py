@@ -17,6 +17,7 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError
 from ice_engine.events import StepRecord, is_running
 from ice_engine.hooks import HookRegistry
 from ice_engine.memory import memory_rows
+from ice_engine.of_engine import of_engine
 from ice_engine.optimizer import Optimizer
 from ice_engine.rows import MEMORY, OUTPUT, Line, kept, kept_metrics, metric_rows, step_clocks, step_rows
 from ice_engine.summary import summary
@@ -73,7 +74,6 @@ class Recording:
         boundaries = Events.EPOCH_COMPLETED | Events.COMPLETED | Events.TERMINATE | Events.INTERRUPT
         wanted: list[tuple[HookRegistry, Any, Callable[..., None], str, int]] = [
             (hooks, Events.STARTED, self._on_started, "open", -90),
-            # Before checkpoints: what they are resumed from is never further than what is recorded.
             (hooks, boundaries, self.flush, "flush", 40),
         ]
         for optimizer in optimizers:
@@ -91,6 +91,7 @@ class Recording:
             summary(engine).wrote(self._place)
             for name, evaluator in found.items():
                 summary(engine).follow(name, evaluator, optimizers[0])
+        of_engine(engine, Recordings).append(self)
         self._optimizers = optimizers
         for optimizer in optimizers:
             optimizer.measure("grad_norm", "times")  # on every rank: a norm may be that of all
@@ -177,6 +178,10 @@ class Recording:
             self._background.put((write, time.time(), self._optimizers[0].clocks["step"], metrics))
 
         return note
+
+
+class Recordings(list[Recording]):
+    """Those of one engine. A checkpoint flushes them first: what is resumed is never further than what is recorded."""
 
 
 class _StepWriter:

@@ -83,6 +83,7 @@ class RunPosition:
         self._resumed, self._reload = state, reload
 
     def _on_started(self, engine: Engine) -> None:
+        HookRegistry(engine).sort()  # what was attached since then comes before a save, too
         data: Any = engine.state.dataloader
         self._data = data if data is None or isinstance(data, TrackedData) else TrackedData(data)
         engine.state.dataloader = self._data
@@ -92,10 +93,14 @@ class RunPosition:
         state = self._resumed
         engine._init_iter = engine.state.iteration - state["began"] if state["in_epoch"] else 0  # noqa: SLF001 - likewise
         self._reload()
-        if not state["in_epoch"]:
-            random_state.restore(state["random"])
         if self._data is not None and state["data"] is not None:
             self._data.go_on(state["data"], functools.partial(self._arrived, state))
+        else:
+            hook = HookRegistry(engine).add(Events.ITERATION_STARTED, lambda: arrive(), name="position.go_on", order=FIRST)
+
+            def arrive() -> None:
+                hook.remove()
+                self._arrived(state)
 
     def _arrived(self, state: dict[str, Any]) -> None:
         if state["in_epoch"]:
@@ -105,9 +110,13 @@ class RunPosition:
         self._resumed = None
 
     def _on_epoch_started(self, engine: Engine) -> None:
-        resumed = self._resumed is not None and self._resumed["in_epoch"]
-        self._began = self._resumed["began"] if self._resumed is not None and resumed else engine.state.iteration
-        self.in_epoch = True
+        self._began, self.in_epoch = engine.state.iteration, True
+        if self._resumed is None:
+            return
+        if self._resumed["in_epoch"]:
+            self._began = self._resumed["began"]
+        else:
+            random_state.restore(self._resumed["random"])  # the run's beginning has drawn a second time
 
     def _on_epoch_ended(self, _: Engine, **__: Any) -> None:
         self.in_epoch = False

@@ -1,4 +1,4 @@
-"""When a save is taken: at once where that is exact, else at its window's edge or its epoch's end; and at a signal."""
+"""When a save is taken: when all handlers of its iteration have run, else at its window's or epoch's end; at a signal."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -15,6 +15,20 @@ from ice_engine.hooks import HookRegistry
 from ice_engine.peers import peers
 from ice_engine.preemption import Preemption, preemption
 from ice_engine.run_position import FIRST, LAST, RunPosition
+
+
+# Events of a run after which no iteration and no epoch comes to its end; in others, handlers that change what is saved
+# may still come.
+_AFTER_EDGES = frozenset(
+    {
+        Events.STARTED,
+        Events.TERMINATE_SINGLE_EPOCH,
+        Events.TERMINATE,
+        Events.COMPLETED,
+        Events.INTERRUPT,
+        Events.EXCEPTION_RAISED,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,9 @@ class SaveTimes:
         take: Saves now.
         settle: Raises what went wrong with what was written; does not wait.
         finish: Waits for what is being written, and raises what went wrong, if ``raises``.
+
+    Attributes:
+        clock: By which a save at a signal is numbered, as the others are.
     """
 
     def __init__(
@@ -58,6 +75,7 @@ class SaveTimes:
         self._run: Engine | None = None
         self._preemption: Preemption | None = None
         self._stopped = False
+        self.clock = "iteration"
 
     @property
     def run(self) -> Engine | None:
@@ -81,18 +99,28 @@ class SaveTimes:
             registry.add(Events.STARTED, listen, name=f"{name}started", order=LAST)
         when_left(run, self._on_left)
 
-    def ask(self, request: Request) -> None:
-        """Take a save as soon as it may be taken."""
-        if self._must_wait():
+    def ask(self, request: Request, *, at_once: bool) -> None:
+        """Take a save as soon as it may be taken; before the event's other handlers, if *at_once*."""
+        if self._must_wait() or not (at_once or self._edge_has_passed()):
             self._wanted = request
         else:
+            self._take(request)
+
+    def take_wanted(self) -> None:
+        """Take the save that waits for the event's other handlers, as one of these asks for it; of many ranks, all must."""
+        at_edge = self._run is not None and self._run.last_event_name in {
+            Events.ITERATION_COMPLETED,
+            Events.EPOCH_COMPLETED,
+        }
+        if self._wanted is not None and at_edge and world.world_size() == 1 and not self._must_wait():
+            request, self._wanted = self._wanted, None
             self._take(request)
 
     def _on_edge(self, engine: Engine) -> None:
         self._settle()
         stops = self._is_preempted(engine)
         if stops and self._wanted is None:
-            self._wanted = Request(engine, engine.last_event_name, "iteration")
+            self._wanted = Request(engine, engine.last_event_name, self.clock)
         if self._wanted is None:
             return
         if not self._must_wait():
@@ -116,6 +144,13 @@ class SaveTimes:
         optimizers = vars(self._run).get("_ice_optimizers", ())
         inside = world.world_size() > 1 and any(optimizer.in_window for optimizer in optimizers)
         return inside or self._position.at_last_iteration
+
+    def _edge_has_passed(self) -> bool:
+        if self._position is None or self._run is None:
+            return True
+        event = self._run.last_event_name
+        started = is_running(self._run) or event == Events.EPOCH_STARTED  # Ignite has no iterator yet in the first one
+        return not started or event in _AFTER_EDGES
 
     def _on_ended(self, _: Engine) -> None:
         self._finish(raises=True)

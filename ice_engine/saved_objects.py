@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine
+from ignite.metrics import Metric
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from ice_engine.distributed import world
@@ -78,4 +79,15 @@ def _load(value: Any, state: Any) -> None:
     elif isinstance(value, torch.nn.Module):
         bare(value).load_state_dict(state)
     else:
+        if isinstance(value, Metric):
+            _make_room(value, state)
         value.load_state_dict(state)
+
+
+def _make_room(metric: Metric, state: Any) -> None:
+    """Ignite loads a list, such as a metric's predictions, only into one as long, and a new metric's is empty."""
+    for of_rank in state.values():  # one entry, under a name of Ignite's own
+        for key, value in of_rank[min(world.rank(), len(of_rank) - 1)].items():
+            found = getattr(metric, key, None)
+            if isinstance(value, list) and isinstance(found, list) and len(found) != len(value):
+                setattr(metric, key, [None] * len(value))

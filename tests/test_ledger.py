@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers.checkpoint import CheckpointEvents
 
 import ice_engine as ice
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, HookError, LedgerError, WriteError
@@ -340,3 +341,21 @@ def test_a_full_disk_stops_the_run_with_an_error_that_says_so(tmp_path):
 def test_a_ledger_that_is_not_there_is_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "ledger.jsonl")
+
+
+def test_what_a_checkpoint_is_resumed_from_is_in_the_ledger(tmp_path):
+    """A process that is killed right after a checkpoint leaves no hole in the ledger of the resumed run."""
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.1))
+    trainer = Engine(lambda engine, batch: optimizer.backward(weight * batch))
+    optimizer.attach(trainer)
+    ice.Ledger(tmp_path / "ledger.jsonl").attach(trainer, optimizer)
+    saved = {"trainer": trainer, "optimizer": optimizer, "weights": torch.nn.ParameterList([weight])}
+    checkpoint = ice.Checkpoint(saved, tmp_path / "checkpoints").attach(trainer, Events.ITERATION_COMPLETED)
+    found = []
+    trainer.add_event_handler(
+        CheckpointEvents.SAVED_CHECKPOINT, lambda: found.append(len(read(tmp_path / "ledger.jsonl")))
+    )
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: checkpoint.last_checkpoint)
+    trainer.run([1.0] * 4)
+    assert found == [1, 2, 3, 4]

@@ -106,3 +106,15 @@ def test_no_signals_are_taken_where_none_are_asked_for(tmp_path):
         Events.EPOCH_STARTED, lambda: torch._assert(signal.getsignal(signal.SIGTERM) == before, "taken")
     )
     run.train(max_epochs=1)
+
+
+def test_a_save_at_a_signal_is_numbered_as_the_others(tmp_path):
+    run = Run(tmp_path, n_saved=1)
+    run.checkpoint.attach(run.trainer, run.optimizer.events.OPTIMIZER_STEP_COMPLETED)
+    run.trainer.add_event_handler(Events.ITERATION_STARTED(once=8), lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.raises(ice.Preempted):
+        run.train(max_epochs=4)
+    assert names(tmp_path) == ["checkpoint_4.pt"]  # once more, for it is a micro-batch later
+    again = Run(tmp_path)
+    again.checkpoint.resume(again.trainer)
+    assert (again.trainer.state.iteration, again.optimizer.clocks["step"]) == (8, 4)

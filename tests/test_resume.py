@@ -38,7 +38,7 @@ class Stops(Exception):  # noqa: N818
 class Training:
     """All that a real run has, the same at every start."""
 
-    def __init__(self, folder, *, workers=0, data=None, tail="step", every=1, amp=torch.float16, **settings):
+    def __init__(self, folder, *, workers=0, data=None, tail="step", every=1, event=None, also=None, **settings):
         self.scramble(0)
         self.model = torch.nn.Sequential(
             torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3)
@@ -56,7 +56,7 @@ class Training:
             self.model,
             self.optimizer,
             loss,
-            autocast=amp,
+            autocast=torch.float16,
             output_transform=lambda x, y, out, loss: (out, y, loss.item()),
         )
         self.data = data if data is not None else DataLoader(Noisy(), 4, shuffle=True, num_workers=workers)
@@ -79,8 +79,10 @@ class Training:
             "accuracy": accuracy,
             "smooth": smooth,
         }
+        if also is not None:
+            also(self)
         self.checkpoint = ice.Checkpoint(self.to_save, folder, n_saved=None, **settings)
-        self.checkpoint.attach(self.trainer, Events.ITERATION_COMPLETED(every=every))
+        self.checkpoint.attach(self.trainer, event or Events.ITERATION_COMPLETED(every=every))
 
     @staticmethod
     def scramble(seed):
