@@ -42,7 +42,7 @@ copybutton_prompt_is_regexp = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|ignite|abc|collections|contextlib|typing|pathlib|os|logging|matplotlib|tensorboard|numpy)\..*"),
     ("py:class", r"ice_engine\.(.*\.)?_\w+"),  # a private base class, named under "Bases:"
-    ("py:class", r"ice_engine\.closing\.Closing"),  # likewise: what it has is listed under Optimizer
+    ("py:class", r"ice_engine\.(closing\.Closing|saving\.Saving)"),  # likewise: what it has is listed under Optimizer
 ]
 
 

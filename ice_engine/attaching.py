@@ -1,0 +1,257 @@
+"""How an engine drives an optimizer: what happens on which of its events, alone or together with other ranks."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from ignite.engine import Engine, Events
+
+from ice_engine.distributed import world
+from ice_engine.distributed.build import remove_last_param_group
+from ice_engine.distributed.sync import Sync, Synchroniser, synchroniser
+from ice_engine.errors import ArgumentTypeError, AttachError, warn
+from ice_engine.events import is_running, register
+from ice_engine.hooks import HookRegistry
+from ice_engine.left import has_gradient
+from ice_engine.names import class_name
+from ice_engine.peers import Member, Peers, peers
+from ice_engine.precision import always
+from ice_engine.processors.agreement import exact
+from ice_engine.processors.group import check_names, rewind, set_initial_values
+from ice_engine.processors.group_mapping import group_name
+from ice_engine.processors.processor import name_of
+from ice_engine.stepping import Stepping
+from ice_engine.summary import summary
+from ice_engine.wrappers import bare
+
+_FIRST = -100  # order of our handlers: validation and checkpoints on the same event see the step already taken
+
+
+class Attaching(Stepping):
+    """Lets an engine end its micro-batches, epochs and runs."""
+
+    @property
+    def hooks(self) -> HookRegistry:
+        """The hooks of the engine it is attached to."""
+        if self._engine is None:
+            message = f"optimizer {self._name!r} is not attached to an engine; call optimizer.attach(engine) first"
+            raise AttachError(message)
+        return HookRegistry(self._engine)
+
+    def _attach(self, engine: Engine, model: torch.nn.Module | None, sync: Sync) -> None:
+        registry = HookRegistry(engine)
+        if model is not None and not isinstance(model, torch.nn.Module):
+            message = f"model must be a torch.nn.Module, got {type(model).__name__}"
+            raise ArgumentTypeError(message)
+        self._check_attachable(engine)
+        driven = synchroniser(model, self._parameters(), sync) if world.world_size() > 1 else None
+        if self._processors:
+            check_names(self._processors, self.param_groups)
+            set_initial_values(self._processors, self.param_groups)
+        if model is not None:
+            self._parameter_names = {id(p): n for n, p in bare(model).named_parameters()}
+        self._engine = engine
+        register(engine, self._name)
+        self._clocks.run = engine.state
+        self._publish()
+        for event, handler in (
+            (Events.STARTED, self._on_started),
+            (Events.ITERATION_STARTED, self._on_iteration_started),
+            (Events.ITERATION_COMPLETED, self._on_iteration_completed),
+            (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ended),
+            (Events.EPOCH_COMPLETED, self._on_epoch_completed),
+            (Events.TERMINATE | Events.COMPLETED, self._on_run_ended),
+        ):
+            registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=_FIRST)
+        summary(engine)
+        vars(engine).setdefault("_ice_optimizers", []).append(self)
+        self._precision.goes_on = functools.partial(is_running, engine)
+        if self._running and not self._window.is_open:
+            self.zero_grad()  # as at the start of a run
+        if driven is not None:
+            self._member = self._join(peers(engine), driven)
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`; an open window is dropped with a warning.
+
+        Raises:
+            AttachError: If it is not attached.
+        """
+        registry = self.hooks
+        self._refuse_while_closing("detach()")
+        registry.remove_of(self)
+        self._discard("detach()")
+        if self._member is not None:
+            peers(cast("Engine", self._engine)).leave(self._member)
+            self._member = None
+        self._clocks.leave()
+        vars(self._engine)["_ice_optimizers"].remove(self)
+        if not vars(self._engine)["_ice_optimizers"]:
+            summary(cast("Engine", self._engine)).leave()
+        self._engine = None
+        self._precision.goes_on = always
+
+    def _join(self, together: Peers, driven: Synchroniser) -> Member:
+        member = Member(
+            self._name,
+            self._window,
+            driven,
+            parameters=self._parameters,
+            facts=self._facts,
+            values=self._values,
+            close=lambda: self._close(self._window.size),
+            drop=self._drop_tail,
+            discard=self._discard,
+            touched=self._note_gradients,
+        )
+        together.join(member)
+        return member
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same on every rank for their windows and steps to be."""
+        return {
+            "accumulation_steps": self.accumulation_steps,
+            "effective_batch_size": self._window.batch,
+            "tail": self._window.tail,
+            "loss_reduction": self._window.reduction,
+            "nonfinite": self._precision.policy,
+            "max_consecutive_skips": self._precision.max_consecutive_skips,
+            "loss scale": self._precision.loss_scale,
+            "step": self._clocks.counts["step"],
+            "skips in a row": self._precision.consecutive_skips,
+            "processors": [name_of(processor) for processor in self._processors],
+            "class": class_name(self._inner),
+            "sync": self._member.sync.always if self._member is not None else None,
+            "number of parameters": [len(group["params"]) for group in self.param_groups],
+        }
+
+    def _values(self) -> dict[str, dict[str, str]]:
+        return {
+            group_name(group, i): {k: exact(v) for k, v in group.items() if k not in {"params", "param_names"}}
+            for i, group in enumerate(self.param_groups)
+        }
+
+    def _check_attachable(self, engine: Engine) -> None:
+        if self._engine is not None:
+            this = "this" if self._engine is engine else "another"
+            message = f"optimizer {self._name!r} is attached to {this} engine already; call optimizer.detach() first"
+            raise AttachError(message)
+        for other in vars(engine).get("_ice_optimizers", ()):
+            if other.name.lower() == self._name.lower() or other.name.upper() == self._name.upper():
+                message = (
+                    f"an optimizer named {other.name!r} is attached to this engine already; give each its own: "
+                    "Optimizer(..., name='generator')"
+                )
+                raise AttachError(message)
+        self._refuse_shared(engine, self._parameters())
+
+    def _refuse_shared(self, engine: Engine, parameters: Iterable[torch.Tensor]) -> None:
+        mine = {id(p) for p in parameters}
+        for other in vars(engine).get("_ice_optimizers", ()):
+            shared = [n for n, p in other.named_parameters() if id(p) in mine] if other is not self else ()
+            if shared:
+                message = (
+                    f"optimizers {other.name!r} and {self._name!r} share {len(shared)} parameters ({shared[0]!r}...); "
+                    "each would step on the other's gradients; give every parameter to one optimizer"
+                )
+                raise AttachError(message)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; processors change it from the next step on.
+
+        Args:
+            param_group: ``params`` and the entries that differ from the defaults.
+        """
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]["params"]
+        try:
+            if self._engine is not None:
+                self._refuse_shared(self._engine, added)
+            if self._processors:
+                set_initial_values(self._processors, self.param_groups)
+        except BaseException:
+            remove_last_param_group(self._inner)
+            raise
+        if self._engine is not None or self._window.is_open:
+            for parameter in added:  # what earlier losses left there came from no backward() of this optimizer
+                parameter.grad = None
+
+    def _on_started(self, engine: Engine) -> None:
+        if self._window.is_open and not self._loaded:
+            self._discard("an exception")
+        # As Ignite does with its own counters: a fresh run starts from 0, a resumed or loaded one does not.
+        if engine.state.iteration == 0 and not self._loaded:
+            self._clocks.counts = dict.fromkeys(self._clocks.counts, 0)
+            self._clocks.plan = {}
+            self._window.start_afresh()
+            self._size = self._window.size
+            self._course.start_afresh()
+            self._precision.start_afresh()
+            self._processors = self._given
+            rewind(self._processors, self.param_groups if self._processors else ())
+            self._measurements.clear()
+        elif engine.state.iteration == 0 and self._clocks.counts["step"]:
+            step = self._clocks.counts["step"]
+            warn(
+                f"optimizer {self._name!r} goes on at step {step}, as it was loaded, but its engine "
+                "starts at iteration 0. To go on where the run was, load the engine's state too and, after a complete "
+                "run, raise max_epochs"
+            )
+        elif engine.state.iteration > 0 and not self._loaded and not self._clocks.counts["iteration"]:
+            warn(
+                f"the engine goes on at iteration {engine.state.iteration}, optimizer {self._name!r} starts at step 0, "
+                "and so do its schedules; load its state too: optimizer.load_state_dict(...)"
+            )
+        self._settle()
+        self._loaded = self._said_drop = False
+        self._short_windows = 0
+        self._measures.watch.restart()
+        self._epoch_began = engine.state.iteration
+        if not self._window.is_open:
+            self.zero_grad()
+        self._publish()
+
+    def _on_iteration_started(self, _: Engine) -> None:
+        if self._window.pending:
+            self._drop_unfinished()
+        # As the zero_grad() of a plain loop: what a handler left there, such as validation, enters no window.
+        if not (self._window.micro_batches or self.needs_closure) and has_gradient(self._parameters()):
+            self.zero_grad()
+        if "times" in self._measures.wanted:
+            self._measures.watch.lap("data")
+
+    def _on_iteration_completed(self, _: Engine) -> None:
+        if "times" in self._measures.wanted:
+            self._measures.watch.lap("compute")
+        if self._window.pending:
+            self._end_micro_batch(size=self._window.size)
+            if self._member is None and self._window.is_full:  # else the peers know whether the window closes
+                self._close(self._window.size)
+        elif not self.needs_closure:
+            self._require_own_gradients(self._parameters())
+
+    def _drop_unfinished(self) -> None:
+        # Its iteration did not complete: the exception was swallowed by a handler of EXCEPTION_RAISED.
+        if self._window.pending:
+            self._discard("an exception")
+
+    def _on_epoch_completed(self, engine: Engine) -> None:
+        if self._clocks.counts["iteration"] <= self._epoch_began and not self.needs_closure:
+            warn(f"optimizer {self._name!r} got no loss in epoch {engine.state.epoch}: its backward() was not called")
+        self._epoch_began = engine.state.iteration
+        self._measures.watch.stop()  # what comes now, such as validation, is none of a window's
+
+    def _on_epoch_ended(self, *_: Any, **__: Any) -> None:
+        self._drop_unfinished()
+        if self._member is not None:
+            return  # the peers know whether it has ended everywhere
+        if self._window.tail == "step":
+            self.flush()
+        self._drop_tail()
+
+    def _on_run_ended(self, *_: Any) -> None:
+        self._loaded = False  # what was loaded in the middle of this run says nothing about the next
+        if self._member is None:
+            self._on_epoch_ended()
+            self.flush()
