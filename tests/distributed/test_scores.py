@@ -1,5 +1,6 @@
 """Checkpoints by a score, where every rank has measured another one."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ignite.engine import Engine
 from ignite.handlers import Checkpoint as IgniteCheckpoint
 from ignite.handlers import DiskSaver
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
 from tests.distributed.launch import launch
@@ -21,11 +23,9 @@ DATA = [(torch.ones(4, 6), torch.tensor([0, 1, 2, 0]))] * 2
 
 def _trainer(sharding: str | None = None) -> tuple[torch.nn.Module, ice.Optimizer, Engine]:
     torch.manual_seed(0)
-    model = torch.nn.Linear(6, 3)
+    model = DistributedDataParallel(torch.nn.Linear(6, 3))
 
-    def adam(parameters: Any) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=0.1)
-
+    adam = functools.partial(torch.optim.Adam, lr=0.1)
     optimizer = ice.Optimizer(adam, model.named_parameters(), sharding=sharding)
     return model, optimizer, ice.create_trainer(model, optimizer, torch.nn.functional.cross_entropy)
 
