@@ -4,7 +4,6 @@ It is a file of ``torch.save``. That is a zip archive, whose comment, the last b
 of all bytes before it is: torch and others read it as any other, and it stays checked wherever it is copied.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import torch
 
 from ice_engine import disk
 from ice_engine.errors import CheckpointError
+from ice_engine.part_file import part_of
 
 VERSION = 1
 _END = b"PK\x05\x06"  # of an archive's last record, which is 22 bytes long without a comment
@@ -31,21 +31,17 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: If it cannot be written; nothing is left of it.
     """
-    part = path.with_name(f"{path.name}.part")
     try:
-        part.touch()  # torch would call whatever is wrong a folder that does not exist
-        torch.save(content, part)
-        _check(part)
-        _seal(part)
-        part.replace(path)
-        disk.sync(path.parent)
+        with part_of(path) as part:
+            torch.save(content, part)
+            _check(part)
+            _seal(part)
+            part.replace(path)
+            disk.sync(path.parent)
     except Exception as err:
         free = _free(path.parent)
         message = f"{path} cannot be written: {str(err).rstrip('. ')}{free}. Checkpoints that were there still are"
         raise CheckpointError(message) from err
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _free(folder: Path) -> str:

@@ -96,7 +96,9 @@ class RunPosition:
         if self._data is not None and state["data"] is not None:
             self._data.go_on(state["data"], functools.partial(self._arrived, state))
         else:
-            hook = HookRegistry(engine).add(Events.ITERATION_STARTED, lambda: arrive(), name="position.go_on", order=FIRST)
+            hook = HookRegistry(engine).add(
+                Events.ITERATION_STARTED, lambda: arrive(), name="position.go_on", order=FIRST
+            )
 
             def arrive() -> None:
                 hook.remove()

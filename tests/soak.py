@@ -142,7 +142,9 @@ class Training:
             "accuracy": accuracy,
             "smooth": smooth,
         }
-        ice.Ledger(folder / "ledger.jsonl").attach(self.trainer, self.optimizer, evaluators={"held out": self.evaluator})
+        ice.Ledger(folder / "ledger.jsonl").attach(
+            self.trainer, self.optimizer, evaluators={"held out": self.evaluator}
+        )
 
     @torch.no_grad()
     def evaluate(self, _: Engine, batch: Any) -> Any:

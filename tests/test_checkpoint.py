@@ -389,12 +389,12 @@ def test_when_the_disk_is_full_the_previous_file_is_still_there_and_nothing_else
 
 def test_what_a_killed_process_left_half_written_is_no_checkpoint(tmp_path):
     file = saved(tmp_path)
-    (tmp_path / "checkpoint_15.pt.part").write_bytes(file.read_bytes()[:100])
+    (tmp_path / "checkpoint_15.pt.0123abcd.part").write_bytes(file.read_bytes()[:100])
     run = Run(tmp_path)
     run.checkpoint.attach(run.trainer)
     assert run.checkpoint.resume(run.trainer) == file
     run.train(max_epochs=3)
-    assert "checkpoint_15.pt.part" not in names(tmp_path)
+    assert "checkpoint_15.pt.0123abcd.part" not in names(tmp_path)
 
 
 def test_a_file_of_the_same_name_is_replaced_not_removed(tmp_path):
