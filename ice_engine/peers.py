@@ -91,6 +91,7 @@ class Peers:
         self._closing: list[Member] = []
         self._reducing = False
         self._before: list[int] = []
+        self._layouts: Sequence[Sequence[int]] = ()
         self._epoch_over = self._run_over = True
         self.wants_stop: Callable[[], bool] = bool
         self.stop_wanted = False
@@ -177,6 +178,9 @@ class Peers:
                 "of micro-batches: a DistributedSampler with drop_last=True, or run(..., epoch_length=n)"
             )
             raise RankError(message)
+        for sync, layout in zip(self._syncs(), self._layouts, strict=False):
+            sync.lay_out(layout)
+        self._layouts = ()
 
     def _on_epoch_started(self, engine: Engine) -> None:
         self._position, self._resumed, self._epoch_over = self._resumed, 0, False
@@ -255,6 +259,16 @@ class Peers:
                 member.drop()
             else:
                 self._close(member, at_end=True)
+
+    # -- a checkpoint --------------------------------------------------------------------------------------
+
+    def layouts(self) -> list[list[int]]:
+        """Return how gradients are laid out where they are reduced, for a process that is to round them alike."""
+        return [sync.layout() for sync in self._syncs()]
+
+    def lay_out(self, layouts: Sequence[Sequence[int]]) -> None:
+        """Let the next run begin with *layouts*, from :meth:`layouts`."""
+        self._layouts = layouts
 
     # -- rounds --------------------------------------------------------------------------------------------
 
@@ -372,9 +386,12 @@ class Peers:
         done = {id(m.sync) for m, n in zip(self._members, self._before, strict=False) if m.differentiated > n}
         return list({id(m.sync): m.sync for m in self._closing if id(m.sync) not in done}.values())
 
+    def _syncs(self) -> list[Synchroniser]:
+        return list({id(m.sync): m.sync for m in self._members}.values())
+
     def _switch(self, *, last: bool, closing: Sequence[Member] = ()) -> None:
         on = {id(m.sync) for m in closing}
-        for sync in {id(m.sync): m.sync for m in self._members}.values():
+        for sync in self._syncs():
             sync.on(last or id(sync) in on)
 
     def _place(self, kind: Kind) -> str:

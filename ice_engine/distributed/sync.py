@@ -58,6 +58,12 @@ class Synchroniser(Protocol):
     def settle(self) -> None:
         """Do, where all ranks are, what would need them all at the next forward."""
 
+    def layout(self) -> list[int]:
+        """Return the order of parameters in what is reduced at once, if that is not the same from the beginning on."""
+
+    def lay_out(self, order: Sequence[int]) -> None:
+        """Reduce from the beginning on in *order*, from :meth:`layout` in another process; needs all ranks."""
+
 
 class DDPSync:
     """Drives a ``DistributedDataParallel``.
@@ -102,11 +108,7 @@ class DDPSync:
 
     def take_part(self, loss: torch.Tensor | None = None) -> None:  # noqa: ARG002 - needs none
         """Take part with zeros in the reduction that the other ranks' backward makes."""
-        parameters = [p for p in self.model.module.parameters() if p.requires_grad]
-        reached = [p.view_as(p) for p in parameters]  # a graph, for DDP to see that all of them are used
-        # As the forward does that this rank may not have had.
-        self.model.reducer.prepare_for_backward(reached if self.model.find_unused_parameters else [])
-        torch.autograd.backward(reached, [torch.zeros_like(p) for p in parameters])
+        self._differentiate_zeros([p for p in self.model.module.parameters() if p.requires_grad])
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Average gradients that no backward has reduced."""
@@ -124,6 +126,42 @@ class DDPSync:
         if not self._settled:
             self.model.reducer._rebuild_buckets()  # noqa: SLF001 - no public way to it
             self._settled = True
+
+    def layout(self) -> list[int]:
+        """Return the parameters, by number, in the order of the buckets that DDP made of its first reduction.
+
+        Which numbers are added up in which order depends on where in a bucket they are: from three ranks on, buckets of
+        another layout give another rounding.
+        """
+        if not self._settled:
+            return []
+        self.model.logger.set_runtime_stats_and_log()  # else it says so only from the next forward on
+        buckets = self.model._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices", "")  # noqa: SLF001
+        return [int(index) for index in buckets.replace(",", " ").split()]
+
+    def lay_out(self, order: Sequence[int]) -> None:
+        """Let DDP make its buckets, as it would after a first reduction in which gradients came in *order*.
+
+        One of zeros is made: no forward runs, nothing is drawn at random, and gradients stay what they are.
+        """
+        parameters = [p for p in self.model.module.parameters() if p.requires_grad]
+        if self._settled or self.model.static_graph or sorted(order) != list(range(len(parameters))):
+            return
+        before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        self.on(last=True)
+        # Of several gradients that are at hand, autograd takes the one whose graph was made last.
+        self._differentiate_zeros([parameters[index] for index in reversed(order)])
+        self.settle()
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+    def _differentiate_zeros(self, parameters: Sequence[torch.Tensor]) -> None:
+        reached = [p.view_as(p) for p in parameters]  # a graph, for DDP to see that all of them are used
+        # As the forward does that this rank may not have had.
+        self.model.reducer.prepare_for_backward(reached if self.model.find_unused_parameters else [])
+        torch.autograd.backward(reached, [torch.zeros_like(p) for p in parameters])
 
 
 class FSDPSync:
@@ -172,6 +210,13 @@ class FSDPSync:
     def settle(self) -> None:
         """Do nothing: nothing is left for the next forward."""
 
+    def layout(self) -> list[int]:
+        """Return nothing: what is reduced at once is a matter of the modules."""
+        return []
+
+    def lay_out(self, order: Sequence[int]) -> None:
+        """Do nothing."""
+
 
 class NoSync:
     """For tensor parallelism alone: every rank has the gradients of its shards, of the same data."""
@@ -199,6 +244,13 @@ class NoSync:
         return True
 
     def settle(self) -> None:
+        """Do nothing."""
+
+    def layout(self) -> list[int]:
+        """Return nothing."""
+        return []
+
+    def lay_out(self, order: Sequence[int]) -> None:
         """Do nothing."""
 
 
