@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc-per-node 3 --max-restarts 2 tests/distributed/restarted.py FOLDER
 
-Every start notes in ``FOLDER/curve`` the loss over all ranks of each step that it takes, and the last one leaves the
-parameters. What varies comes from the environment: ``NOISE=1`` for dropout and batch norm, so that ranks draw and
-normalise each for itself, and ``KILL=rank:iteration:delay`` for a SIGKILL in the first start, so many seconds after
-that iteration began.
+Every start notes in ``FOLDER/curve`` the loss over all ranks of each step that it takes, and the last one leaves what
+was trained in ``FOLDER/end.pt``. What varies comes from the environment: ``NOISE=1`` for dropout and batch norm, so that ranks draw and
+normalise each for itself, ``SLOW=seconds`` for the time that each step takes at least, and
+``KILL=rank:iteration:delay`` for a SIGKILL in the first start, so many seconds after that iteration began.
 """
 
 import functools
@@ -84,6 +84,7 @@ class Training:
             with (self.folder / "curve").open("a") as file:
                 file.write(json.dumps(line) + "\n")
         self.loss = torch.zeros(())
+        time.sleep(float(os.environ.get("SLOW", "0")))
 
     def run(self) -> None:
         """Go on where the last start was, to the end."""
@@ -91,7 +92,9 @@ class Training:
         self.checkpoint.resume(self.trainer)
         self.trainer.run(self.loader, max_epochs=EPOCHS)
         if dist.get_rank() == 0:
-            torch.save(self.model.module.state_dict(), self.folder / "parameters.pt")
+            # Moments, too: they keep a difference that is too small for a parameter to show.
+            state = self.optimizer.state_dict()["state"]
+            torch.save({**self.model.module.state_dict(), **dict(enumerate(state.values()))}, self.folder / "end.pt")
 
 
 def _die_later(delay: float) -> None:

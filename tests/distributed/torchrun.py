@@ -1,5 +1,6 @@
 """torchrun as a user starts it, on one host or, in a network namespace, on another; never longer than *timeout*."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def start(arguments: Sequence[str], script: str, *given: str, prefix: Sequence[str] = (), **environment: str) -> "Agent":
+def start(
+    arguments: Sequence[str], script: str, *given: str, prefix: Sequence[str] = (), **environment: str
+) -> "Agent":
     """Start ``torchrun *arguments script *given``, below the command *prefix*."""
     command = [*prefix, sys.executable, "-m", "torch.distributed.run", *arguments, str(ROOT / script), *given]
     return Agent(command, environment)
@@ -47,9 +50,12 @@ class Agent:
 
     def kill(self) -> None:
         """Take the host away: the agent, and every worker of it."""
+        if self._process.poll() is not None:
+            return
         pids = [self._process.pid]
         for pid in pids:
             children = Path(f"/proc/{pid}/task/{pid}/children")
             pids += map(int, children.read_text().split()) if children.exists() else ()
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
