@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 3 --max-restarts 2 tests/distributed/restarted.py FOLDER
 
 Every start notes in ``FOLDER/curve`` the loss over all ranks of each step that it takes, and the last one leaves what
-was trained in ``FOLDER/end.pt``. What varies comes from the environment: ``NOISE=1`` for dropout and batch norm, so that ranks draw and
-normalise each for itself, ``SLOW=seconds`` for the time that each step takes at least, and
+was trained in ``FOLDER/end.pt``. What varies comes from the environment: ``NOISE=1`` for dropout and batch norm, so
+that ranks draw and normalise each for itself, ``SLOW=seconds`` for the time that each step takes at least, and
 ``KILL=rank:iteration:delay`` for a SIGKILL in the first start, so many seconds after that iteration began.
 """
 

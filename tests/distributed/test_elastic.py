@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 
 SCRIPT = "tests/distributed/restarted.py"
 STEPS = 18
-# Without it, a rank of the next start may read where one of the last start was: github.com/pytorch/pytorch/issues/135712
+# Else a rank may read where one of the start before was: github.com/pytorch/pytorch/issues/135712.
 STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -128,7 +128,7 @@ def two_hosts() -> Iterator[list[list[str]]]:
     try:
         for command in wiring:
             try:
-                subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True)  # noqa: S603, S607
+                subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True)  # noqa: S607
             except (OSError, subprocess.CalledProcessError) as error:
                 pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
         yield [
@@ -137,30 +137,25 @@ def two_hosts() -> Iterator[list[list[str]]]:
         ]
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)  # noqa: S603, S607
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)  # noqa: S607
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_a_host_that_is_lost_leaves_the_run_to_the_other(tmp_path, undisturbed, two_hosts):
-    patience = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
-    options = ["--nnodes", "1:2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400"]
-    hosts = [
-        torchrun.start(
-            [*options, "--rdzv-conf", f"{patience},is_host={1 - i}", "--local-addr", f"10.77.0.{i + 1}", "--nproc-per-node", str(2 - i)],
-            *(SCRIPT, str(tmp_path)),
-            prefix=prefix,
-            **STORE,
-            SLOW="0.2",
-        )
-        for i, prefix in enumerate(two_hosts)
-    ]
+    rendezvous = "--nnodes 1:2 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29400 --rdzv-conf "
+    rendezvous += "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    hosts = []
+    for i, prefix in enumerate(two_hosts):
+        options = f"{rendezvous},is_host={1 - i} --local-addr 10.77.0.{i + 1} --nproc-per-node {2 - i}".split()
+        hosts.append(torchrun.start(options, SCRIPT, str(tmp_path), prefix=prefix, SLOW="0.2", **STORE))
     try:
         deadline = time.monotonic() + 100
         while not (tmp_path / "curve").exists() or len(curve(tmp_path)) < IN_AN_EPOCH:
             assert time.monotonic() < deadline, [host.kill() or host.wait() for host in hosts]
             time.sleep(0.05)
         hosts[1].kill()
+        hosts[1].wait()
         code, said = hosts[0].wait(200)
     finally:
         for host in hosts:
