@@ -127,6 +127,7 @@ class Peers:
                     raise AttachError(message)
                 member.sync = other.sync  # one switch for one model
         self._members.append(member)
+        member.sync.again = functools.partial(self._reduce_again, member.sync)
         member.window.unit_of = functools.partial(self._common_unit, member)
         member.window.ranks = world_size()
 
@@ -312,6 +313,22 @@ class Peers:
         )
         return member.window.common
 
+    def _reduce_again(self, sync: Synchroniser) -> None:
+        """Meet all ranks before one more backward of the micro-batch that reduces, which others may not have."""
+        if self._reducing and not sync.always:
+            row = [self._syncs().index(sync)]
+            while self._take_unit(self._rounds.exchange(Kind.AGAIN, row, "one more loss of a micro-batch")):
+                pass
+
+    def _take_part_again(self, rows: Sequence[Row]) -> bool:
+        """Reduce zeros, where other ranks reduce one more loss of the micro-batch that this one is through with."""
+        again = {int(row[1]) for row in rows if row[0] == Kind.AGAIN}
+        for index in sorted(again):
+            sync = self._syncs()[index]
+            sync.settle()  # as they do
+            sync.take_part()
+        return bool(again)
+
     def _take_unit(self, rows: Sequence[Row]) -> bool:
         said = [row for row in rows if row[0] == Kind.UNIT]
         for index in {int(row[1]) for row in said}:
@@ -330,8 +347,8 @@ class Peers:
         while True:
             row = [self._members.index(member), float(window.is_full or last), window.weight, weighted, digest]
             rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
-            if not self._take_unit(rows):
-                break  # else a rank without data is here, and the others at their first loss
+            if not (self._take_unit(rows) or self._take_part_again(rows)):
+                break  # else a rank without data is here, and the others at their first loss, or at one more
         self._check_close(member, rows, values)
         if not (at_end or any(row[2] for row in rows)):
             # No rank had a loss for it in this iteration, or the first loss has told that its windows are longer.

@@ -42,6 +42,7 @@ class Kind(enum.IntEnum):
     TEXT = 6
     RAISED = 7
     EPOCH_START = 8
+    AGAIN = 9
 
     def __str__(self) -> str:
         return _WORDS[self]
@@ -57,12 +58,13 @@ _WORDS = {
     Kind.CLOSE: "closes a window",
     Kind.TEXT: "needs all ranks",
     Kind.RAISED: "raised",
+    Kind.AGAIN: "differentiates one more loss of a micro-batch",
 }
 _TOGETHER = (
     *({kind} for kind in Kind),
     {Kind.GATE, Kind.EPOCH_END, Kind.RUN_END, Kind.UNIT},
     {Kind.EPOCH_START, Kind.RUN_END},
-    {Kind.UNIT, Kind.CLOSE},
+    {Kind.UNIT, Kind.CLOSE, Kind.AGAIN},
 )
 
 Row = list[float]

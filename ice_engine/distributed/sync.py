@@ -6,7 +6,7 @@ end of data whose length nobody knew, what DDP would have done is done here.
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -39,6 +39,9 @@ class Synchroniser(Protocol):
 
     always: bool
     """Whether every micro-batch does, and not only the last of a window."""
+
+    again: Callable[[], object]
+    """Called before one more backward reduces in a micro-batch that has had one: other ranks may have fewer losses."""
 
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
@@ -77,6 +80,7 @@ class DDPSync:
 
     def __init__(self, model: DistributedDataParallel, sync: Sync) -> None:
         self.model: Any = model
+        self.again: Callable[[], object] = bool
         self.reduces = True
         # A static graph is the one that DDP sees reduced first, and stays so.
         self.always = sync == "memory" or bool(self.model.static_graph)
@@ -102,6 +106,7 @@ class DDPSync:
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
         if self.reduces and self._used:
+            self.again()
             self.settle()  # what DDP notes of its first backward for its buckets must be of one
             self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
         self._used = True
@@ -176,6 +181,7 @@ class FSDPSync:
 
     def __init__(self, model: FSDPModule, sync: Sync) -> None:
         self.model: Any = model
+        self.again: Callable[[], object] = bool
         self.reduces = True
         self.always = sync == "memory"
         self._behind = False
@@ -226,6 +232,7 @@ class NoSync:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model: Any = model
+        self.again: Callable[[], object] = bool
 
     def on(self, last: bool) -> None:
         """Do nothing."""
