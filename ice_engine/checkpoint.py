@@ -34,6 +34,7 @@ from ice_engine.events import clock_of, is_running
 from ice_engine.hooks import HookRegistry
 from ice_engine.of_engine import of_engine
 from ice_engine.optimizer import Optimizer
+from ice_engine.peers import Peers, peers
 from ice_engine.preemption import SIGNALS
 from ice_engine.recording import Recordings
 from ice_engine.run_position import RunPosition, check_positions, run_position
@@ -196,6 +197,12 @@ class Checkpoint(IgniteCheckpoint):
         # A score is measured where it is asked for: an evaluator may have another one when all handlers have run.
         self._times.ask(Request(engine, engine.last_event_name, clock), at_once=self.score_function is not None)
 
+    @property
+    def _peers(self) -> Peers | None:
+        """Those of the trainer, if it has an optimizer of ours that others take part in."""
+        together = world.world_size() > 1 and vars(self._trainer).get("_ice_optimizers")
+        return peers(self._trainer) if self._trainer is not None and together else None
+
     # -- saving --------------------------------------------------------------------------------------------
 
     def _save(self, request: Request) -> None:
@@ -268,6 +275,8 @@ class Checkpoint(IgniteCheckpoint):
         if self._position is not None:
             position = plain(_OURS, self._position.state_dict())
             content[_OURS] = {"version": checkpoint_file.VERSION, "positions": gather_plain("a checkpoint", position)}
+            if self._peers is not None:
+                content[_OURS]["layouts"] = self._peers.layouts()
         if self.include_self:
             content["checkpointer"] = {"_saved": [tuple(item) for item in save.saved]}
         return content
@@ -396,7 +405,9 @@ class Checkpoint(IgniteCheckpoint):
         if self._position is not None and _OURS in content:
             metrics = {name: saved for name, saved in self.to_save.items() if isinstance(saved, Metric)}
             again = functools.partial(saved_objects.load, metrics, content)
-            self._position.load_state_dict(content[_OURS]["positions"][world.rank()], again)
+            self._position.load_state_dict(content[_OURS]["positions"], again)
+            if self._peers is not None:
+                self._peers.lay_out(content[_OURS].get("layouts", ()))
 
     def _checked(self, found: Any) -> Mapping[str, Any]:
         """Return the states by name, before anything is loaded; a digest says that they are as written, not by whom."""

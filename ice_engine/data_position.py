@@ -8,7 +8,7 @@ With worker processes, whose own generators move with what they load, all are: t
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,8 @@ class TrackedData:
 
     def position(self) -> dict[str, Any]:
         """Return where it is, as plain data."""
-        position = {"taken": self.taken, "over": self.over or self.taken == _length(self.data), "loader": None}
+        whole = length(self.data)
+        position = {"taken": self.taken, "length": whole, "over": self.over or self.taken == whole, "loader": None}
         if _has_state(self.data) and self._began is not None:
             return {**position, "loader": self.data.state_dict(), "random": None}
         return {**position, "random": self._began, "own": self._own_began, "own_now": _own_states(self.data)}
@@ -155,11 +156,31 @@ def _restore_own(data: Any, states: Iterable[torch.Tensor]) -> None:
         generator.set_state(state)
 
 
+def shared_out(positions: Sequence[dict[str, Any]], ranks: int, mine: dict[str, Any]) -> dict[str, Any]:
+    """Return *mine*, one of all ranks' *positions*, as one of *ranks*, which are others than then.
+
+    Raises:
+        CheckpointError: If it is the state of a loader, which nobody else can share out.
+    """
+    taken = sum(position["taken"] for position in positions)
+    if mine["loader"] is not None and not mine["over"]:
+        message = (
+            f"it holds where the loaders of {len(positions)} ranks were in their data, and now there are {ranks}. "
+            "Resume with as many, or with a loader without state_dict(), such as torch's own DataLoader"
+        )
+        raise CheckpointError(message)
+    if (rest := taken % ranks) and not mine["over"]:
+        logger.warning("%d of the %d micro-batches that the epoch has had are trained once more", rest, taken)
+    over = all(position["over"] for position in positions)
+    return {**mine, "taken": taken // ranks, "over": over, "loader": None}
+
+
 def _has_state(data: Any) -> bool:
     return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
 
 
-def _length(data: Any) -> int | None:
+def length(data: Any) -> int | None:
+    """Return the batches that *data* has; None if nobody knows."""
     try:
         return len(data)
     except TypeError:  # unknown

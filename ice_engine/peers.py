@@ -91,6 +91,7 @@ class Peers:
         self._closing: list[Member] = []
         self._reducing = False
         self._before: list[int] = []
+        self._layouts: Sequence[Sequence[int]] = ()
         self._epoch_over = self._run_over = True
         self.wants_stop: Callable[[], bool] = bool
         self.stop_wanted = False
@@ -126,6 +127,7 @@ class Peers:
                     raise AttachError(message)
                 member.sync = other.sync  # one switch for one model
         self._members.append(member)
+        member.sync.again = functools.partial(self._reduce_again, member.sync)
         member.window.unit_of = functools.partial(self._common_unit, member)
         member.window.ranks = world_size()
 
@@ -177,6 +179,9 @@ class Peers:
                 "of micro-batches: a DistributedSampler with drop_last=True, or run(..., epoch_length=n)"
             )
             raise RankError(message)
+        for sync, layout in zip(self._syncs(), self._layouts, strict=False):
+            sync.lay_out(layout)
+        self._layouts = ()
 
     def _on_epoch_started(self, engine: Engine) -> None:
         self._position, self._resumed, self._epoch_over = self._resumed, 0, False
@@ -256,6 +261,16 @@ class Peers:
             else:
                 self._close(member, at_end=True)
 
+    # -- a checkpoint --------------------------------------------------------------------------------------
+
+    def layouts(self) -> list[list[int]]:
+        """Return how gradients are laid out where they are reduced, for a process that is to round them alike."""
+        return [sync.layout() for sync in self._syncs()]
+
+    def lay_out(self, layouts: Sequence[Sequence[int]]) -> None:
+        """Let the next run begin with *layouts*, from :meth:`layouts`."""
+        self._layouts = layouts
+
     # -- rounds --------------------------------------------------------------------------------------------
 
     def _gate(self, kind: Kind) -> list[Row]:
@@ -298,6 +313,22 @@ class Peers:
         )
         return member.window.common
 
+    def _reduce_again(self, sync: Synchroniser) -> None:
+        """Meet all ranks before one more backward of the micro-batch that reduces, which others may not have."""
+        if self._reducing and not sync.always:
+            row = [self._syncs().index(sync)]
+            while self._take_unit(self._rounds.exchange(Kind.AGAIN, row, "one more loss of a micro-batch")):
+                pass
+
+    def _take_part_again(self, rows: Sequence[Row]) -> bool:
+        """Reduce zeros, where other ranks reduce one more loss of the micro-batch that this one is through with."""
+        again = {int(row[1]) for row in rows if row[0] == Kind.AGAIN}
+        for index in sorted(again):
+            sync = self._syncs()[index]
+            sync.settle()  # as they do
+            sync.take_part()
+        return bool(again)
+
     def _take_unit(self, rows: Sequence[Row]) -> bool:
         said = [row for row in rows if row[0] == Kind.UNIT]
         for index in {int(row[1]) for row in said}:
@@ -316,8 +347,8 @@ class Peers:
         while True:
             row = [self._members.index(member), float(window.is_full or last), window.weight, weighted, digest]
             rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
-            if not self._take_unit(rows):
-                break  # else a rank without data is here, and the others at their first loss
+            if not (self._take_unit(rows) or self._take_part_again(rows)):
+                break  # else a rank without data is here, and the others at their first loss, or at one more
         self._check_close(member, rows, values)
         if not (at_end or any(row[2] for row in rows)):
             # No rank had a loss for it in this iteration, or the first loss has told that its windows are longer.
@@ -372,9 +403,12 @@ class Peers:
         done = {id(m.sync) for m, n in zip(self._members, self._before, strict=False) if m.differentiated > n}
         return list({id(m.sync): m.sync for m in self._closing if id(m.sync) not in done}.values())
 
+    def _syncs(self) -> list[Synchroniser]:
+        return list({id(m.sync): m.sync for m in self._members}.values())
+
     def _switch(self, *, last: bool, closing: Sequence[Member] = ()) -> None:
         on = {id(m.sync) for m in closing}
-        for sync in {id(m.sync): m.sync for m in self._members}.values():
+        for sync in self._syncs():
             sync.on(last or id(sync) in on)
 
     def _place(self, kind: Kind) -> str:

@@ -1,17 +1,21 @@
 """Where a run is, beside what its objects know of themselves: epoch, data, random generators, metrics."""
 
 import functools
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
 
 from ice_engine import random_state
-from ice_engine.data_position import TrackedData
+from ice_engine.data_position import TrackedData, length, shared_out
+from ice_engine.distributed import world
 from ice_engine.errors import CheckpointError
 from ice_engine.hooks import HookRegistry
 from ice_engine.of_engine import of_engine
+
+logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, Any] = {
     "epoch": int,
@@ -23,6 +27,7 @@ _KINDS: dict[str, Any] = {
 }
 
 FIRST, LAST = -98, 10**6  # orders: after the optimizers' own handlers; after everybody else's
+_BEFORE = -101  # before the optimizers' own
 
 
 class RunPosition:
@@ -40,10 +45,12 @@ class RunPosition:
         self._data: TrackedData | None = None
         self._began = 0  # iterations before this epoch
         self._resumed: dict[str, Any] | None = None
+        self._ranks = 1  # that made what it resumes
         self._reload: Callable[[], object] = bool
         self.in_epoch = False
         registry = HookRegistry(engine)
         for event, handler, order in (
+            (Events.STARTED, self._on_starting, _BEFORE),
             (Events.STARTED, self._on_started, LAST),
             (Events.EPOCH_STARTED, self._on_epoch_started, FIRST),
             (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ended, FIRST),
@@ -70,17 +77,43 @@ class RunPosition:
             "metrics": {name: value for name, value in state.metrics.items() if _is_plain(value)},
         }
 
-    def load_state_dict(self, state: dict[str, Any], reload: Callable[[], object]) -> None:
-        """Let the next run, of an engine that is loaded already, go on where *state* is.
+    def load_state_dict(self, states: Sequence[dict[str, Any]], reload: Callable[[], object]) -> None:
+        """Let the next run, of an engine that is loaded already, go on where *states* are.
+
+        With other ranks than then, each passes over as many batches as all together had taken, shared out among those
+        there are and rounded down: none is missed. An epoch is as long as its data is now. A rank that is new draws
+        from its generators as it finds them.
 
         Args:
-            state: From :meth:`state_dict`.
+            states: From :meth:`state_dict` of every rank.
             reload: Loads once more what the beginning of a run or of an epoch sets back, such as metrics.
         """
+        self._ranks, now = len(states), world.world_size()
+        state = states[world.rank() if world.rank() < self._ranks else 0]
+        if self._ranks != now and state["data"] is not None:
+            state = {**state, "data": shared_out([each["data"] for each in states], now, state["data"])}
+        if world.rank() >= self._ranks:
+            state = {**state, "random": random_state.capture()}
         # Ignite would compute it from the iteration, and be wrong if an epoch was ended before its time.
         self._engine.state.epoch = state["epoch"] - state["in_epoch"]
         self._engine.state.metrics.update(state["metrics"])
         self._resumed, self._reload = state, reload
+
+    def _on_starting(self, engine: Engine) -> None:
+        """Count iterations as this many ranks do, if another number of them has made the checkpoint."""
+        state = self._resumed
+        if state is None or state["data"] is None or self._ranks == world.world_size():
+            return
+        before, taken, now = engine.state.epoch_length, state["data"]["taken"], length(engine.state.dataloader)
+        if now is None or before != state["data"].get("length"):
+            return  # an epoch is as long as the run says, not its data
+        engine.state.epoch_length, state["began"] = now, engine.state.epoch * now
+        engine.state.iteration = state["began"] + (taken if state["in_epoch"] else 0)
+        logger.warning(
+            "%d ranks go on where %d were: an epoch has %d micro-batches instead of %d, and the run goes on after "
+            "iteration %d",
+            *(world.world_size(), self._ranks, now, before, engine.state.iteration),
+        )
 
     def _on_started(self, engine: Engine) -> None:
         HookRegistry(engine).sort()  # what was attached since then comes before a save, too

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 WIDTH = 128  # numbers in a row, the kind included
 _SOON = datetime.timedelta(seconds=4)  # after which it is asked who is missing
 _STUCK = 60.0  # seconds after which several ranks in one collective of their own count as stuck
+_ALL_STUCK = 15.0  # the same, of all ranks but this one: then nobody computes what the others wait for
 _SILENT = 30.0  # seconds without an answer after which a rank counts as stopped; a call into C may keep the interpreter
 _LOST = "lost the connection"
 _LEAVING = datetime.timedelta(seconds=5)  # what a rank that raised waits for the others
@@ -41,6 +42,7 @@ class Kind(enum.IntEnum):
     TEXT = 6
     RAISED = 7
     EPOCH_START = 8
+    AGAIN = 9
 
     def __str__(self) -> str:
         return _WORDS[self]
@@ -56,12 +58,13 @@ _WORDS = {
     Kind.CLOSE: "closes a window",
     Kind.TEXT: "needs all ranks",
     Kind.RAISED: "raised",
+    Kind.AGAIN: "differentiates one more loss of a micro-batch",
 }
 _TOGETHER = (
     *({kind} for kind in Kind),
     {Kind.GATE, Kind.EPOCH_END, Kind.RUN_END, Kind.UNIT},
     {Kind.EPOCH_START, Kind.RUN_END},
-    {Kind.UNIT, Kind.CLOSE},
+    {Kind.UNIT, Kind.CLOSE, Kind.AGAIN},
 )
 
 Row = list[float]
@@ -75,6 +78,7 @@ class Rounds:
         self._watch = Watch(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - no public way to it
         self._doing = ""
         self._work: Any = None
+        self._left: RankError | None = None  # why this rank gave a round up, which the others may still come to
 
     def close(self) -> None:
         """Stop answering the other ranks."""
@@ -151,6 +155,9 @@ class Rounds:
         return [bytes(t[:n].tolist()).decode(errors="replace") for t, n in zip(gathered, lengths, strict=True)]
 
     def _gather(self, kind: Kind, values: Sequence[float], patience: datetime.timedelta | None = None) -> list[Row]:
+        if self._left is not None:
+            message = f"this rank gave up waiting for the others before, and is a round ahead of them: {self._left}"
+            raise RankError(message)
         row = torch.zeros(WIDTH, dtype=torch.float64)
         row[: 1 + len(values)] = torch.tensor([kind, *values], dtype=torch.float64)
         gathered = [torch.empty_like(row) for _ in range(world_size())]
@@ -179,7 +186,11 @@ class Rounds:
             if self._watch.notes():
                 raise self.gone(TimeoutError("a rank that raised does not come"))
             waited = time.monotonic() - begin
-            suspects.look(self._watch.ask(others()), waited, self._doing)
+            try:
+                suspects.look(self._watch.ask(others()), waited, self._doing)
+            except RankError as error:
+                self._left = error
+                raise
 
     def gone(self, error: BaseException) -> RankError:
         """Return the error that says who is gone, after a connection was lost with *error*."""
@@ -211,7 +222,8 @@ class _Suspects:
             raise RankError(message)
         away = {r: a for r, a in answers.items() if a is not None and a.collective}
         same = {r: a for r, a in away.items() if self._before.get(r) == a}
-        if same and (len(away) == 1 or waited > _STUCK):
+        enough = _ALL_STUCK if len(same) == len(answers) else _STUCK
+        if same and (len(away) == 1 or waited > enough):
             where = "; ".join(f"rank {r} waits in {a.collective}(), called at {a.place}" for r, a in same.items())
             message = (
                 f"{where}, and nobody else comes there: the others are at {doing}. "

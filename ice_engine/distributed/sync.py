@@ -6,7 +6,7 @@ end of data whose length nobody knew, what DDP would have done is done here.
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -40,6 +40,9 @@ class Synchroniser(Protocol):
     always: bool
     """Whether every micro-batch does, and not only the last of a window."""
 
+    again: Callable[[], object]
+    """Called before one more backward reduces in a micro-batch that has had one: other ranks may have fewer losses."""
+
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
 
@@ -58,6 +61,12 @@ class Synchroniser(Protocol):
     def settle(self) -> None:
         """Do, where all ranks are, what would need them all at the next forward."""
 
+    def layout(self) -> list[int]:
+        """Return the order of parameters in what is reduced at once, if that is not the same from the beginning on."""
+
+    def lay_out(self, order: Sequence[int]) -> None:
+        """Reduce from the beginning on in *order*, from :meth:`layout` in another process; needs all ranks."""
+
 
 class DDPSync:
     """Drives a ``DistributedDataParallel``.
@@ -71,6 +80,7 @@ class DDPSync:
 
     def __init__(self, model: DistributedDataParallel, sync: Sync) -> None:
         self.model: Any = model
+        self.again: Callable[[], object] = bool
         self.reduces = True
         # A static graph is the one that DDP sees reduced first, and stays so.
         self.always = sync == "memory" or bool(self.model.static_graph)
@@ -96,17 +106,14 @@ class DDPSync:
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
         if self.reduces and self._used:
+            self.again()
             self.settle()  # what DDP notes of its first backward for its buckets must be of one
             self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
         self._used = True
 
     def take_part(self, loss: torch.Tensor | None = None) -> None:  # noqa: ARG002 - needs none
         """Take part with zeros in the reduction that the other ranks' backward makes."""
-        parameters = [p for p in self.model.module.parameters() if p.requires_grad]
-        reached = [p.view_as(p) for p in parameters]  # a graph, for DDP to see that all of them are used
-        # As the forward does that this rank may not have had.
-        self.model.reducer.prepare_for_backward(reached if self.model.find_unused_parameters else [])
-        torch.autograd.backward(reached, [torch.zeros_like(p) for p in parameters])
+        self._differentiate_zeros([p for p in self.model.module.parameters() if p.requires_grad])
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Average gradients that no backward has reduced."""
@@ -125,6 +132,42 @@ class DDPSync:
             self.model.reducer._rebuild_buckets()  # noqa: SLF001 - no public way to it
             self._settled = True
 
+    def layout(self) -> list[int]:
+        """Return the parameters, by number, in the order of the buckets that DDP made of its first reduction.
+
+        Which numbers are added up in which order depends on where in a bucket they are: from three ranks on, buckets of
+        another layout give another rounding.
+        """
+        if not self._settled:
+            return []
+        self.model.logger.set_runtime_stats_and_log()  # else it says so only from the next forward on
+        buckets = self.model._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices", "")  # noqa: SLF001
+        return [int(index) for index in buckets.replace(",", " ").split()]
+
+    def lay_out(self, order: Sequence[int]) -> None:
+        """Let DDP make its buckets, as it would after a first reduction in which gradients came in *order*.
+
+        One of zeros is made: no forward runs, nothing is drawn at random, and gradients stay what they are.
+        """
+        parameters = [p for p in self.model.module.parameters() if p.requires_grad]
+        if self._settled or self.model.static_graph or sorted(order) != list(range(len(parameters))):
+            return
+        before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        self.on(last=True)
+        # Of several gradients that are at hand, autograd takes the one whose graph was made last.
+        self._differentiate_zeros([parameters[index] for index in reversed(order)])
+        self.settle()
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+    def _differentiate_zeros(self, parameters: Sequence[torch.Tensor]) -> None:
+        reached = [p.view_as(p) for p in parameters]  # a graph, for DDP to see that all of them are used
+        # As the forward does that this rank may not have had.
+        self.model.reducer.prepare_for_backward(reached if self.model.find_unused_parameters else [])
+        torch.autograd.backward(reached, [torch.zeros_like(p) for p in parameters])
+
 
 class FSDPSync:
     """Drives a module that ``fully_shard`` was applied to.
@@ -138,6 +181,7 @@ class FSDPSync:
 
     def __init__(self, model: FSDPModule, sync: Sync) -> None:
         self.model: Any = model
+        self.again: Callable[[], object] = bool
         self.reduces = True
         self.always = sync == "memory"
         self._behind = False
@@ -172,6 +216,13 @@ class FSDPSync:
     def settle(self) -> None:
         """Do nothing: nothing is left for the next forward."""
 
+    def layout(self) -> list[int]:
+        """Return nothing: what is reduced at once is a matter of the modules."""
+        return []
+
+    def lay_out(self, order: Sequence[int]) -> None:
+        """Do nothing."""
+
 
 class NoSync:
     """For tensor parallelism alone: every rank has the gradients of its shards, of the same data."""
@@ -181,6 +232,7 @@ class NoSync:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model: Any = model
+        self.again: Callable[[], object] = bool
 
     def on(self, last: bool) -> None:
         """Do nothing."""
@@ -199,6 +251,13 @@ class NoSync:
         return True
 
     def settle(self) -> None:
+        """Do nothing."""
+
+    def layout(self) -> list[int]:
+        """Return nothing."""
+        return []
+
+    def lay_out(self, order: Sequence[int]) -> None:
         """Do nothing."""
 
 

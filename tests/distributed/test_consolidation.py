@@ -2,7 +2,6 @@
 
 import functools
 import io
-import time
 
 import pytest
 import torch
@@ -222,16 +221,6 @@ def refusals():
     optimizer = ice.Optimizer(adam, model.parameters(), sharding="zero1", name="generator")
     train(model, optimizer, 1)
     said = []
-    began = time.monotonic()
-    if dist.get_rank() == 1:  # rank 0 and 2 do not come
-        try:
-            optimizer.state_dict()
-        except RankError as error:
-            said.append(str(error))
-    waited = time.monotonic() - began
-    dist.barrier()
-    state = optimizer.state_dict(1)  # afterwards it works
-    said.append("state" in state)
     try:
         optimizer.load_state_dict(ice_stub := optimizer.state_dict(0))
     except NotConsolidatedError as error:
@@ -250,23 +239,43 @@ def refusals():
         alien.state_dict()
     except RankError as error:
         said.append(str(error))
-    return said, waited
+    said.append("state" in optimizer.state_dict(1))  # afterwards it works
+    return said
 
 
-def test_ranks_that_do_not_come_or_ask_for_something_else_are_named_on_all_that_did():
-    ranks = [said for said, _ in launch(refusals, 3)]
-
-    alone = ranks[1].pop(0)
-    assert "state_dict(rank=0) of optimizer 'generator' is for all ranks together, but rank 1 waited" in alone
-    assert "for ranks 0, 2" in alone
-    for rank, said in enumerate(ranks):
-        assert said.pop(0) is (rank == 1)
+def test_ranks_that_ask_for_something_else_are_named_on_all():
+    for rank, said in enumerate(launch(refusals, 3)):
         if rank > 0:
             assert "this is a stub: the whole state is on rank 0" in said.pop(0)
-        other, alien = said
+        other, alien, whole = said
         assert "rank 0 state_dict(rank=0) of optimizer 'generator', rank 1 state_dict(rank=1)" in other
         assert "failed on rank 1: state[" in alien
         assert "['history'] is set" in alien
+        assert whole is (rank == 1)
+
+
+def alone():
+    model = network()
+    optimizer = ice.Optimizer(FACTORIES["AdamW"], model.parameters(), sharding="zero1", name="generator")
+    train(model, optimizer, 1)
+    said = []
+    for _ in range(2):
+        try:
+            if dist.get_rank() == 1:  # rank 0 and 2 do not come
+                optimizer.state_dict()
+        except RankError as error:
+            said.append(str(error))
+    dist.barrier()  # no rank has died of it
+    return said
+
+
+def test_a_rank_that_comes_alone_is_told_where_the_others_are():
+    first, (waited, again), third = launch(alone, 3)
+    assert first == third == []
+    for other in (0, 2):
+        assert f"rank {other} waits in barrier(), called at test_consolidation.py:" in waited
+    assert "the others are at state_dict(rank=0) of optimizer 'generator'" in waited
+    assert "is a round ahead of them" in again
 
 
 def local():

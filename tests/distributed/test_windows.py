@@ -446,3 +446,38 @@ def test_what_a_fully_sharded_model_cannot_reduce_any_more_is_dropped_with_a_war
     first, second = launch(_fully_sharded_stopped, 2)
     assert first == second
     assert first[0] == 1
+
+
+def _three(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (model(x) - torch.cat([y, -y, 2 * y], 1)).square().mean(0)
+
+
+def _several_losses() -> list[list[float]]:
+    """One rank differentiates three losses, one after the other, where the other has their sum; in turn."""
+    model = DistributedDataParallel(network())
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
+
+    def step(engine: Engine, batch: Batch) -> None:
+        losses = _three(model, *batch)
+        apart = dist.get_rank() == engine.state.iteration // 2 % 2
+        for loss in losses if apart else [losses.sum()]:
+            optimizer.backward(loss, retain_graph=apart)
+
+    engine = Engine(step)
+    optimizer.attach(engine, model=model)
+    engine.run(batches(dist.get_rank(), EVEN))
+    return [p.flatten().tolist() for p in model.parameters()]
+
+
+def test_a_rank_may_have_more_losses_than_another_in_the_micro_batch_that_reduces():
+    model = network()
+    optimizer = sgd(model)
+    data = [*zip(batches(0, EVEN), batches(1, EVEN), strict=True)]
+    for window in zip(data[::2], data[1::2], strict=True):
+        x, y = (torch.cat([rank[i] for both in window for rank in both]) for i in (0, 1))
+        optimizer.zero_grad()
+        _three(model, x, y).sum().backward()
+        optimizer.step()
+    expected = flat([p.flatten().tolist() for p in model.parameters()])
+    for found in launch(_several_losses, 2, timeout=40):
+        torch.testing.assert_close(flat(found), expected, rtol=1e-10, atol=1e-12)
