@@ -83,7 +83,7 @@ class RunPosition:
         self._resumed, self._reload = state, reload
 
     def _on_started(self, engine: Engine) -> None:
-        HookRegistry(engine).sort()  # what was attached since then comes before a save, too
+        HookRegistry(engine).put_last(LAST)  # what was attached since then comes before a save, too
         data: Any = engine.state.dataloader
         self._data = data if data is None or isinstance(data, TrackedData) else TrackedData(data)
         engine.state.dataloader = self._data

@@ -31,6 +31,9 @@ _AFTER_EDGES = frozenset(
 )
 
 
+_AT_END = frozenset({Events.EPOCH_COMPLETED, Events.COMPLETED})
+
+
 @dataclass(frozen=True)
 class Request:
     """A save that was asked for, perhaps in the middle of a window.
@@ -118,7 +121,7 @@ class SaveTimes:
 
     def _on_edge(self, engine: Engine) -> None:
         self._settle()
-        stops = self._is_preempted(engine)
+        stops = self._is_preempted(engine) and not _is_done(engine)
         if stops and self._wanted is None:
             self._wanted = Request(engine, engine.last_event_name, self.clock)
         if self._wanted is None:
@@ -162,9 +165,16 @@ class SaveTimes:
         finally:
             if self._preemption is not None and self._run is not None and not is_running(self._run):
                 self._preemption.leave()
-                stopped, self._stopped = self._stopped or self._preemption.is_asked(), False
+                asked = self._preemption.is_asked() and not _is_done(self._run)  # who is told to run it again starts anew
+                stopped, self._stopped = self._stopped or asked, False
                 if stopped and error is None:
                     raise Preempted
+
+
+def _is_done(engine: Engine) -> bool:
+    """Whether the last epoch is at its end."""
+    state = engine.state
+    return state.max_epochs is not None and state.epoch >= state.max_epochs and engine.last_event_name in _AT_END
 
 
 def _listen(preempted: Preemption, engine: Engine) -> None:

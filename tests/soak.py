@@ -94,7 +94,9 @@ class Training:
         self.folder, self.rank = folder, rank
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(0)
-        layers = torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3)
+        # The buffers of an average are each rank's own, and what is saved is that of one.
+        norm = torch.nn.BatchNorm1d(8) if plan.ranks == 1 else torch.nn.LayerNorm(8)
+        layers = torch.nn.Linear(6, 8), norm, torch.nn.Dropout(0.5), torch.nn.Linear(8, 3)
         self.model = torch.nn.Sequential(*layers)
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(rank)
@@ -187,7 +189,8 @@ class Training:
             checkpoint.resume(self.trainer)
 
     def run(self) -> None:
-        self.trainer.run(self.data, max_epochs=EPOCHS)
+        if self.trainer.state.epoch < EPOCHS:  # else it was killed after its last checkpoint, and would start over
+            self.trainer.run(self.data, max_epochs=EPOCHS)
         states = {name: saved.state_dict() for name, saved in self.to_save.items()}
         end = {**states, "clocks": self.optimizer.clocks, "random": random_state.capture()}
         torch.save(end, self.folder / f"end-{self.rank}")
