@@ -170,8 +170,7 @@ class Recording:
 
         def write(now: float, clocks: dict[str, int], metrics: dict[str, Any]) -> None:
             # An evaluation in the middle of a window is after a checkpoint of the same step, or before.
-            iteration = {"iteration": clocks["iteration"]}
-            file.write(Line(now, name, clocks["step"], iteration, metric_rows(name, metrics)))
+            file.write(Line(now, name, clocks["step"], {"iteration": clocks["iteration"]}, metric_rows(name, metrics)))
 
         def note(evaluator: Engine) -> None:
             if not self._begun:

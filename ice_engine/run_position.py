@@ -96,11 +96,13 @@ class RunPosition:
         if self._data is not None and state["data"] is not None:
             self._data.go_on(state["data"], functools.partial(self._arrived, state))
         else:
-            hook = HookRegistry(engine).add(Events.ITERATION_STARTED, lambda: arrive(), name="position.go_on", order=FIRST)
+            registry, name = HookRegistry(engine), "position.go_on"
 
             def arrive() -> None:
-                hook.remove()
+                registry.remove(name)
                 self._arrived(state)
+
+            registry.add(Events.ITERATION_STARTED, arrive, name=name, order=FIRST)
 
     def _arrived(self, state: dict[str, Any]) -> None:
         if state["in_epoch"]:

@@ -1,4 +1,4 @@
-"""When a save is taken: when all handlers of its iteration have run, else at its window's or epoch's end; at a signal."""
+"""When a save is taken: after all handlers of its iteration, else at its window's or epoch's end; and at a signal."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -15,7 +15,6 @@ from ice_engine.hooks import HookRegistry
 from ice_engine.peers import peers
 from ice_engine.preemption import Preemption, preemption
 from ice_engine.run_position import FIRST, LAST, RunPosition
-
 
 # Events of a run after which no iteration and no epoch comes to its end; in others, handlers that change what is saved
 # may still come.
@@ -110,7 +109,7 @@ class SaveTimes:
             self._take(request)
 
     def take_wanted(self) -> None:
-        """Take the save that waits for the event's other handlers, as one of these asks for it; of many ranks, all must."""
+        """Take the save that waits for the event's other handlers, of which one asks for it; in one process."""
         at_edge = self._run is not None and self._run.last_event_name in {
             Events.ITERATION_COMPLETED,
             Events.EPOCH_COMPLETED,
@@ -165,7 +164,9 @@ class SaveTimes:
         finally:
             if self._preemption is not None and self._run is not None and not is_running(self._run):
                 self._preemption.leave()
-                asked = self._preemption.is_asked() and not _is_done(self._run)  # who is told to run it again starts anew
+                asked = self._preemption.is_asked() and not _is_done(
+                    self._run
+                )  # who is told to run it again starts anew
                 stopped, self._stopped = self._stopped or asked, False
                 if stopped and error is None:
                     raise Preempted
