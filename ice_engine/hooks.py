@@ -148,10 +148,14 @@ class HookRegistry:
             if getattr(hook.hook, "__self__", None) is owner:
                 hook.remove()
 
-    def sort(self) -> None:
-        """Let hooks of an order above 0 fire after the plain handlers that were added since, too."""
-        for event in list(self._handlers):
-            self._sort(event)
+    def put_last(self, least: int) -> None:
+        """Let hooks of an order of at least *least* fire after the plain handlers that were added since, too."""
+        owners = self._owners()
+        for event, present in list(self._handlers.items()):
+            # A new list: Ignite may be iterating over the old one right now.
+            self._handlers[event] = sorted(
+                present, key=lambda entry: id(entry[2]) in owners and owners[id(entry[2])].order >= least
+            )
 
     def free_name(self, base: str, ending: str = "") -> str:
         """Return *base*, or *base* with the first number, under which no hook is named with *ending* behind it."""
@@ -258,14 +262,8 @@ class HookRegistry:
         handlers[event] = list(handlers.get(event, ()))
         self._engine.add_event_handler(event, handler)
         registration.entries.append(handlers[event][-1][2])
-        self._sort(event)
-
-    def _sort(self, event: Any) -> None:
         owners = self._owners()
-        # A new list: Ignite may be iterating over the old one right now.
-        self._handlers[event] = sorted(
-            self._handlers[event], key=lambda entry: owners[id(entry[2])].order if id(entry[2]) in owners else 0
-        )
+        handlers[event].sort(key=lambda entry: owners[id(entry[2])].order if id(entry[2]) in owners else 0)
 
 
 def _check_name_and_order(name: Any, order: Any) -> None:

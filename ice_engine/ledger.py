@@ -28,7 +28,7 @@ class Ledger(Recording):
     """Writes a run as JSON lines, one for each step, skipped step and evaluation.
 
     A line has the ``time`` in seconds since 1970, its ``source``, which is the name of the optimizer or evaluator, the
-    ``step``, for an optimizer also ``attempt``, ``iteration``, ``epoch`` and ``micro_batches``, and the rows of
+    ``step`` and ``iteration``, for an optimizer also ``attempt``, ``epoch`` and ``micro_batches``, and the rows of
     :mod:`ice_engine.rows` under their tags. ``pandas.read_json(path, lines=True)`` is a table of it.
 
     The training thread only notes what happened; another one writes it, five times a second and at the end of each
@@ -176,7 +176,8 @@ def _is_beyond(row: Mapping[str, Any], clocks: Clocks) -> bool:
     of_source = clocks.get(row["source"])
     if of_source is not None:
         return bool(row["attempt"] > of_source["attempt"])
-    return bool(row["step"] > next(iter(clocks.values()))["step"])
+    first = next(iter(clocks.values()))
+    return bool(row["step"] > first["step"] or row.get("iteration", 0) > first["iteration"])
 
 
 def _parsed(line: bytes, where: str) -> dict[str, Any]:

@@ -168,14 +168,15 @@ class Recording:
     def _metrics_noter(self, name: str) -> Callable[[Engine], None]:
         file = self._file
 
-        def write(now: float, step: int, metrics: dict[str, Any]) -> None:
-            file.write(Line(now, name, step, {}, metric_rows(name, metrics)))
+        def write(now: float, clocks: dict[str, int], metrics: dict[str, Any]) -> None:
+            # An evaluation in the middle of a window is after a checkpoint of the same step, or before.
+            file.write(Line(now, name, clocks["step"], {"iteration": clocks["iteration"]}, metric_rows(name, metrics)))
 
         def note(evaluator: Engine) -> None:
             if not self._begun:
                 self._begin()  # a first evaluation may come before the run
             metrics = kept_metrics(evaluator.state.metrics)
-            self._background.put((write, time.time(), self._optimizers[0].clocks["step"], metrics))
+            self._background.put((write, time.time(), self._optimizers[0].clocks, metrics))
 
         return note
 

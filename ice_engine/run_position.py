@@ -116,7 +116,7 @@ class RunPosition:
         )
 
     def _on_started(self, engine: Engine) -> None:
-        HookRegistry(engine).sort()  # what was attached since then comes before a save, too
+        HookRegistry(engine).put_last(LAST)  # what was attached since then comes before a save, too
         data: Any = engine.state.dataloader
         self._data = data if data is None or isinstance(data, TrackedData) else TrackedData(data)
         engine.state.dataloader = self._data
@@ -129,13 +129,13 @@ class RunPosition:
         if self._data is not None and state["data"] is not None:
             self._data.go_on(state["data"], functools.partial(self._arrived, state))
         else:
-            hook = HookRegistry(engine).add(
-                Events.ITERATION_STARTED, lambda: arrive(), name="position.go_on", order=FIRST
-            )
+            registry, name = HookRegistry(engine), "position.go_on"
 
             def arrive() -> None:
-                hook.remove()
+                registry.remove(name)
                 self._arrived(state)
+
+            registry.add(Events.ITERATION_STARTED, arrive, name=name, order=FIRST)
 
     def _arrived(self, state: dict[str, Any]) -> None:
         if state["in_epoch"]:

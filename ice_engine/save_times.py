@@ -1,4 +1,4 @@
-"""When a save is taken: when all handlers of its iteration have run, else at its window's or epoch's end; at a signal."""
+"""When a save is taken: after all handlers of its iteration, else at its window's or epoch's end; and at a signal."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -16,7 +16,6 @@ from ice_engine.peers import peers
 from ice_engine.preemption import Preemption, preemption
 from ice_engine.run_position import FIRST, LAST, RunPosition
 
-
 # Events of a run after which no iteration and no epoch comes to its end; in others, handlers that change what is saved
 # may still come.
 _AFTER_EDGES = frozenset(
@@ -29,6 +28,9 @@ _AFTER_EDGES = frozenset(
         Events.EXCEPTION_RAISED,
     }
 )
+
+
+_AT_END = frozenset({Events.EPOCH_COMPLETED, Events.COMPLETED})
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class SaveTimes:
             self._take(request)
 
     def take_wanted(self) -> None:
-        """Take the save that waits for the event's other handlers, as one of these asks for it; of many ranks, all must."""
+        """Take the save that waits for the event's other handlers, of which one asks for it; in one process."""
         at_edge = self._run is not None and self._run.last_event_name in {
             Events.ITERATION_COMPLETED,
             Events.EPOCH_COMPLETED,
@@ -118,7 +120,7 @@ class SaveTimes:
 
     def _on_edge(self, engine: Engine) -> None:
         self._settle()
-        stops = self._is_preempted(engine)
+        stops = self._is_preempted(engine) and not _is_done(engine)
         if stops and self._wanted is None:
             self._wanted = Request(engine, engine.last_event_name, self.clock)
         if self._wanted is None:
@@ -162,9 +164,18 @@ class SaveTimes:
         finally:
             if self._preemption is not None and self._run is not None and not is_running(self._run):
                 self._preemption.leave()
-                stopped, self._stopped = self._stopped or self._preemption.is_asked(), False
+                asked = self._preemption.is_asked() and not _is_done(
+                    self._run
+                )  # who is told to run it again starts anew
+                stopped, self._stopped = self._stopped or asked, False
                 if stopped and error is None:
                     raise Preempted
+
+
+def _is_done(engine: Engine) -> bool:
+    """Whether the last epoch is at its end."""
+    state = engine.state
+    return state.max_epochs is not None and state.epoch >= state.max_epochs and engine.last_event_name in _AT_END
 
 
 def _listen(preempted: Preemption, engine: Engine) -> None:

@@ -14,6 +14,7 @@ Torch is imported once: each process is a fork of this one, which starts no thre
 import argparse
 import contextlib
 import faulthandler
+import functools
 import itertools
 import logging
 import os
@@ -94,13 +95,15 @@ class Training:
         self.folder, self.rank = folder, rank
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(0)
-        layers = torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3)
+        # The buffers of an average are each rank's own, and what is saved is that of one.
+        norm = torch.nn.BatchNorm1d(8) if plan.ranks == 1 else torch.nn.LayerNorm(8)
+        layers = torch.nn.Linear(6, 8), norm, torch.nn.Dropout(0.5), torch.nn.Linear(8, 3)
         self.model = torch.nn.Sequential(*layers)
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(rank)
         module = DistributedDataParallel(self.model) if plan.ranks > 1 else self.model
         self.optimizer = ice.Optimizer(
-            lambda params: torch.optim.AdamW(params, lr=0.02),
+            functools.partial(torch.optim.AdamW, lr=0.02),
             module.named_parameters(),
             accumulation_steps=3,
             tail=plan.tail,
@@ -189,9 +192,11 @@ class Training:
             checkpoint.resume(self.trainer)
 
     def run(self) -> None:
-        self.trainer.run(self.data, max_epochs=EPOCHS)
+        at_end = self.trainer.state.epoch == EPOCHS  # killed after its last checkpoint, it would start over
+        if not at_end:
+            self.trainer.run(self.data, max_epochs=EPOCHS)
         states = {name: saved.state_dict() for name, saved in self.to_save.items()}
-        end = {**states, "clocks": self.optimizer.clocks, "random": random_state.capture()}
+        end = {**states, "clocks": self.optimizer.clocks, "random": None if at_end else random_state.capture()}
         torch.save(end, self.folder / f"end-{self.rank}")
 
 
@@ -261,7 +266,7 @@ class Ranks:
                 os.kill(pid, number)
 
     def end(self) -> bool:
-        """Wait until all have ended; when one was killed, tell the others, as torchrun does. Return whether they did."""
+        """Wait until all have; when one was killed, tell the others, as torchrun does. Return whether they did."""
         until = time.monotonic() + PATIENCE
         told = False
         while not self.wait(0.01):
@@ -288,7 +293,8 @@ def trained(plan: Plan, folder: Path) -> float:
     ranks = Ranks(plan, folder, whole=True)
     if not ranks.wait(10 * PATIENCE) or any(ranks.codes.values()):
         ranks.send(signal.SIGKILL, ranks.pids)
-        raise Lost(f"a run that nobody killed ended with {ranks.codes}\n{said(folder)}")
+        message = f"a run that nobody killed ended with {ranks.codes}\n{said(folder)}"
+        raise Lost(message)
     return time.monotonic() - began
 
 
@@ -302,17 +308,19 @@ def survived(plan: Plan, folder: Path, draw: random.Random, life: float, deadlin
         ranks = Ranks(plan, folder)
         if not ranks.wait(draw.uniform(0, life) if time.monotonic() < deadline else 10 * PATIENCE):
             kind = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
-            ranks.send(kind, ranks.pids if draw.random() < 0.5 else [draw.choice(ranks.pids)])  # noqa: PLR2004
+            ranks.send(kind, ranks.pids if draw.random() < 0.5 else [draw.choice(ranks.pids)])
             kills[kind.name] += 1
             kills["in a write"] += any(folder.glob("checkpoints/*.part"))
             if not ranks.end():
-                raise Lost(f"after {kind.name}, not all had ended in {PATIENCE:.0f} s: {ranks.codes}\n{said(folder)}")
+                message = f"after {kind.name}, not all had ended in {PATIENCE:.0f} s: {ranks.codes}\n{said(folder)}"
+                raise Lost(message)
         check_start(folder, newest)
         codes = set(ranks.codes.values())
         if codes == {0}:
             return kills
         if not codes & {-signal.SIGKILL, -signal.SIGTERM, ice.Preempted().code}:
-            raise Lost(f"nobody killed it, and it ended with {ranks.codes}\n{said(folder)}")
+            message = f"nobody killed it, and it ended with {ranks.codes}\n{said(folder)}"
+            raise Lost(message)
 
 
 def newest_in(folder: Path) -> str:
@@ -325,12 +333,15 @@ def check_start(folder: Path, newest: str) -> None:
     """Check that it went on from the newest file, and that all that are there now are whole."""
     begun = folder / "from"
     if begun.exists() and (found := begun.read_text()) not in {newest, ""}:
-        raise Lost(f"it went on from {found}, and there was {newest}\n{said(folder)}")
+        message = f"it went on from {found}, and there was {newest}\n{said(folder)}"
+        raise Lost(message)
     if newest != "None" and newest_in(folder) == "None":
-        raise Lost(f"there was {newest}, and now there is no checkpoint")
+        message = f"there was {newest}, and now there is no checkpoint"
+        raise Lost(message)
     for file in (folder / "checkpoints").glob("*.pt"):
         if problem := damage(file):
-            raise Lost(f"{file} is damaged: {problem}")
+            message = f"{file} is damaged: {problem}"
+            raise Lost(message)
 
 
 def said(folder: Path) -> str:
@@ -343,15 +354,19 @@ def check_same(plan: Plan, whole: Path, killed: Path) -> None:
     """Check that all of a run that was killed is as in the one that was not."""
     for rank in range(plan.ranks):
         ends = [torch.load(folder / f"end-{rank}", weights_only=True) for folder in (whole, killed)]
+        if ends[1]["random"] is None:
+            ends[0]["random"] = None
         if found := list(itertools.islice(differences(*ends), 20)):
-            raise Lost(f"rank {rank} differs in {', '.join(found)}")
+            message = f"rank {rank} differs in {', '.join(found)}"
+            raise Lost(message)
         lines = [set((folder / f"log-{rank}").read_text().splitlines()) for folder in (whole, killed)]
         torn = {line for line in lines[1] - lines[0] if any(one.startswith(line) for one in lines[0])}
         if apart := lines[0] ^ (lines[1] - torn):
             raise Lost(f"rank {rank} printed otherwise:\n" + "\n".join(sorted(apart)[:10]))
     compared = compare(whole / "ledger.jsonl", killed / "ledger.jsonl")
     if not compared.is_same:
-        raise Lost(f"ledgers differ:\n{compared}")
+        message = f"ledgers differ:\n{compared}"
+        raise Lost(message)
 
 
 def differences(a: Any, b: Any, path: str = "") -> Any:
@@ -390,10 +405,12 @@ def soak(minutes: float, seed: int, folder: Path) -> Counter[str]:
             kills = survived(plan, killed, draw, seconds / 3, deadline)
             check_same(plan, whole, killed)
         except Lost as error:
-            raise Lost(f"{error}\nin {plan}, --seed {seed}, run {number}, see {killed} and {whole}") from None
+            message = f"{error}\nin {plan}, --seed {seed}, run {number}, see {killed} and {whole}"
+            raise Lost(message) from None
         print(f"{number}: {dict(kills)} in {time.monotonic() - began:.1f} s, the same: {plan}", flush=True)
         shutil.rmtree(killed)
         counted += kills + Counter({"runs": 1, f"runs of {plan.ranks}": 1})
+    return None
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A process is killed at a hundred random moments while it writes checkpoints: the last whole one is there each time."""
+"""A process is killed at a hundred random moments while it writes checkpoints: the last whole one is there."""
 
 import json
 import os

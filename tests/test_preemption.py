@@ -118,3 +118,14 @@ def test_a_save_at_a_signal_is_numbered_as_the_others(tmp_path):
     again = Run(tmp_path)
     again.checkpoint.resume(again.trainer)
     assert (again.trainer.state.iteration, again.optimizer.clocks["step"]) == (8, 4)
+
+
+def test_a_run_that_is_at_its_end_is_not_to_be_run_again(tmp_path):
+    run = Run(tmp_path)
+    completed = []
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=10), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run.trainer.add_event_handler(Events.COMPLETED, lambda engine: completed.append(engine.state.iteration))
+    run.checkpoint.attach(run.trainer)
+    run.train(max_epochs=2)
+    assert completed == [10]
+    assert names(tmp_path) == ["checkpoint_10.pt"]

@@ -104,12 +104,12 @@ class Training:
 
     def train(self, *, until=None, **run):
         def stop(engine):
-            if engine.state.iteration == until:
+            if engine.state.iteration == until + 1:  # a save comes after all handlers of its iteration
                 raise Stops
 
         if until is not None:
             self.trainer.logger.disabled = True
-            self.trainer.add_event_handler(Events.ITERATION_COMPLETED, stop)
+            self.trainer.add_event_handler(Events.ITERATION_STARTED, stop)
         self.trainer.run(self.data, **(run or {"max_epochs": 2}))
         return self
 

@@ -141,7 +141,7 @@ def numbers_of_its_own(training):
     training.trainer.state.best = 0.0
 
     def keep(engine):
-        engine.state.best += random.random() + np.random.rand()
+        engine.state.best += random.random() + np.random.rand()  # noqa: NPY002, S311
         training.log.append(f"1 {engine.state.iteration} {engine.state.best!r}")
 
     training.trainer.add_event_handler(Events.ITERATION_COMPLETED, keep)
@@ -159,8 +159,8 @@ def test_with(tmp_path, also, at):
 def test_what_is_attached_after_the_checkpoint(tmp_path, at):
     class Late(Training):
         def train(self, **settings):
-            self.trainer.add_event_handler(Events.STARTED, lambda: random.random())
-            self.trainer.add_event_handler(Events.EPOCH_STARTED, lambda: random.random())
+            self.trainer.add_event_handler(Events.STARTED, lambda: random.random())  # noqa: S311
+            self.trainer.add_event_handler(Events.EPOCH_STARTED, lambda: random.random())  # noqa: S311
             self.to_save["late"].attach(self.trainer, "late")
             self.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.count())
             self.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.count())
@@ -176,7 +176,7 @@ def test_what_is_attached_after_the_checkpoint(tmp_path, at):
             self.value = state["value"]
 
     def count(self):
-        self.counter.value += random.random()
+        self.counter.value += random.random()  # noqa: S311
 
     def counter(training):
         training.to_save["counter"] = training.counter = Counter()
@@ -243,7 +243,8 @@ def test_a_run_without_data(tmp_path, at):
         training = Training(folder)
         step = training.trainer._process_function
         training.trainer._process_function = lambda engine, _: step(
-            engine, (torch.rand(4, 6) + random.random(), torch.tensor([0, 1, 2, 0]))
+            engine,
+            (torch.rand(4, 6) + random.random(), torch.tensor([0, 1, 2, 0])),  # noqa: S311
         )
         training.data = None
         return training

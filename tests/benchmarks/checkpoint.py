@@ -158,10 +158,8 @@ def main(argv: Any = None) -> None:
         low, middle, high = statistics.quantiles([1e3 * stall for stall, _, _ in found], n=4)
         lost = statistics.median(1e3 * (mine[1] - theirs[1]) for mine, theirs in zip(found, without, strict=True))
         ratios[name] = middle / 1e3 / copy
-        quartiles = f"  {low:.1f} to {high:.1f}"
-        print(
-            f"{name:24}{middle:10.1f}{ratios[name]:11.3f}{quartiles:22}{lost:16.0f}{found[-1][2] - without[-1][2]:12.0f}"
-        )
+        quartiles, memory = f"  {low:.1f} to {high:.1f}", found[-1][2] - without[-1][2]
+        print(f"{name:24}{middle:10.1f}{ratios[name]:11.3f}{quartiles:22}{lost:16.0f}{memory:12.0f}")
     broken = ratios["ours"] > BOUND
     print(f"\nours stalls for {ratios['ours']:.3f} of a warm copy, at most {BOUND} is wanted")
     if asked.check and broken:
