@@ -1,5 +1,6 @@
 """The files of one checkpoint in one folder: written whole, found again, and passed over where they are damaged."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -31,10 +32,11 @@ class Folder(DiskSaver):
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Any = None) -> None:  # noqa: ARG002 - Ignite gives it
         """Write a file; at return it is whole and on the disk, and the newest, also by a clock that goes backwards."""
         file = self.dirname / filename
-        newest = max((other.lstat().st_mtime_ns for other in self.dirname.glob(f"*{file.suffix}")), default=0)
         checkpoint_file.write(file, checkpoint)
-        if file.stat().st_mtime_ns <= newest:
-            os.utime(file, ns=(newest + _TICK, newest + _TICK))
+        with contextlib.suppress(OSError):  # it is written; another one may be removed at this moment
+            newest = max((o.lstat().st_mtime_ns for o in self.dirname.glob(f"*{file.suffix}") if o != file), default=0)
+            if file.stat().st_mtime_ns <= newest:
+                os.utime(file, ns=(newest + _TICK, newest + _TICK))
 
     def remove(self, filename: str) -> None:
         """Remove a file, if it is there; one that cannot be removed is named in the log."""

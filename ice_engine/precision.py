@@ -274,7 +274,7 @@ class Precision:
         scaler = cast("torch.amp.GradScaler", self.scaler)
         known = _scale_of(scaler)
         if known is not None and known.device.type == "cpu":
-            return factor / float(known)  # nothing to wait for, and numbers cost less than tensors of shape ()
+            return factor / shared(scaler).scale()  # numbers cost less than tensors of shape ()
         # scale() is the public way to the scale that does not make the host wait for it.
         scale = scaler.scale(torch.ones((), device=device))
         return scale.double().reciprocal() * factor

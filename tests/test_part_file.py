@@ -1,4 +1,4 @@
-"""Files that are being written: no two writers share one; those of killed writers go, a living one's stays."""
+"""Files that are being written: no two writers share one; what killed writers left goes, a living one's stays."""
 
 import subprocess
 import sys
