@@ -167,9 +167,8 @@ class SaveTimes:
         finally:
             if self._preemption is not None and self._run is not None and not is_running(self._run):
                 self._preemption.leave()
-                asked = self._preemption.is_asked() and not self._is_done(
-                    self._run
-                )  # who is told to run it again starts anew
+                # Who is told to run it again, when it is at its end, starts anew.
+                asked = self._preemption.is_asked() and not self._is_done(self._run)
                 stopped, self._stopped = self._stopped or asked, False
                 if stopped and error is None:
                     raise Preempted
