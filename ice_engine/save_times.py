@@ -30,9 +30,6 @@ _AFTER_EDGES = frozenset(
 )
 
 
-_AT_END = frozenset({Events.EPOCH_COMPLETED, Events.COMPLETED})
-
-
 @dataclass(frozen=True)
 class Request:
     """A save that was asked for, perhaps in the middle of a window.
@@ -120,7 +117,7 @@ class SaveTimes:
 
     def _on_edge(self, engine: Engine) -> None:
         self._settle()
-        stops = self._is_preempted(engine) and not _is_done(engine)
+        stops = self._is_preempted(engine) and not self._is_done(engine)
         if stops and self._wanted is None:
             self._wanted = Request(engine, engine.last_event_name, self.clock)
         if self._wanted is None:
@@ -154,6 +151,12 @@ class SaveTimes:
         started = is_running(self._run) or event == Events.EPOCH_STARTED  # Ignite has no iterator yet in the first one
         return not started or event in _AFTER_EDGES
 
+    def _is_done(self, engine: Engine) -> bool:
+        """Whether the last epoch is at its end."""
+        state = engine.state
+        last = state.max_epochs is not None and state.epoch >= state.max_epochs
+        return last and self._position is not None and not self._position.in_epoch
+
     def _on_ended(self, _: Engine) -> None:
         self._finish(raises=True)
 
@@ -164,18 +167,11 @@ class SaveTimes:
         finally:
             if self._preemption is not None and self._run is not None and not is_running(self._run):
                 self._preemption.leave()
-                asked = self._preemption.is_asked() and not _is_done(
-                    self._run
-                )  # who is told to run it again starts anew
+                # Who is told to run it again, when it is at its end, starts anew.
+                asked = self._preemption.is_asked() and not self._is_done(self._run)
                 stopped, self._stopped = self._stopped or asked, False
                 if stopped and error is None:
                     raise Preempted
-
-
-def _is_done(engine: Engine) -> bool:
-    """Whether the last epoch is at its end."""
-    state = engine.state
-    return state.max_epochs is not None and state.epoch >= state.max_epochs and engine.last_event_name in _AT_END
 
 
 def _listen(preempted: Preemption, engine: Engine) -> None:
