@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from ice_engine.data_position import shared_out
+from ice_engine.distributed.sync import DDPSync
+from ice_engine.errors import CheckpointError
 from tests.distributed import torchrun
 from tests.distributed.launch import launch
-from tests.distributed.restarted import BATCH, EPOCHS, ITEMS, MICRO_BATCH, Training
+from tests.distributed.restarted import BATCH, EPOCHS, ITEMS, MICRO_BATCH, Network, Training
 
 pytestmark = pytest.mark.distributed
 
@@ -95,6 +99,42 @@ def test_three_ranks_go_on_bit_by_bit(tmp_path, undisturbed):
     launch(_stopped, 3, tmp_path, 8)
     launch(_go_on, 3, tmp_path)
     assert_same_bits(tmp_path, undisturbed / "plain")
+
+
+def _laid_out() -> list[Any]:
+    model = DistributedDataParallel(Network(noise=True), bucket_cap_mb=0.1)
+    for parameter in [*model.parameters()][1:]:
+        parameter.grad = torch.randn_like(parameter)
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    buffers, drawn = [b.clone() for b in model.buffers()], torch.get_rng_state()
+    sync = DDPSync(model, "communication")
+    none = sync.layout()
+    sync.lay_out([4, 1, 0, 7, 6, 5, 3, 2])
+    torch.testing.assert_close([p.grad for p in model.parameters()], before, rtol=0, atol=0)
+    torch.testing.assert_close([*model.buffers()], buffers, rtol=0, atol=0)
+    return [none, sync.layout(), torch.equal(torch.get_rng_state(), drawn)]
+
+
+def test_buckets_are_made_without_a_trace():
+    assert launch(_laid_out, 2) == [[[], [4, 1, 0, 7, 6, 5, 3, 2], True]] * 2
+
+
+@pytest.mark.parametrize(
+    ("over", "said"), [(False, "1 of the 15 micro-batches that the epoch has had are"), (True, "")]
+)
+def test_what_cannot_be_shared_out_is_trained_once_more(caplog, over, said):
+    position = {"taken": 5, "length": 8, "over": over, "loader": None, "random": None}
+    shared = shared_out([position] * 3, 2, position)
+    assert shared == {**position, "taken": 7}
+    assert said in caplog.text
+    assert bool(caplog.text) is bool(said)
+
+
+def test_the_place_of_a_loader_that_keeps_it_is_of_as_many_ranks():
+    position = {"taken": 5, "length": 8, "over": False, "loader": {"at": 5}, "random": None}
+    with pytest.raises(CheckpointError, match=r"where the loaders of 3 ranks were in their data, and now there are 2"):
+        shared_out([position] * 3, 2, position)
+    assert shared_out([{**position, "over": True}] * 3, 2, {**position, "over": True})["loader"] is None
 
 
 IN_AN_EPOCH, BETWEEN_EPOCHS = 8, 12
