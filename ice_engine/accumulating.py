@@ -72,8 +72,8 @@ class Accumulating(Scheduling):
             self._precision.require_unscaled(loss)
             self._precision.require_one_owner(self, self._inner)
         first = window.first
-        # In a window of one micro-batch, half precision makes no difference.
-        part = window.enter(loss, weight, half=window.size != 1 and self._begins_in_half)
+        begins = window.size != 1 and not window.is_open
+        part = window.enter(loss, weight, spread=begins and self._spreads(weighted=weight is not None))
         if window.first != first:
             self._say_size()
         if len(window.losses) == _FORGOTTEN and engine is None and not self._clocks.counts["iteration"]:
@@ -113,9 +113,9 @@ class Accumulating(Scheduling):
             )
             raise BackwardError(message)
 
-    @property
-    def _begins_in_half(self) -> bool:
-        return not self._window.is_open and any(p.dtype == torch.float16 for p in self._parameters())
+    def _spreads(self, *, weighted: bool) -> bool:  # noqa: ARG002 - of those that step
+        """Whether the losses of a window are divided by its size: gradients in half precision hold no sum of many."""
+        return any(p.dtype == torch.float16 for p in self._parameters())
 
     def _differentiate(self, part: torch.Tensor, *, retain_graph: bool) -> None:
         member = self._member

@@ -10,7 +10,8 @@ To keep fp16 in range, each loss is multiplied by :math:`w_m / c` and the gradie
 :math:`c / \sum_m w_m`, where the unit :math:`c` is the window's first weight: with equal weights every
 loss enters as it is. Where a weight is much larger than that, :math:`c` grows by a power of two, and
 what was accumulated shrinks by it. Gradients that are fp16 themselves must hold the sum of all losses
-as well, so with such parameters the unit is :math:`c` times the size of the window.
+as well, so with such parameters the unit is :math:`c` times the size of the window, and also where
+nothing else is to be done to the gradients at its end: a full window of equal weights then needs no pass.
 """
 
 import math
@@ -167,14 +168,14 @@ class Window:
         """What the accumulated gradients are multiplied with to become the window's mean."""
         return self.unit / self.weight
 
-    def enter(self, loss: torch.Tensor, weight: float | None, *, half: bool = False) -> torch.Tensor | None:
+    def enter(self, loss: torch.Tensor, weight: float | None, *, spread: bool = False) -> torch.Tensor | None:
         """Take a loss into the micro-batch under way and return what to differentiate.
 
         Args:
             loss: The loss, shape ().
             weight: Items behind it, at least 0. None, in all calls of a window: every micro-batch weighs
                 the same, and several losses in one micro-batch add up, as with ``loss.backward()``.
-            half: Whether gradients are accumulated in fp16; asked of a window's first loss.
+            spread: Whether losses are divided by the window's size; asked of its first one.
 
         Returns:
             The loss times its factor; None if it weighs nothing and so contributes nothing.
@@ -193,34 +194,33 @@ class Window:
             raise BackwardError(message)
         items = self.items(weight)
         first_of_micro_batch = not self.pending
+        parts = self._spread
         if first_of_micro_batch and not self.micro_batches:
-            spread = float(self.size or 1) if half else 1.0
-        else:
-            spread = self._spread
-        if not math.isfinite(self.weight + items * spread):
+            parts = float(self.size or 1) if spread and math.isfinite(items * self.size) else 1.0
+        if not math.isfinite(self.weight + items * parts):
             message = f"the weights of this window add up to more than a float can hold, the last is {items:g}"
             raise ArgumentValueError(message)
-        self._spread = spread
+        self._spread = parts
         self.weighted = weight is not None
         # On the CPU the number is at hand; elsewhere the host, or every rank, would have to wait for it.
         at_hand = loss.is_cpu and type(loss) is torch.Tensor
         self.losses.append((self.micro_batches + 1, loss.item() if at_hand else loss.detach()))
         self.pending = True
         # Also of one that weighs nothing: other ranks may be asking for their first weight.
-        self.unit = self.unit or (items * spread if weight is None else self.unit_of(items * spread))
+        self.unit = self.unit or (items * parts if weight is None else self.unit_of(items * parts))
         if self.batch is not None:
-            self.decide(self.unit / spread)
+            self.decide(self.unit / parts)
         if items == 0.0:
             return None
         self.shrink = 1.0
-        if items * spread > _MUCH * self.unit and not self.common:
-            grown = 2.0 ** math.floor(math.log2(min(items * spread / self.unit, 2.0**1000)))
+        if items * parts > _MUCH * self.unit and not self.common:
+            grown = 2.0 ** math.floor(math.log2(min(items * parts / self.unit, 2.0**1000)))
             self.unit, self.shrink = self.unit * grown, 1.0 / grown
         if weight is not None or first_of_micro_batch:
             self.weight += items
         if self.reduction == "sum":
             return loss / self.unit
-        return loss if items == self.unit else loss * (items / self.unit)
+        return loss if items == self.unit else loss / (self.unit / items)
 
     def items(self, weight: float | None) -> float:
         """Return the items that a loss with this *weight* stands for; see :meth:`enter` for what is raised."""

@@ -83,6 +83,27 @@ def test_the_mean_alone_takes_one_pass_and_a_window_of_one_micro_batch_none():
     assert one_step(weights=(1,))[:2] == ({}, 0)
 
 
+def test_the_mean_of_equal_weights_takes_none_as_each_loss_is_divided():
+    assert one_step(weights=(4, 4, 4))[:2] == ({}, 0)
+
+    values = []
+    for ours in (True, False):
+        parameter = torch.nn.Parameter(torch.linspace(0.1, 1.0, MANY))
+        inner = torch.optim.SGD([parameter], lr=0.1)
+        optimizer = ice.Optimizer(inner, accumulation_steps=3)
+        for power in (1, 2, 3):
+            loss = (parameter**power).sum()
+            if ours:
+                optimizer.backward(loss, weight=4)
+                optimizer.update()
+            else:
+                (loss / 3).backward()
+        if not ours:
+            inner.step()
+        values.append(parameter.detach())
+    assert torch.equal(*values)
+
+
 def test_a_skip_shows_the_mean_and_names_the_culprit():
     passes, _, optimizer = one_step(clip=ice.clip_norm(1.0), scale=float("inf"))
 
