@@ -372,6 +372,11 @@ class Checkpoint(IgniteCheckpoint):
             return None
         file = self._folder / found[-1].filename
         together(f"resume() from {file}", functools.partial(self._load, file, found))
+        if alone := saved_objects.without_model(self.to_save):
+            warn(
+                f"resume() gives optimizer {alone[0]!r} its state back, and not the parameters it trains, which no "
+                "module of to_save has: to_save={'model': model, ...}"
+            )
         if not self.include_self:
             self._adopt(found)
         return file
