@@ -106,7 +106,9 @@ class Checkpoint(IgniteCheckpoint):
         **settings: Any,
     ) -> None:
         if not isinstance(to_save, Mapping):
-            message = f"to_save must be a dict of objects by name, got {type(to_save).__name__}"
+            message = (
+                f"to_save must be a dict of objects by name, such as {{'model': model}}, got {type(to_save).__name__}"
+            )
             raise ArgumentTypeError(message)
         if _OURS in to_save:
             message = f"to_save must not have {_OURS!r}: that entry says where the run is; use another name"

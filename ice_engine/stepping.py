@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ice_engine.arguments import count
-from ice_engine.clipping import clip_adaptive, clip_norm, clip_value
+from ice_engine.clipping import ClipNorm
 from ice_engine.closing import Closing
 from ice_engine.distributed.build import Sharding, build
 from ice_engine.distributed.world import require_one_process
@@ -247,10 +247,10 @@ def _check_clip(clip: Clip | None) -> Clip | None:
     if clip is not None and not callable(clip):
         message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({clip!r})"
         raise ArgumentTypeError(message)
-    for ours in (clip_norm, clip_value, clip_adaptive):
-        if clip is ours:
-            message = f"clip is the function {ours.__name__} itself; call it, with its limit: clip=ice.{ours.__name__}(...)"
-            raise ArgumentTypeError(message)
+    name = getattr(clip, "__name__", clip)
+    if getattr(clip, "__module__", None) == ClipNorm.__module__ and inspect.isfunction(clip):
+        message = f"clip is the function {name} itself; call it, with its limit: clip=ice.{name}(...)"
+        raise ArgumentTypeError(message)
     try:
         signature = inspect.signature(clip) if clip is not None else None
     except (TypeError, ValueError):  # of compiled code
@@ -260,7 +260,7 @@ def _check_clip(clip: Clip | None) -> Clip | None:
             signature.bind(())
     except TypeError as err:
         message = (
-            f"clip is called with the parameters alone, and {getattr(clip, '__name__', clip)} cannot be: {err}; "
+            f"clip is called with the parameters alone, and {name} cannot be: {err}; "
             "write clip=ice.clip_norm(1.0), or bind the rest with functools.partial"
         )
         raise ArgumentTypeError(message) from err

@@ -11,13 +11,12 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyE
 from ice_engine.processors.agreement import Gather, require_agreement
 from ice_engine.processors.compose import Compose
 from ice_engine.processors.composition import Only
-from ice_engine.processors.group_mapping import GroupMapping, Written, group_name
+from ice_engine.processors.group_mapping import GroupMapping, Written, group_name, likely_entry
 from ice_engine.processors.processor import Processor, belongs, name_of
 from ice_engine.processors.schedule import Schedule
 from ice_engine.typing import DictProcessor
 
 _SCHEDULERS = {"LRScheduler", "ReduceLROnPlateau", "BaseParamScheduler"}  # torch's and Ignite's, neither imported here
-_OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "wd": "weight_decay"}
 
 
 def run_processors(
@@ -164,11 +163,11 @@ def check_entries(groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, An
     """
     for i, group in enumerate(groups):
         for key in group.keys() - defaults.keys():
-            meant = difflib.get_close_matches(_OTHER_NAMES.get(key, key), defaults, n=1, cutoff=0.85)
-            if meant and meant[0] not in key:  # max_momentum is torch's OneCycleLR's
+            meant = likely_entry(key, defaults, cutoff=0.85)
+            if meant and meant not in key:  # max_momentum is torch's OneCycleLR's
                 message = (
                     f"param group {i} ({group_name(group, i)!r}) has {key!r}, which its optimizer does not read; write "
-                    f"{meant[0]!r}, or another name if it is an entry of your own"
+                    f"{meant!r}, or another name if it is an entry of your own"
                 )
                 raise ArgumentValueError(message)
 
@@ -203,6 +202,8 @@ def check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor
 
 
 def _takes_a_mapping(processor: Callable[..., Any]) -> bool:
+    if inspect.isfunction(processor) and (processor.__module__ or "").startswith("ice_engine."):
+        return False  # all of ours that are functions make a processor
     try:
         inspect.signature(processor).bind({})
     except TypeError:
