@@ -196,7 +196,7 @@ class _Board:
     def write(self, line: Line) -> None:
         numbers = {tag: value for tag, value in line.rows.items() if not isinstance(value, str)}
         self._scalars(numbers, line.step, line.time)
-        if not line.clocks:
+        if line.source not in self._optimizers:
             self._metrics |= dict.fromkeys(numbers)
         for tag, value in line.rows.items():
             if isinstance(value, str):

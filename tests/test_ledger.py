@@ -121,6 +121,7 @@ def test_an_evaluation_is_a_line_too(tmp_path):
     assert metrics == {
         "source": "validation",
         "step": 0,
+        "iteration": 0,
         "validation/accuracy": 0.5,
         "validation/recall.0": 0.25,
         "validation/recall.1": 0.5,
