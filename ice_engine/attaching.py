@@ -239,7 +239,10 @@ class Attaching(Stepping):
     def _on_epoch_completed(self, engine: Engine) -> None:
         # A run that is resumed at an epoch's last micro-batch may have none left.
         if self._clocks.counts["iteration"] <= self._epoch_began < engine.state.iteration and not self.needs_closure:
-            warn(f"optimizer {self._name!r} got no loss in epoch {engine.state.epoch}: its backward() was not called")
+            warn(
+                f"optimizer {self._name!r} got no loss in epoch {engine.state.epoch}: its backward() was not called; "
+                "call optimizer.backward(loss) in train_step"
+            )
         self._epoch_began = engine.state.iteration
         self._measures.watch.stop()  # what comes now, such as validation, is none of a window's
 

@@ -106,7 +106,9 @@ class Checkpoint(IgniteCheckpoint):
         **settings: Any,
     ) -> None:
         if not isinstance(to_save, Mapping):
-            message = f"to_save must be a dict of objects by name, got {type(to_save).__name__}"
+            message = (
+                f"to_save must be a dict of objects by name, such as {{'model': model}}, got {type(to_save).__name__}"
+            )
             raise ArgumentTypeError(message)
         if _OURS in to_save:
             message = f"to_save must not have {_OURS!r}: that entry says where the run is; use another name"
@@ -372,6 +374,11 @@ class Checkpoint(IgniteCheckpoint):
             return None
         file = self._folder / found[-1].filename
         together(f"resume() from {file}", functools.partial(self._load, file, found))
+        if alone := saved_objects.without_model(self.to_save):
+            warn(
+                f"resume() gives optimizer {alone[0]!r} its state back, and not the parameters it trains, which no "
+                "module of to_save has: to_save={'model': model, ...}"
+            )
         if not self.include_self:
             self._adopt(found)
         return file

@@ -118,11 +118,11 @@ class Recording:
         if not optimizers:
             message = f"{kind} needs an optimizer, whose steps are the time axis: attach(engine, optimizer)"
             raise AttachError(message)
+        if f"{self._kind}.open" in HookRegistry(engine):
+            message = f"this engine has a {kind} already, which can write of several optimizers; leave this one out"
+            raise AttachError(message)
         for optimizer in optimizers:
-            if not isinstance(optimizer, Optimizer) or optimizer.engine is not engine:
-                what = f"optimizer {optimizer.name!r}" if isinstance(optimizer, Optimizer) else repr(optimizer)
-                message = f"{what} is not attached to this engine; call optimizer.attach(engine) before"
-                raise AttachError(message)
+            _check_attached(optimizer, engine, kind)
         for name in evaluators:
             if name in {OUTPUT, MEMORY, *(optimizer.name for optimizer in optimizers)}:
                 message = f"evaluators={{{name!r}: ...}}: tags beginning with {name!r} are taken; use another name"
@@ -208,6 +208,21 @@ class _StepWriter:
         if now - self._memory_time > _MEMORY_PERIOD:
             self._memory, self._memory_time = memory_rows(), now
         return self._memory
+
+
+def _check_attached(optimizer: Any, engine: Engine, kind: str) -> None:
+    if not isinstance(optimizer, Optimizer):
+        if isinstance(optimizer, Engine):
+            mend = (
+                f"an evaluator goes by name: {kind}.attach(engine, optimizer, evaluators={{'validation': evaluator}})"
+            )
+        else:
+            mend = "wrap it, and attach that to the engine: ice.Optimizer(optimizer).attach(engine)"
+        message = f"{kind} writes what an ice.Optimizer does, got {type(optimizer).__name__}; {mend}"
+        raise AttachError(message)
+    if optimizer.engine is not engine:
+        message = f"optimizer {optimizer.name!r} is not attached to this engine; call optimizer.attach(engine) before"
+        raise AttachError(message)
 
 
 def _check_evaluators(evaluators: Any) -> Mapping[str, Engine]:

@@ -65,6 +65,15 @@ def load(objects: Mapping[str, Any], content: Mapping[str, Any]) -> None:
         _load(value, content[name])
 
 
+def without_model(objects: Mapping[str, Any]) -> list[str]:
+    """Return the names of the optimizers in *objects* none of whose parameters are of a module there."""
+    found: list[Any] = []
+    _each(dict(objects), found.append)
+    known = {id(p) for module in found if isinstance(module, torch.nn.Module) for p in module.parameters()}
+    optimizers = (optimizer for optimizer in found if isinstance(optimizer, Optimizer))
+    return [o.name for o in optimizers if known.isdisjoint(id(p) for g in o.param_groups for p in g["params"])]
+
+
 def _load(value: Any, state: Any) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():

@@ -37,7 +37,10 @@ def unpack(state: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
         _check_extra(extra)
     missing = [key for key in ("state", "param_groups") if key not in plain]
     if missing:
-        message = f"not an optimizer's state dict: {' and '.join(missing)} missing; it has {', '.join(map(str, plain))}"
+        message = (
+            f"not an optimizer's state dict: {' and '.join(missing)} missing; it has {', '.join(map(str, plain))}. "
+            "Of a checkpoint, give it the optimizer's part: optimizer.load_state_dict(checkpoint['optimizer'])"
+        )
         raise StateDictError(message)
     try:
         whole = all(isinstance(group, Mapping) and len(group["params"]) >= 0 for group in plain["param_groups"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ice_engine.arguments import count
+from ice_engine.clipping import ClipNorm
 from ice_engine.closing import Closing
 from ice_engine.distributed.build import Sharding, build
 from ice_engine.distributed.world import require_one_process
@@ -18,7 +19,7 @@ from ice_engine.facade import OptimizerFacade
 from ice_engine.gradients import Gradient
 from ice_engine.horizon import OnChange
 from ice_engine.precision import Policy, Precision
-from ice_engine.processors.group import check_processors, set_initial_values
+from ice_engine.processors.group import check_entries, check_processors, set_initial_values
 from ice_engine.typing import Clip, DictProcessor, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
 
@@ -61,6 +62,7 @@ class Stepping(Closing):
             )
             raise ArgumentTypeError(message)
         inner = build(optimizer, params, sharding)
+        check_entries(inner.param_groups, inner.defaults)
         owner = vars(inner).get("_ice_owner", lambda: None)()
         if owner is not None:
             message = f"this {type(inner).__name__} is wrapped already, by optimizer {owner.name!r}; use that one"
@@ -245,6 +247,10 @@ def _check_clip(clip: Clip | None) -> Clip | None:
     if clip is not None and not callable(clip):
         message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({clip!r})"
         raise ArgumentTypeError(message)
+    name = getattr(clip, "__name__", clip)
+    if getattr(clip, "__module__", None) == ClipNorm.__module__ and inspect.isfunction(clip):
+        message = f"clip is the function {name} itself; call it, with its limit: clip=ice.{name}(...)"
+        raise ArgumentTypeError(message)
     try:
         signature = inspect.signature(clip) if clip is not None else None
     except (TypeError, ValueError):  # of compiled code
@@ -254,7 +260,7 @@ def _check_clip(clip: Clip | None) -> Clip | None:
             signature.bind(())
     except TypeError as err:
         message = (
-            f"clip is called with the parameters alone, and {getattr(clip, '__name__', clip)} cannot be: {err}; "
+            f"clip is called with the parameters alone, and {name} cannot be: {err}; "
             "write clip=ice.clip_norm(1.0), or bind the rest with functools.partial"
         )
         raise ArgumentTypeError(message) from err

@@ -102,7 +102,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     profile = tmp_path_factory.mktemp("profile")
-    for flag in [*FLAGS, f"--user-data-dir={profile}", "--window-size=1500,1500"]:
+    for flag in [*FLAGS, f"--user-data-dir={profile}", "--window-size=1800,1500"]:
         options.add_argument(flag)
     service = webdriver.chrome.service.Service(DRIVER)
     with webdriver.Chrome(options=options, service=service) as driver:
@@ -129,7 +129,7 @@ class Page:
     def picture(self, folder: Path | None, name: str, height: int) -> None:
         """Save what is seen, if the pictures are asked for."""
         if folder is not None:
-            self._browser.set_window_size(1500, height)
+            self._browser.set_window_size(1800, height)
             time.sleep(2)  # charts are drawn anew for the size
             folder.mkdir(parents=True, exist_ok=True)
             seen = Image.open(io.BytesIO(self._browser.get_screenshot_as_png()))
@@ -186,7 +186,7 @@ def test_the_dashboard_opens_and_every_curve_is_drawn(browser, address, written,
 
     for button in page.find(".toggle-matches-button"):
         browser.execute_script("arguments[0].click()", button)  # which curve has which mark
-    page.picture(pictures, "dashboard", 2150)
+    page.picture(pictures, "dashboard", 1800)
 
 
 def test_the_hparams_tab_has_the_run_with_its_settings_and_last_metrics(browser, address, written, pictures):
@@ -206,4 +206,4 @@ def test_the_text_tab_has_the_configuration_as_a_table_and_the_optimizer(browser
     (code,) = page.texts("code")
     assert code.startswith("Optimizer(name='optimizer', accumulation_steps=4, clip=clip_norm(1.0), processors=[warmup(")
     assert "param_names: ['0.weight'," in code
-    page.picture(pictures, "text", 800)
+    page.picture(pictures, "text", 700)

@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers.checkpoint import CheckpointEvents
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, HookError, LedgerError, WriteError
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError, LedgerError, WriteError
 from ice_engine.ledger import read
 from tests.single_weight import parts
 
@@ -121,6 +121,7 @@ def test_an_evaluation_is_a_line_too(tmp_path):
     assert metrics == {
         "source": "validation",
         "step": 0,
+        "iteration": 0,
         "validation/accuracy": 0.5,
         "validation/recall.0": 0.25,
         "validation/recall.1": 0.5,
@@ -315,7 +316,7 @@ def test_a_path_that_is_none_is_refused(tmp_path):
 def test_a_second_one_on_the_same_engine_is_refused(tmp_path):
     engine, optimizer = parts()
     ice.Ledger(tmp_path / "a.jsonl").attach(engine, optimizer)
-    with pytest.raises(HookError, match=r"'ledger\.open' is on this engine already"):
+    with pytest.raises(AttachError, match="this engine has a Ledger already"):
         ice.Ledger(tmp_path / "b.jsonl").attach(engine, optimizer)
 
 

@@ -1,5 +1,6 @@
 """The torch optimizer that is wrapped: the one that is given, or one made here, sharded over ranks or not."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -45,8 +46,11 @@ def build(
         if dist.is_available():
             refuse_raw(type(optimizer))
         return optimizer
-    if not callable(optimizer):
-        message = f"optimizer must be a torch.optim.Optimizer or a factory of one, got {type(optimizer).__name__}"
+    if isinstance(optimizer, torch.nn.Module) or not callable(optimizer):
+        message = (
+            f"optimizer must be a torch.optim.Optimizer or a factory of one, got {type(optimizer).__name__}; such as "
+            "Optimizer(torch.optim.AdamW(model.parameters(), lr=3e-3))"
+        )
         raise ArgumentTypeError(message)
     if params is None:
         message = f"the factory {optimizer!r} needs params: Optimizer(factory, model.parameters())"
@@ -54,6 +58,13 @@ def build(
     if isinstance(params, torch.nn.Module | torch.Tensor):
         message = f"params must be parameters, pairs or groups, got {type(params).__name__}; pass model.parameters()"
         raise ArgumentTypeError(message)
+    params = list(params) if isinstance(params, Iterator) else params
+    if isinstance(params, list) and not params:
+        message = (
+            "params is empty; model.parameters() can be gone through once, so pass a new one here, not one that was "
+            "counted or printed before"
+        )
+        raise ArgumentValueError(message)
     if sharding is not None and world_size() > 1:
         return shard(optimizer, params)
     made = optimizer(params)

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
-from ice_engine.errors import ArgumentTypeError, MissingKeyError, ProcessorValueError
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError, ProcessorValueError
 from ice_engine.processors.agreement import Gather, require_agreement
 from ice_engine.processors.compose import Compose
 from ice_engine.processors.composition import Only
-from ice_engine.processors.group_mapping import GroupMapping, Written, group_name
+from ice_engine.processors.group_mapping import GroupMapping, Written, group_name, likely_entry
 from ice_engine.processors.processor import Processor, belongs, name_of
 from ice_engine.processors.schedule import Schedule
 from ice_engine.typing import DictProcessor
+
+_SCHEDULERS = {"LRScheduler", "ReduceLROnPlateau", "BaseParamScheduler"}  # torch's and Ignite's, neither imported here
 
 
 def run_processors(
@@ -151,6 +153,25 @@ def followed_metrics(processors: Sequence[Callable[..., Any]]) -> set[str]:
     return {str(dict(curve.settings)["metric"]) for curve in curves if "measurements" in curve.reads}
 
 
+def check_entries(groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> None:
+    """Check that no param group has an entry that the optimizer does not read, and is all but one that it does.
+
+    Other entries are free: schedulers and users keep some of their own there.
+
+    Raises:
+        ArgumentValueError: If one has.
+    """
+    for i, group in enumerate(groups):
+        for key in group.keys() - defaults.keys():
+            meant = likely_entry(key, defaults, cutoff=0.85)
+            if meant and meant not in key:  # max_momentum is torch's OneCycleLR's
+                message = (
+                    f"param group {i} ({group_name(group, i)!r}) has {key!r}, which its optimizer does not read; write "
+                    f"{meant!r}, or another name if it is an entry of your own"
+                )
+                raise ArgumentValueError(message)
+
+
 def check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor, ...]:
     """Return *processors* as a tuple.
 
@@ -162,6 +183,12 @@ def check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor
         raise ArgumentTypeError(message)
     found = tuple(processors)
     for index, processor in enumerate(found):
+        if any(kind.__name__ in _SCHEDULERS for kind in type(processor).__mro__):
+            message = (
+                f"processors[{index}] is the scheduler {type(processor).__name__}, which is no processor; take one of "
+                "ours, such as ice.schedules.cosine(), or leave it out and step it at OPTIMIZER_STEP_COMPLETED"
+            )
+            raise ArgumentTypeError(message)
         if not callable(processor):
             message = f"processors[{index}] must be callable, got {processor!r} ({type(processor).__name__})"
             raise ArgumentTypeError(message)
@@ -175,6 +202,8 @@ def check_processors(processors: Iterable[DictProcessor]) -> tuple[DictProcessor
 
 
 def _takes_a_mapping(processor: Callable[..., Any]) -> bool:
+    if inspect.isfunction(processor) and (processor.__module__ or "").startswith("ice_engine."):
+        return False  # all of ours that are functions make a processor
     try:
         inspect.signature(processor).bind({})
     except TypeError:

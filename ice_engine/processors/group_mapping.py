@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ Written = tuple[dict[str, Any], str, Any]
 
 _ABSENT: Any = object()
 _OWN = ("group_index", "group_name", "x", "param_group")  # what the mapping itself says; no entry of the context
+_OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "wd": "weight_decay"}
 
 
 class GroupMapping(MutableMapping[str, Any]):
@@ -100,8 +101,8 @@ class GroupMapping(MutableMapping[str, Any]):
         if key in self._context or key == "params" or key in _OWN:
             message = f"{key!r} is read-only; writable are: {self._writable()}"
             raise UnknownKeyError(message)
-        close = difflib.get_close_matches(str(key), self._group, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"add it to the group first: param_group[{key!r}] = ..."
+        meant = likely_entry(str(key), self._group)
+        hint = f"did you mean {meant!r}?" if meant else f"add it to the group first: param_group[{key!r}] = ..."
         message = f"{key!r} is not an entry of {self.label}; it has: {self._writable()}; {hint}"
         raise UnknownKeyError(message)
 
@@ -167,8 +168,8 @@ class GroupMapping(MutableMapping[str, Any]):
             MissingKeyError: If it is not.
         """
         if key not in self:
-            name, close = name_of(processor), difflib.get_close_matches(key, self._group, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            name, meant = name_of(processor), likely_entry(key, self._group)
+            hint = f"; did you mean {meant!r}?" if meant else ""
             message = f"processor {name!r} writes {key!r}, which {self.label} lacks; it has: {self._writable()}{hint}"
             raise MissingKeyError(message)
 
@@ -216,6 +217,12 @@ class GroupMapping(MutableMapping[str, Any]):
             message = f"'lr' of {self.label} would become {number!r}; it must be at least 0, or the loss is climbed"
             raise ProcessorValueError(message)
         return number
+
+
+def likely_entry(key: str, entries: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return which of *entries* a *key* that is none may have meant: one like it, or torch's name for it."""
+    close = difflib.get_close_matches(_OTHER_NAMES.get(key, key), list(entries), n=1, cutoff=cutoff)
+    return close[0] if close else None
 
 
 def group_name(group: Mapping[str, Any], index: int) -> str:
