@@ -29,6 +29,8 @@ on these events count steps (attempts for ``GRADIENTS_READY``, skips for ``STEP_
 """
 
 import functools
+import logging
+import weakref
 from dataclasses import dataclass, field
 from enum import EnumMeta
 from typing import Any, cast
@@ -44,6 +46,9 @@ _KINDS = {
     "STEP_COMPLETED": "step",
     "STEP_SKIPPED": "skipped",
 }
+
+
+_IGNITES = Engine._fire_event  # noqa: SLF001
 
 
 class _Named(EnumMeta):
@@ -156,6 +161,22 @@ def has_listeners(engine: Engine, event: EventEnum) -> bool:
     return bool(engine._event_handlers.get(event))  # noqa: SLF001
 
 
+def call_handlers(engine: Engine, event: Any, *event_args: Any, **event_kwargs: Any) -> None:
+    """Do what Ignite's ``_fire_event`` does, but for the line that it formats for its log, half of the cost."""
+    engine.last_event_name = event
+    # Not [event], which would create the key: Ignite swallows exceptions if it finds EXCEPTION_RAISED there.
+    for function, args, kwargs in engine._event_handlers.get(event, ()):  # noqa: SLF001
+        kwargs.update(event_kwargs)
+        if args and isinstance(args[0], weakref.ref):
+            owner = args[0]()
+            if owner is None:
+                message = "Engine reference not resolved. Cannot execute event handler."  # as Ignite says it
+                raise RuntimeError(message)
+            function(owner, *event_args, *args[1:], **kwargs)
+        else:  # metrics do not get the engine
+            function(*event_args, *args, **kwargs)
+
+
 def fire(engine: Engine, event: EventEnum) -> bool:
     """Fire *event* if anybody listens, and leave ``engine.last_event_name`` as it was.
 
@@ -170,7 +191,11 @@ def fire(engine: Engine, event: EventEnum) -> bool:
     last = engine.last_event_name
     try:
         # Without fire_event()'s look for the event among those that are registered, which ours is: 4 of 5 us.
-        engine._fire_event(event)  # noqa: SLF001 - as the engine fires its own
+        fires: Any = engine._fire_event  # noqa: SLF001 - as the engine fires its own
+        if getattr(fires, "__func__", None) is _IGNITES and not engine.logger.isEnabledFor(logging.DEBUG):
+            call_handlers(engine, event)
+        else:  # it has something to log, or is traced
+            fires(event)
     finally:
         engine.last_event_name = last
     return True

@@ -1,11 +1,12 @@
 """Ignite's engine, which passes over the events that nobody hears."""
 
 import logging
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 from ignite.engine import Engine
+
+from ice_engine.events import call_handlers
 
 
 class QuietEngine(Engine):
@@ -31,16 +32,5 @@ class QuietEngine(Engine):
         # Ignite formats a line for the log, and makes a list, at every event: most of what an iteration costs.
         if self.logger.isEnabledFor(logging.DEBUG):
             super()._fire_event(event_name, *event_args, **event_kwargs)
-            return
-        self.last_event_name = event_name
-        # Not [event_name], which would create the key: Ignite swallows exceptions if it finds EXCEPTION_RAISED there.
-        for function, args, kwargs in self._event_handlers.get(event_name, ()):
-            kwargs.update(event_kwargs)
-            if args and isinstance(args[0], weakref.ref):
-                engine = args[0]()
-                if engine is None:
-                    message = "Engine reference not resolved. Cannot execute event handler."  # as Ignite says it
-                    raise RuntimeError(message)
-                function(engine, *event_args, *args[1:], **kwargs)
-            else:  # metrics do not get the engine
-                function(*event_args, *args, **kwargs)
+        else:
+            call_handlers(self, event_name, *event_args, **event_kwargs)

@@ -91,7 +91,7 @@ def test_an_evaluation_can_be_where_they_part(paths):
     b.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     found = compare(a, b)
     assert (found.row["source"], found.row["step"], found.same) == ("validation", 4, 9 - 5)
-    assert "part at step 4 of 'validation', after 4 lines" in str(found)
+    assert "part at step 4 of 'validation' (iteration 4), after 4 lines" in str(found)
 
 
 def test_a_skip_on_one_side_is_where_they_part(paths):
