@@ -306,3 +306,29 @@ def test_timer_scheduler_and_moving_average_attach_to_our_events():
     assert timer.step_count == 3.0
     torch.testing.assert_close(average.ema_model.weight, before + 1 - 0.5**3)
     assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**2
+
+
+@pytest.mark.parametrize("level", ["DEBUG", "INFO"])
+def test_our_events_are_in_ignites_log_if_it_is_that_detailed(caplog, level):
+    engine, called = Engine(lambda engine, batch: None), []
+    event = register(engine, "optimizer")["STEP_COMPLETED"]
+    engine.add_event_handler(event, lambda: called.append(engine.last_event_name))
+    with caplog.at_level(level, logger=engine.logger.name):
+        assert fire(engine, event)
+    assert called == [event]
+    assert any("Firing handlers for event" in text for text in caplog.messages) == (level == "DEBUG")
+
+
+def test_an_engine_that_fires_in_its_own_way_fires_ours_so():
+    class Counting(Engine):
+        fired = 0
+
+        def _fire_event(self, *args, **kwargs):
+            self.fired += 1
+            super()._fire_event(*args, **kwargs)
+
+    engine = Counting(lambda engine, batch: None)
+    event = register(engine, "optimizer")["STEP_COMPLETED"]
+    engine.add_event_handler(event, lambda: None)
+    assert fire(engine, event)
+    assert engine.fired == 1
