@@ -29,7 +29,7 @@ Loop = Callable[[Iterator[Any]], None]
 
 _WARM_UP = 3  # slices that are not counted: the first ones allocate
 # Else glibc gives freed memory back and takes it again at every step, or not, by luck of the heap.
-_STEADY_HEAP = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
+STEADY_HEAP = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Ratio:
 
 def measure(case: Case, slices: int) -> dict[str, Ratio]:
     """Run the loops of *case* in turn and return the ratio of each to the first one."""
-    os.environ.update(_STEADY_HEAP)
+    os.environ.update(STEADY_HEAP)
     context = multiprocessing.get_context("spawn")
     workers = {}
     for name, loop in case.loops.items():
