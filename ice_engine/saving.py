@@ -144,6 +144,8 @@ class Saving(Attaching):
     def _load_window(self, state: dict[str, Any], gradients: dict[int, torch.Tensor], *, whole: bool) -> None:
         """Go on inside of the window that was open, if all that was in it is there."""
         self._window.common = state.get("common", 0.0)
+        if self._window.size:  # else the first loss is to tell how long windows are
+            self._window.reset()
         if not state["micro_batches"]:
             return
         if not ("gradients" in state and whole and world.world_size() == 1):

@@ -481,3 +481,37 @@ def test_a_rank_may_have_more_losses_than_another_in_the_micro_batch_that_reduce
     expected = flat([p.flatten().tolist() for p in model.parameters()])
     for found in launch(_several_losses, 2, timeout=40):
         torch.testing.assert_close(flat(found), expected, rtol=1e-10, atol=1e-12)
+
+
+def _gradients_inside_windows(resumed: bool) -> list[Any]:
+    """Return the gradient inside of the second window, of a run that goes on or one that was saved before it."""
+    state: list[Any] = []
+    found: list[Any] = []
+    data = [batch for n in (4, 4, 2, 4) for batch in batches(dist.get_rank(), [[n]])]
+    for part in (data[:2], data[2:]) if resumed else (data,):
+        model = DistributedDataParallel(network())
+        optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
+        trainer = ice.create_trainer(model, optimizer, torch.nn.functional.mse_loss)
+        if state:
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+
+        third = 3 if not resumed else 1 if state else 0
+
+        @trainer.on(Events.ITERATION_COMPLETED(once=third) if third else Events.STARTED)
+        def look(engine: Engine, model: Any = model) -> None:
+            found.extend(p.grad.tolist() for p in model.parameters() if engine.state.iteration)
+
+        trainer.run(part, max_epochs=1)
+        states = [optimizer.state_dict(rank) for rank in range(dist.get_world_size())]
+        state = [model.state_dict(), states[dist.get_rank()]]
+    return found
+
+
+def test_a_resumed_run_scales_losses_as_the_one_it_goes_on_from():
+    """Else the first loss after it would decide: of an epoch's short last batch, fp16 overflows elsewhere."""
+    for whole, resumed in zip(
+        launch(_gradients_inside_windows, 2, False), launch(_gradients_inside_windows, 2, True), strict=True
+    ):
+        assert whole
+        assert whole == resumed
