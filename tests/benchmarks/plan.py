@@ -16,7 +16,7 @@ EPOCH = 10_000  # iterations
 BOUND = 10.0  # us a step with one group and one schedule: a plan of 1e6 steps in 10 s
 SCHEDULES = {
     "cosine(total=, warmup=)": lambda total: [ice.schedules.cosine(total=total, warmup=2000)],
-    "warmup(steps=2000) * cosine()": lambda total: [ice.schedules.warmup(2000) * ice.schedules.cosine()],
+    "warmup(steps=2000) * cosine()": lambda total: [ice.schedules.warmup(steps=2000) * ice.schedules.cosine()],
 }
 
 
