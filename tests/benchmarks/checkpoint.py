@@ -147,7 +147,9 @@ def main(argv: Any = None) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="of eight steps of each way")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in training")
     parser.add_argument("--check", action="store_true", help=f"fail where ours stalls for more than {BOUND} of a copy")
+    parser.add_argument("--quick", action="store_true", help="a third of the rounds")
     asked = parser.parse_args(argv)
+    asked.rounds //= 3 if asked.quick else 1
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     taken = measured(WAYS, asked.rounds, asked.threads)
     without = taken["no save"]

@@ -57,8 +57,8 @@ def measured(call: Callable[[], Any]) -> tuple[float, float]:
     return seconds, peak - before
 
 
-def work(parameters: int) -> dict[str, tuple[float, float]]:
-    """Measure both on this rank."""
+def wrapped(parameters: int) -> tuple[ice.Optimizer, torch.nn.ParameterList]:
+    """Return an AdamW under ZeRO-1 that has stepped once, and what it optimizes."""
     layers = max(1, round(parameters / (_WIDTH * _WIDTH)))
     width = _WIDTH if parameters >= _WIDTH * _WIDTH else int(parameters**0.5)
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(width, width)) for _ in range(layers)])
@@ -67,6 +67,12 @@ def work(parameters: int) -> dict[str, tuple[float, float]]:
         p.grad = torch.ones_like(p)
     optimizer.step()
     optimizer.zero_grad()
+    return optimizer, model
+
+
+def work(parameters: int) -> dict[str, tuple[float, float]]:
+    """Measure both on this rank."""
+    optimizer, _ = wrapped(parameters)
     optimizer.state_dict()  # connections are made at the first message
     ours = [measured(optimizer.state_dict) for _ in range(3)]
     theirs = measured(optimizer.inner.consolidate_state_dict)
@@ -77,8 +83,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=int, default=30_000_000)
+    parser.add_argument("--quick", action="store_true", help="a third of the parameters")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     asked = parser.parse_args()
+    asked.parameters //= 3 if asked.quick else 1
     print(f"AdamW, {asked.parameters:,} parameters, {asked.parameters * 8 / 2**20:,.0f} MB of state")
     print(f"{'ranks':>5}  {'torch':>9}  {'ours':>9}  {'ratio':>6}  {'sender: torch':>13}  {'ours':>8}")
     for ranks in asked.ranks:

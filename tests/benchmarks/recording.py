@@ -134,7 +134,9 @@ def measured(ways: dict[str, Iterator[float]], windows: int) -> dict[str, list[f
 def main(argv: Any = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", type=int, default=300, help="of each way, of 50 steps")
+    parser.add_argument("--quick", action="store_true", help="a third of the windows")
     settings = parser.parse_args(argv)
+    settings.windows //= 3 if settings.quick else 1
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
