@@ -1,8 +1,10 @@
 """What every test starts from: a seed, one thread, no display."""
 
+import logging
 import os
 import random
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +26,15 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the global generator is what libraries draw from
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _ignites_log() -> Iterator[None]:
+    """Let a test silence Ignite's log, as where an exception is part of it, for itself alone."""
+    yield
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("ignite") and isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture
