@@ -2,6 +2,7 @@
 
 import platform
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -86,7 +87,7 @@ def hyperparameters(optimizers: Iterable[Optimizer], given: Mapping[str, Any]) -
         found[f"{prefix}accumulation_steps"] = optimizer.accumulation_steps or "by effective_batch_size"
         found[f"{prefix}processors"] = ", ".join(map(name_of, optimizer.processors)) or "none"
         found |= {f"{prefix}{key}": value for key, value in _entries(optimizer)}
-    return {key: _simple(value) for key, value in {**found, **given}.items()}
+    return {str(key): _simple(value) for key, value in {**found, **given}.items()}
 
 
 def configuration(engine: Engine, optimizers: Iterable[Optimizer], given: Mapping[str, Any]) -> str:
@@ -126,4 +127,6 @@ def _entries(optimizer: Optimizer) -> Iterable[tuple[str, Any]]:
 def _simple(value: Any) -> float | str:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # An int may be larger than what TensorBoard's floats hold.
+    return value if is_number and (isinstance(value, float) or abs(value) <= sys.float_info.max) else str(value)

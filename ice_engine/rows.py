@@ -25,6 +25,7 @@ tag                        value
 The prefix ``optimizer`` is the optimizer's name. A skipped step has ``skip``, ``skipped`` and ``loss_scale`` alone.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -122,7 +123,12 @@ def _kept(value: Any) -> Any:
 def _number(value: Any) -> float | None:
     if isinstance(value, torch.Tensor):
         return float(value) if value.numel() == 1 and not value.is_complex() else None
-    return float(value) if isinstance(value, Real) else None
+    if not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an int may be of any size
+        return math.inf if value > 0 else -math.inf
 
 
 def _read(entries: Mapping[str, Any]) -> dict[str, float | str]:

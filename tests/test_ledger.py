@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from fractions import Fraction
 
 import pandas as pd
 import pytest
@@ -75,6 +76,14 @@ def test_what_is_not_finite_is_valid_json_and_read_back_as_it_was(tmp_path):
     (row,) = read(path)
     assert math.isnan(row["training/a"])
     assert (row["training/b"], row["training/c"]) == (math.inf, -math.inf)
+
+
+def test_what_no_float_can_hold_is_infinite_and_stops_nothing(tmp_path):
+    engine, optimizer = parts(output=lambda batch: {"a": 10**400, "b": -(10**400), "c": Fraction(10**400)})
+    ice.Ledger(tmp_path / "ledger.jsonl").attach(engine, optimizer)
+    engine.run([1.0])
+    (row,) = read(tmp_path / "ledger.jsonl")
+    assert [row[f"training/{key}"] for key in "abc"] == [math.inf, -math.inf, math.inf]
 
 
 def test_a_skipped_step_is_a_line_that_says_why(tmp_path):

@@ -585,6 +585,15 @@ def test_the_hparams_tab_has_the_run_in_its_own_folder(tmp_path):
     assert all(path.is_file() for path in tmp_path.iterdir())  # no folder beside the run's
 
 
+def test_hparams_may_have_any_keys_and_numbers_of_any_size(tmp_path):
+    engine, optimizer = parts()
+    ice.TensorBoard(tmp_path).attach(engine, optimizer, hparams={5: 2, "huge": 10**400, "limit": float("inf")})
+    engine.run([1.0])
+    found = hparams(tmp_path, metadata.SESSION_START_INFO_TAG).hparams
+    assert (found["5"].number_value, found["limit"].number_value) == (2.0, float("inf"))
+    assert found["huge"].string_value == str(10**400)
+
+
 def test_the_configuration_is_a_text(tmp_path):
     whole_run(tmp_path, hparams={"width": 64})
     ((step, text),) = texts(tmp_path, "configuration")
