@@ -67,7 +67,7 @@ class Comparison:
     def _table(self) -> list[str]:
         shown = list(self.differences.items())[:_SHOWN]
         cells = [("", str(self.paths[0]), str(self.paths[1]), "relative")]
-        cells += [(key, _shown(a), _shown(b), _relative(a, b)) for key, (a, b) in shown]
+        cells += [(key, *_pair(a, b), _relative(a, b)) for key, (a, b) in shown]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         text = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
         more = len(self.differences) - len(shown)
@@ -144,6 +144,12 @@ def _place(row: Mapping[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.8g}" if isinstance(value, float) else str(value)
+
+
+def _pair(a: Any, b: Any) -> tuple[str, str]:
+    """Return both as text; in full if they would look the same."""
+    first, second = _shown(a), _shown(b)
+    return (first, second) if first != second else (repr(a), repr(b))
 
 
 def _relative(a: Any, b: Any) -> str:

@@ -16,7 +16,11 @@ from ice_engine.of_engine import forget, of_engine
 
 logger = logging.getLogger(__name__)
 
-_LOWER_IS_BETTER = re.compile(r"loss|err|nll|perplexity|ppl|mse|mae|wer|cer", re.IGNORECASE)
+# The short ones as words of their own: there is "wer" in "answer" and "power", "cer" in "certainty".
+_LOWER_IS_BETTER = re.compile(
+    r"(?i:loss|error|perplexity)"
+    r"|(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))(?i:err|nll|ppl|r?mse|mae|wer|cer)(?![a-z])"
+)
 
 
 class Summary:

@@ -74,6 +74,15 @@ def test_the_first_step_in_which_they_part_is_found_and_what_differs(paths):
     assert [line.split()[0] for line in lines[2:5]] == [str(a), "training/loss", "optimizer/grad_norm"]
 
 
+def test_numbers_that_differ_in_their_last_digits_are_shown_in_full(paths):
+    for path, loss in zip(paths, (0.1 + 0.2, 0.3), strict=True):
+        row = {"source": "optimizer", "step": 1, "training/loss": loss, "training/size": loss * 2 + (path == paths[0])}
+        path.write_text(json.dumps(row) + "\n")
+    loss, size = str(compare(*paths)).splitlines()[3:]
+    assert loss.split()[:3] == ["training/loss", "0.30000000000000004", "0.3"]
+    assert size.split()[:3] == ["training/size", "1.6", "0.6"]
+
+
 def test_within_the_tolerances_numbers_are_the_same(paths):
     a, b = run(paths[0], BATCHES), run(paths[1], BATCHES, nudge=6)
     largest = max(abs(x - y) / abs(y) for x, y in compare(a, b).differences.values())

@@ -71,6 +71,35 @@ def test_it_names_the_best_metrics_where_the_time_went_and_where_things_are(line
     assert 98 <= sum(map(int, shares.groups())) <= 102
 
 
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [
+        *(
+            (metric, "lowest")
+            for metric in ("val_loss", "ValLoss", "RMSE", "word_error_rate", "WER", "nll", "mae_2", "err")
+        ),
+        *(
+            (metric, "highest")
+            for metric in ("answer_accuracy", "power", "certainty", "soccer", "recall_lower", "terrain")
+        ),
+    ],
+)
+def test_the_best_value_is_the_lowest_of_an_error_alone(lines, tmp_path, metric, best):
+    engine, optimizer = parts()
+    evaluator = Engine(lambda engine, batch: None)
+    values = iter([1.0, 2.0])
+
+    @evaluator.on(Events.COMPLETED)
+    def measure(evaluator):
+        evaluator.state.metrics = {metric: next(values)}
+
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run([0]))
+    ice.Ledger(tmp_path / "ledger.jsonl").attach(engine, optimizer, evaluators={"answers": evaluator})
+    engine.run([1.0], max_epochs=2)
+    (line,) = lines()
+    assert f"; {best} answers/{metric} {1 if best == 'lowest' else 2}, at step " in line
+
+
 def test_several_optimizers_stand_in_the_same_line(lines):
     engine, _ = parts_of_two("generator", "critic")
     engine.run([1.0] * 4)
