@@ -1,5 +1,7 @@
 """A file that only grows."""
 
+import errno
+import os
 from pathlib import Path
 
 
@@ -13,6 +15,7 @@ class AppendedFile:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("ab", buffering=0)
         self._pieces: list[bytes] = []
 
@@ -21,9 +24,16 @@ class AppendedFile:
         self._pieces.append(piece)
 
     def sync(self) -> None:
-        """Hand over what was added."""
+        """Hand over what was added.
+
+        Raises:
+            OSError: If it cannot be written, or the file was deleted: then nobody could read it.
+        """
         data = memoryview(b"".join(self._pieces))
         self._pieces.clear()
+        # Both: some file systems count no links, and a relative path may be of another folder by now.
+        if data and not os.fstat(self._file.fileno()).st_nlink and not self._path.exists():
+            raise FileNotFoundError(errno.ENOENT, "it was deleted while the run was writing it", str(self._path))
         while data:
             data = data[self._file.write(data) :]
 

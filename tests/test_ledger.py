@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -346,6 +347,20 @@ def test_a_full_disk_stops_the_run_with_an_error_that_says_so(tmp_path):
     with pytest.raises(WriteError, match="No space left on device"):
         engine.run([1.0] * 10, max_epochs=1000)
     assert optimizer.clocks["step"] <= 10  # the end of the first epoch at the latest
+
+
+@pytest.mark.parametrize("kind", [ice.Ledger, ice.TensorBoard])
+def test_a_file_that_is_deleted_meanwhile_stops_the_run_with_an_error_that_says_so(tmp_path, kind):
+    """Writing to it would go on without an error, to a file that nobody can read."""
+    engine, optimizer = parts()
+    recording = kind(tmp_path / "run" / "ledger.jsonl").attach(engine, optimizer)
+    engine.add_event_handler(Events.EPOCH_STARTED(once=2), lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(WriteError, match=r"ledger\.jsonl.* cannot be written: .*it was deleted"):
+        engine.run([1.0] * 10, max_epochs=1000)
+    assert optimizer.clocks["step"] <= 20
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(WriteError, match="it was deleted"):
+        recording.flush()
 
 
 def test_a_ledger_that_is_not_there_is_not_found(tmp_path):
