@@ -263,7 +263,10 @@ class HookRegistry:
         self._engine.add_event_handler(event, handler)
         registration.entries.append(handlers[event][-1][2])
         owners = self._owners()
-        handlers[event].sort(key=lambda entry: owners[id(entry[2])].order if id(entry[2]) in owners else 0)
+        # A new list again: sort() empties the one it sorts meanwhile, and another thread may be firing the event.
+        handlers[event] = sorted(
+            handlers[event], key=lambda entry: owners[id(entry[2])].order if id(entry[2]) in owners else 0
+        )
 
 
 def _check_name_and_order(name: Any, order: Any) -> None:

@@ -453,6 +453,24 @@ class Watcher:
         """Stand in the table."""
 
 
+def test_an_event_that_fires_while_another_thread_adds_a_hook_calls_all_that_were_there(engine, hooks):
+    calls = []
+    engine.add_event_handler(Events.STARTED, lambda: calls.append("plain"))
+    hooks.add(Events.STARTED, lambda: calls.append("first"), name="first", order=-1)
+
+    class Order(int):
+        """Compared while the hooks are put in order: then, on another thread, the event fires."""
+
+        def __lt__(self, other):
+            engine.fire_event(Events.STARTED)
+            return int(self) < other
+
+    hooks.add(Events.STARTED, lambda: calls.append("last"), name="last", order=Order(1))
+    firings = calls.count("first")
+    assert firings
+    assert [call for call in calls if call != "last"] == ["first", "plain"] * firings
+
+
 def test_printed_it_is_a_table_in_firing_order_with_handlers_added_behind_its_back(engine, hooks):
     engine.add_event_handler(Events.ITERATION_COMPLETED, report)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), Watcher())
