@@ -128,7 +128,7 @@ def _number(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:  # an int may be of any size
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf
 
 
 def _read(entries: Mapping[str, Any]) -> dict[str, float | str]:
