@@ -31,7 +31,7 @@ class AppendedFile:
         """
         data = memoryview(b"".join(self._pieces))
         self._pieces.clear()
-        # Both: some file systems count no links, and a relative path may be of another folder by now.
+        # Both, as some file systems count no links.
         if data and not os.fstat(self._file.fileno()).st_nlink and not self._path.exists():
             raise FileNotFoundError(errno.ENOENT, "it was deleted while the run was writing it", str(self._path))
         while data:

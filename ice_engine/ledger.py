@@ -70,7 +70,7 @@ class Ledger(Recording):
         if file.is_dir():
             message = f"path must be a file such as '{file}/ledger.jsonl', got the folder '{file}'"
             raise ArgumentValueError(message)
-        super().__init__(_LedgerFile(file), "the ledger", file)
+        super().__init__(_LedgerFile(file.absolute()), "the ledger", file)
 
     def attach(
         self, engine: Engine, *optimizers: Optimizer, every: int = 1, evaluators: Mapping[str, Engine] | None = None

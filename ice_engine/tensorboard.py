@@ -62,7 +62,8 @@ class TensorBoard(Recording):
     def __init__(self, log_dir: Any) -> None:
         if isinstance(log_dir, str | Path):
             folder = Path(log_dir).expanduser()
-            self._board = _Board(lambda: EventFile(folder))
+            absolute = folder.absolute()  # it is opened when the run starts, perhaps in another working directory
+            self._board = _Board(lambda: EventFile(absolute))
             super().__init__(self._board, "TensorBoard's file in", folder)
         else:
             writer = getattr(log_dir, "writer", log_dir)

@@ -363,6 +363,19 @@ def test_a_file_that_is_deleted_meanwhile_stops_the_run_with_an_error_that_says_
         recording.flush()
 
 
+@pytest.mark.parametrize("kind", [ice.Ledger, ice.TensorBoard])
+def test_a_relative_path_is_of_the_folder_in_which_it_was_given(tmp_path, monkeypatch, kind):
+    (tmp_path / "start").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+    engine, optimizer = parts()
+    kind("run").attach(engine, optimizer)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    engine.run([1.0])
+    assert [path.name for path in (tmp_path / "start").iterdir()] == ["run"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_a_ledger_that_is_not_there_is_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "ledger.jsonl")
