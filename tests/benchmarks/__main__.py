@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds of each: minutes instead of most of an hour")
     parser.add_argument("--check", action="store_true", help="fail where a bound is broken")
     parser.add_argument("--only", nargs="*", default=list(QUESTIONS), choices=list(QUESTIONS), help="files")
-    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "figures", help="a folder")
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "measured", help="a folder")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     parts, wrong = [], {}
