@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that a test starts, too
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pictures", type=Path, metavar="FOLDER", help="save there what the tests see in a browser")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Save what coverage counted in this process: one that ends badly, or that xdist kills as too slow, loses it."""
+    if coverage := sys.modules.get("coverage"):
+        counting = coverage.Coverage.current()
+        if counting is not None:
+            counting.save()
 
 
 @pytest.fixture(autouse=True)
