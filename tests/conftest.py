@@ -3,7 +3,6 @@
 import logging
 import os
 import random
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,11 +34,3 @@ def _ignites_log() -> Iterator[None]:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("ignite") and isinstance(logger, logging.Logger):
             logger.disabled = False
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
