@@ -14,6 +14,8 @@ import torch
 matplotlib.use("Agg")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that a test starts, too
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["COVERAGE_PROCESS_CONFIG"] = ""  # not in those: they would take twice as long to import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
