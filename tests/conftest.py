@@ -3,7 +3,6 @@
 import logging
 import os
 import random
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 matplotlib.use("Agg")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that a test starts, too
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["COVERAGE_PROCESS_CONFIG"] = ""  # not in those: they would take twice as long to import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,11 +46,3 @@ def _ignites_log() -> Iterator[None]:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("ignite") and isinstance(logger, logging.Logger):
             logger.disabled = False
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import ice_engine as ice
 from ice_engine.distributed import rounds
 from ice_engine.errors import ProcessorDivergenceError
 from ice_engine.processors.group import run_processors, set_initial_values
 from ice_engine.processors.schedules import cosine, linear
-
-PATIENCE = 150  # seconds for the ranks to import torch, on a busy machine; a step itself takes milliseconds
+from tests.distributed.launch import launch
 
 
 @ice.dictprocess
@@ -58,8 +56,7 @@ CASES: dict[str, tuple[list[Callable[..., Any]], str | None]] = {
 }
 
 
-def _rank(rank: int, world_size: int, port: int, queue: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+def _outcome() -> dict[str, Any]:
     outcome: dict[str, Any] = {}
     for case, (processors, _) in CASES.items():
         parameters = [torch.nn.Parameter(torch.ones(2)) for _ in "ab"]
@@ -73,29 +70,19 @@ def _rank(rank: int, world_size: int, port: int, queue: Any) -> None:
         except ProcessorDivergenceError as error:
             after = [{k: v for k, v in group.items() if k != "params"} for group in sgd.param_groups]
             outcome[case] = str(error) if before == after else "a group has changed"
-    queue.put((rank, outcome))
-    dist.destroy_process_group()
+    return outcome
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_processors_that_differ_between_ranks_are_named_on_all_of_them(world_size: int, free_port: int) -> None:
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, world_size, free_port, queue)) for r in range(world_size)]
-    for process in ranks:
-        process.start()
-    outcomes = dict(queue.get(timeout=PATIENCE) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=PATIENCE)
+def test_processors_that_differ_between_ranks_are_named_on_all_of_them(world_size: int) -> None:
+    outcomes = launch(_outcome, world_size)
 
-    assert all(process.exitcode == 0 for process in ranks)
-    for rank in range(world_size):
-        assert outcomes[rank]["same"] == [(0.5, 0.45)] * 2
+    for rank, outcome in enumerate(outcomes):
+        assert outcome["same"] == [(0.5, 0.45)] * 2
         for case, (_, message) in CASES.items():
-            assert message is None or message in outcomes[rank][case], (rank, case)
-    assert len({str(outcome) for outcome in outcomes.values()}) == 1
+            assert message is None or message in outcome[case], (rank, case)
+    assert len({str(outcome) for outcome in outcomes}) == 1
 
 
 def test_one_process_has_nobody_to_agree_with() -> None:

@@ -6,13 +6,11 @@ The oracle is the unsharded model on the same rank, clipped by torch's own funct
 import copy
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -20,8 +18,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import ice_engine as ice
 from ice_engine.errors import NonFiniteGradientError
 from ice_engine.norms import total_norm
+from tests.distributed.launch import launch
 
-PATIENCE = 150  # seconds for two ranks to start and do it all; most of it goes into importing torch three times
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 Parameters = list[torch.nn.Parameter]
@@ -195,34 +193,17 @@ def non_finite() -> Iterator[tuple[str, float]]:
     yield "total_norm", error(total_norm([distribute_tensor(torch.ones(3, 3), mesh, [Shard(0)])]), torch.tensor(3.0))
 
 
-def _rank(rank: int, store: str, queue: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    errors = {
+def _errors() -> dict[str, float]:
+    return {
         **{f"fully_shard, {dtype}, {name}": e for dtype in TOLERANCE for name, e in fully_sharded(dtype)},
         **dict(laid_out()),
         **dict(non_finite()),
     }
-    queue.put((rank, errors))
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(2 * PATIENCE)
-def test_sharded_gradients_are_clipped_as_whole_ones(tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, str(tmp_path / "store"), queue)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        outcomes = dict(queue.get(timeout=PATIENCE) for _ in ranks)
-    finally:
-        for process in ranks:
-            process.join(timeout=5)
-            process.kill()
-
-    for errors in outcomes.values():
+def test_sharded_gradients_are_clipped_as_whole_ones() -> None:
+    for errors in launch(_errors, 2):
         wrong = {n: e for n, e in errors.items() if not e <= TOLERANCE[torch.float32 if "32" in n else torch.float64]}
         assert not wrong
         assert len(errors) == 2 * len(CLIPS) + 7 * len(CLIPS) + 2 * (len(BAD) + 1) + 1

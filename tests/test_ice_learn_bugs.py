@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from ignite.engine import Engine, Events
 
 import ice_engine as ice
 from ice_engine.errors import AttachError, IceEngineWarning, StateDictError
+from tests.distributed.launch import launch
 
 
 def weight_of(value=0.0):
@@ -181,8 +180,7 @@ def test_14_what_a_processor_returns_is_used():
     assert weight.item() == -0.25
 
 
-def _refused_on_a_rank(rank, port, queue):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _refused_on_a_rank():
     messages = []
     optimizer = ice.Optimizer(torch.optim.SGD([weight_of()], lr=1.0))
     for refused in (
@@ -193,25 +191,14 @@ def _refused_on_a_rank(rank, port, queue):
             refused()
         except AttachError as err:
             messages.append(str(err))
-    queue.put((rank, messages))
-    dist.destroy_process_group()
+    return messages
 
 
 @pytest.mark.distributed
-def test_07_and_15_many_processes_are_refused_until_windows_are_exact_over_them(free_port):
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    ranks = [context.Process(target=_refused_on_a_rank, args=(rank, free_port, queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = dict(queue.get(timeout=60) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=30)
-
-    for rank in range(2):
-        assert len(found[rank]) == 2
-        assert all(f"this is rank {rank} of 2" in message for message in found[rank])
-    assert [process.exitcode for process in ranks] == [0, 0]
+def test_07_and_15_many_processes_are_refused_until_windows_are_exact_over_them():
+    for rank, messages in enumerate(launch(_refused_on_a_rank, 2)):
+        assert len(messages) == 2
+        assert all(f"this is rank {rank} of 2" in message for message in messages)
 
 
 def test_an_open_window_does_not_vanish_silently():

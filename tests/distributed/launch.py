@@ -5,10 +5,12 @@
 
     assert launch(work, 3, 10) == [0, 10, 20]
 
+The ranks are forked from a server that has imported torch, once for all of them, and has no thread but its own.
 Nothing waits longer than *timeout*: a rank that hangs prints where each of its threads stands, and dies. ``watch``
 is for ranks that are meant to fail or to be killed: it raises nothing.
 """
 
+import atexit
 import datetime
 import faulthandler
 import os
@@ -27,9 +29,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = 100.0  # seconds, of which a busy machine takes most to import torch once per rank
+PATIENCE = 100.0  # seconds, of which a busy machine takes some to import torch for the first ranks
 _GRACE = 5.0  # for the others to say why, once one rank has failed
 _COLLECTIVE = datetime.timedelta(seconds=60)
+_CONTEXT = mp.get_context("forkserver")
+# Also what torch imports with the first step of an optimizer, and the first record of a loss: a second of every rank's.
+_CONTEXT.set_forkserver_preload([__name__, "ice_engine", "torch._dynamo", "torch.distributed.fsdp"])
 
 
 class RanksFailed(AssertionError):  # noqa: N818 - read in a test's report, where it is no error of the test
@@ -63,11 +68,10 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any, timeout: f
 
 def watch(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE) -> list[Outcome]:
     """Return what each rank came to, whatever it was."""
-    context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
-            context.Process(target=_rank, args=(r, world_size, folder, pipes[r][1], timeout, function, args))
+            _CONTEXT.Process(target=_rank, args=(r, world_size, folder, pipes[r][1], timeout, function, args))
             for r in range(world_size)
         ]
         for process in ranks:
@@ -125,6 +129,7 @@ def _rank(
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=_COLLECTIVE
         )
+        dist.barrier()  # one that ends at once would leave others that are still connecting
         said, failed = (function(*args), None), False
     except BaseException:  # noqa: BLE001 - the other side raises it
         said, failed = (None, traceback.format_exc()), True
@@ -136,3 +141,4 @@ def _rank(
         sys.stderr.flush()
         os._exit(1)
     dist.destroy_process_group()
+    atexit._run_exitfuncs()  # a forked process runs none at its end, unlike a script

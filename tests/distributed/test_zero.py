@@ -246,7 +246,7 @@ def test_what_cannot_be_sharded_is_refused_with_a_reason():
         "deepcopy": "ArgumentTypeError: an optimizer that is sharded over ranks (AdamW, sharding='zero1') cannot be",
         "pickle": "ArgumentTypeError: an optimizer that is sharded over ranks (AdamW, sharding='zero1') cannot be",
         "other shapes": "RankError: ranks do different things at the same time: rank 0 sharding='zero1' of 1 ",
-        "none": "ArgumentValueError: there are no parameters to optimize",
+        "none": "ArgumentValueError: params is empty; model.parameters()",
         "half named": "ArgumentValueError: of the 2 parameters of param group 0 1 have a name",
     }
     for messages in launch(refusals, 2):
