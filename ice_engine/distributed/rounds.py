@@ -4,6 +4,7 @@ What all ranks do together, they first say to each other. A row begins with what
 go together, every rank learns it in that round and stops with the same error, instead of one waiting for the other.
 """
 
+import collections
 import datetime
 import enum
 import functools
@@ -22,6 +23,7 @@ from ice_engine.errors import RankError
 logger = logging.getLogger(__name__)
 
 WIDTH = 128  # numbers in a row, the kind included
+_PAIR = 2  # ranks, for which an all-gather is one hop
 _SOON = datetime.timedelta(seconds=4)  # after which it is asked who is missing
 _STUCK = 60.0  # seconds after which several ranks in one collective of their own count as stuck
 _ALL_STUCK = 15.0  # the same, of all ranks but this one: then nobody computes what the others wait for
@@ -77,7 +79,7 @@ class Rounds:
         self._group = own_group()
         self._watch = Watch(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - no public way to it
         self._doing = ""
-        self._work: Any = None
+        self._kept: collections.deque[Any] = collections.deque(maxlen=2)
         self._left: RankError | None = None  # why this rank gave a round up, which the others may still come to
 
     def close(self) -> None:
@@ -160,18 +162,31 @@ class Rounds:
             raise RankError(message)
         row = torch.zeros(WIDTH, dtype=torch.float64)
         row[: 1 + len(values)] = torch.tensor([kind, *values], dtype=torch.float64)
-        gathered = [torch.empty_like(row) for _ in range(world_size())]
+        rows = torch.empty(world_size(), WIDTH, dtype=torch.float64)
+        if world_size() == _PAIR:
+            self._do(self._group.allgather, [[*rows.unbind()]], [row], patience=patience)
+        else:
+            # Gloo's all-gather hands rows round, in as many hops as there are other ranks; to one rank, and from there
+            # down a tree, eight ranks on two cores take 4 ms instead of 15, four 1.3 instead of 1.7.
+            to, back = dist.GatherOptions(), dist.BroadcastOptions()
+            to.rootRank = back.rootRank = 0
+            outputs = [[*rows.unbind()]] if rank() == 0 else []
+            self._do(self._group.gather, outputs, [row], to, patience=patience)
+            self._do(self._group.broadcast, [rows], back, patience=patience)
+        each: list[Row] = rows.tolist()
+        return each
+
+    def _do(self, collective: Callable[..., Any], *args: Any, patience: datetime.timedelta | None = None) -> None:
         try:
-            work = self._group.allgather([gathered], [row])
+            work = collective(*args)
         except RuntimeError as error:
             raise self.gone(error) from error
         self._wait(work, patience)
-        return [each.tolist() for each in gathered]
 
     def _wait(self, work: Any, patience: datetime.timedelta | None = None) -> None:
-        # Kept until the next: freed by the last to let go of it, which may be gloo's own thread, it would need the
+        # Kept for a round: freed by the last to let go of it, which may be gloo's own thread, it would need the
         # interpreter there, and one that is about to end aborts the process.
-        self._work = work
+        self._kept.append(work)
         begin, suspects = time.monotonic(), _Suspects()
         while True:
             try:
