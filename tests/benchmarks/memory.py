@@ -135,13 +135,17 @@ def step(layers: int) -> list[str]:
 # -- ZeRO -----------------------------------------------------------------------------------------------------
 
 
-def rank_work(layers: int, sharding: Any) -> tuple[float, float]:
-    """Return this rank's MB of optimizer state, and its peak in a step above what it had before there was a model."""
-    trained(PARTS, sharding)  # loads code and makes connections, which are not the model's
-    gc.collect()
-    base = resident()
-    state, highest = trained(layers, sharding)
-    return state, highest - base
+def rank_work(layers: int) -> list[tuple[float, float]]:
+    """Return, plain and under ZeRO, this rank's MB of state, and of a step's peak above what it has without a model."""
+    found = []
+    for sharding in (None, "zero1"):
+        trained(PARTS, sharding)  # loads code and makes connections, which are not the model's
+        gc.collect()
+        base = resident()
+        state, highest = trained(layers, sharding)
+        found.append((state, highest - base))
+        gc.collect()
+    return found
 
 
 def trained(layers: int, sharding: Any) -> tuple[float, float]:
@@ -166,8 +170,8 @@ def zero(layers: int) -> list[str]:
     )
     broken = []
     for ranks in (1, 2, 3):
-        found = {sharding: launch(rank_work, ranks, layers, sharding, timeout=300.0) for sharding in (None, "zero1")}
-        (plain, plain_peak), (own, own_peak) = (map(max, zip(*each, strict=True)) for each in found.values())
+        every = zip(*launch(rank_work, ranks, layers, timeout=300.0), strict=True)
+        (plain, plain_peak), (own, own_peak) = (map(max, zip(*ranks_of, strict=True)) for ranks_of in every)
         computed = (2 + 2 / ranks) / 4  # parameters and gradients, and a part of two moments
         print(f"| {ranks} {'ranks' if ranks > 1 else 'rank'}, plain | {plain:.1f} | 1 | {plain_peak:.0f} | 1 | 1 |")
         print(
