@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from checkpoint import peak
 from consolidation import resident
-from measure import machine
+from measure import EXACT_HEAP, machine
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
@@ -34,8 +34,6 @@ LAYER = 4 * WIDTH * WIDTH / 2**20  # MB of a layer's parameters
 PARTS = 6  # layers that 1, 2 and 3 ranks share equally, as do their multiples
 WARM_UP = 3  # steps that are not counted: the first ones make the state
 SAVES = 5
-# Else glibc keeps freed memory, or not, by luck of the heap: from here on each tensor is a mapping of its own.
-EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 STEP_BOUND = 1.01  # of the loop by hand
 ZERO_BOUND = 1.01  # of 1 / ranks
 COPY_BOUND = 1.02  # of the state: one copy of it

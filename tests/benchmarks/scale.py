@@ -25,7 +25,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from consolidation import wrapped
-from measure import machine
+from measure import EXACT_HEAP, machine
 
 import ice_engine as ice
 from ice_engine import checkpoint_file
@@ -50,10 +50,11 @@ class Constants:
     Attributes:
         entry: Seconds of a round with nobody else: what Python does.
         hop: Seconds that a row takes from one rank to the next.
-        send: From one rank to another (gloo), in messages of 16 MB; a broadcast too.
+        send: From one rank to another (gloo), in messages of 16 MB.
         reduce: Of an all-reduce, through each rank's link.
+        link: Of a broadcast, through each rank's link: here that of ``send``.
         fresh: Into memory that is new, which the system must find first.
-        copy: Into memory that is there.
+        copy: Into memory that is there, also out of the system's cache of a file.
         write: To a disk, with fsync.
         sha: Of sha256.
         crc: Of crc32.
@@ -68,6 +69,7 @@ class Constants:
     hop: float
     send: float
     reduce: float
+    link: float
     fresh: float
     copy: float
     write: float
@@ -98,20 +100,24 @@ def costs(given: Constants, ranks: int, parameters: float) -> dict[str, float]:
     return {
         "agreement, two rounds": 2 * given.round(ranks) * many,
         "all-reduce": 2 * others * PARAMETER * parameters / given.reduce * crowd,
-        "ZeRO's broadcast": others * PARAMETER * parameters / given.send * crowd,
+        "ZeRO's broadcast": others
+        * PARAMETER
+        * parameters
+        / given.link
+        * given.crowd(2 * ranks),  # who sends, receives
         "gather": (
             given.gather_rounds * given.round(ranks)
             + STATE * parameters / given.fresh
             + others * STATE * parameters / given.send
         )
         * many,
-        "one file": whole * (1 / given.write + 1 / given.sha + 2 / given.crc),
+        "one file": whole * (1 / given.write + 1 / given.sha + 2 / given.crc + 2 / given.copy),  # read back twice
         "its copy in the background": whole / given.copy,
         "`save_sharded`": (
             given.file
             + given.file_rounds * given.round(ranks) * many
             + whole / given.write / min(ranks, given.disks or ranks)
-            + whole / ranks / given.sha * crowd
+            + whole / ranks * (1 / given.sha + 1 / given.crc + 1 / given.copy) * crowd
         ),
     }
 
@@ -197,6 +203,7 @@ def constants() -> Constants:
         one, two = launch(alone, 1, folder)[0], launch(pair, 2, folder)[0]
     once = two.pop("round")
     file_rounds = max(0.0, two.pop("saved") - one["file"]) / once
+    two["link"] = two["send"]
     return Constants(hop=once - one["entry"], file_rounds=file_rounds, **one, **two)
 
 
@@ -261,6 +268,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a third of the parameters, and not three ranks")
     parser.add_argument("--check", action="store_true", help=f"fail where it is wrong by more than {WITHIN}")
     asked = parser.parse_args()
+    os.environ.update(EXACT_HEAP)
     print(machine(), f"\nload {os.getloadavg()[0]:.1f}")
     given = constants()
     print("\n| constant | measured |\n|---|---|")
@@ -276,7 +284,7 @@ def main() -> None:
             print(f"| `{name}` | {unit} |")
     sizes, ranks = (asked.parameters // 3, [1, 2, 4]) if asked.quick else (asked.parameters, [1, 2, 3, 4])
     right = check(given, sizes, ranks)
-    there = dataclasses.replace(given, reduce=asked.network * GB, write=asked.write * GB)
+    there = dataclasses.replace(given, reduce=asked.network * GB, link=asked.network * GB, write=asked.write * GB)
     table(there)
     print(f"\none file every 30 minutes costs 1 % of the time from {takes_over(there, 1800, 0.01):.1e} parameters on")
     if asked.check and not right:
