@@ -256,7 +256,8 @@ def table(given: Constants) -> None:
     for parameters in SIZES:
         for ranks in RANKS:
             found = costs(given, ranks, parameters)
-            print(f"| {parameters:.0e} | {ranks} | {' | '.join(f'{found[name]:.3g}' for name in names)} |")
+            row = [f"{s:.3g}" if s < 1000 else f"{s:,.0f}" for s in found.values()]
+            print(f"| {parameters:.0e} | {ranks} | {' | '.join(row)} |")
 
 
 def main() -> None:
@@ -269,7 +270,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help=f"fail where it is wrong by more than {WITHIN}")
     asked = parser.parse_args()
     os.environ.update(EXACT_HEAP)
-    print(machine(), f"\nload {os.getloadavg()[0]:.1f}")
+    print(f"{machine()}; load {os.getloadavg()[0]:.1f}")
     given = constants()
     print("\n| constant | measured |\n|---|---|")
     for name, value in dataclasses.asdict(given).items():
