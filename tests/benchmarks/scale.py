@@ -192,7 +192,7 @@ def pair(folder: str) -> dict[str, float]:
         "round": once,
         "send": message.nbytes / median(lambda: send(message, 1 - dist.get_rank(), group=own_group())),
         "reduce": large.nbytes / median(lambda: dist.all_reduce(large)),
-        "gather_rounds": median(optimizer.state_dict, 30) / once,
+        "gather_rounds": median(optimizer.state_dict, 100) / once,
         "saved": median(save(folder, model, optimizer), 30),
     }
 
