@@ -31,7 +31,7 @@ QUESTIONS = {  # file: what it asks
     "plan": "A plan",
     "recording": "TensorBoard",
     "checkpoint": "The stall of a checkpoint",
-    "memory": "Memory",
+    "memory": "What memory it takes",
     "ddp": "Accumulation over ranks",
     "consolidation": "ZeRO's state to one rank",
     "scale": "Scale, by arithmetic and by real ranks",
