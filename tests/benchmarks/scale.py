@@ -2,7 +2,8 @@
 
 Its constants are measured on this machine, by one process and by two ranks, in turn with what real ranks take, 1 to 4
 of them, which share cores and a disk. First the arithmetic stands beside these; then it is done for many ranks, each
-with cores and a disk of its own. fp32 parameters with AdamW under ZeRO-1: 4 bytes of a parameter, 8 of its state. docs/scale.md explains it.
+with cores and a disk of its own. fp32 parameters with AdamW under ZeRO-1: 4 bytes of a parameter, 8 of its state.
+docs/scale.md explains it.
 """
 
 import argparse
