@@ -91,7 +91,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("trees", type=Path, nargs="*", default=[Path(__file__).parents[2]], help="of this repository")
     parser.add_argument("--json", type=Path, metavar="TREE", help="print the column of one tree as JSON")
-    parser.add_argument("--quick", action="store_true", help="the same: counts need no rounds")
     asked = parser.parse_args()
     if asked.json:
         sys.path.insert(0, str(asked.json))
