@@ -17,7 +17,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "measured/benchmarks.md"]  # the latter is included by a page
+exclude_patterns = ["_build", "measured/*.md"]  # the latter are included by pages
 
 html_theme = "furo"
 html_title = f"ice_engine {release}"

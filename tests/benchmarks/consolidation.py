@@ -21,10 +21,14 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from measure import machine
+
 import ice_engine as ice
 from tests.distributed.launch import launch
 
 _WIDTH = 1024  # of a layer: a million parameters
+_FASTER = 50.0  # than torch's, at least
+_MEMORY = 32.0  # MB of a sender, less than that
 
 
 def resident() -> float:
@@ -85,19 +89,26 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=30_000_000)
     parser.add_argument("--quick", action="store_true", help="a third of the parameters")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--check", action="store_true", help="fail where a bound is broken")
     asked = parser.parse_args()
     asked.parameters //= 3 if asked.quick else 1
-    print(f"AdamW, {asked.parameters:,} parameters, {asked.parameters * 8 / 2**20:,.0f} MB of state")
-    print(f"{'ranks':>5}  {'torch':>9}  {'ours':>9}  {'ratio':>6}  {'sender: torch':>13}  {'ours':>8}")
+    print(f"{machine()}\nAdamW, {asked.parameters:,} parameters, {asked.parameters * 8 / 2**20:,.0f} MB of state\n")
+    print("| ranks | torch, s | ours, s | times faster | sender's memory, torch, MB | ours, MB |\n" + "|---" * 6 + "|")
+    broken = []
     for ranks in asked.ranks:
         found = launch(work, ranks, asked.parameters, timeout=500.0)
         (theirs, _), (ours, _) = found[0]["theirs"], found[0]["ours"]
         memory = {who: max(rank[who][1] for rank in found[1:]) for who in ("theirs", "ours")}
         print(
-            f"{ranks:>5}  {theirs:>7.2f} s  {ours:>7.3f} s  {theirs / ours:>5.0f}x  "
-            f"{memory['theirs']:>10,.0f} MB  {memory['ours']:>5,.1f} MB",
+            f"| {ranks} | {theirs:.2f} | {ours:.3f} | {theirs / ours:.0f} | {memory['theirs']:,.0f} | "
+            f"{memory['ours']:.1f} |",
             flush=True,
         )
+        broken += [f"{ranks} ranks: {theirs / ours:.0f} times, at least 50"] if theirs < _FASTER * ours else []
+        broken += [f"{ranks} ranks: {memory['ours']:.1f} MB, less than 32"] if memory["ours"] >= _MEMORY else []
+    print("\n" + ("\n".join(broken) if broken else "every bound is kept"))
+    if asked.check and broken:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

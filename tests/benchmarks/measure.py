@@ -30,6 +30,8 @@ Loop = Callable[[Iterator[Any]], None]
 _WARM_UP = 3  # slices that are not counted: the first ones allocate
 # Else glibc gives freed memory back and takes it again at every step, or not, by luck of the heap.
 STEADY_HEAP = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
+# Where memory itself is measured: each large tensor is a mapping of its own, new when made and given back when freed.
+EXACT_HEAP = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
