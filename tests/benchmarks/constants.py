@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 import statistics
 import sys
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from consolidation import wrapped
 
 import ice_engine as ice
-from ice_engine.distributed.rounds import Kind, rounds
+from ice_engine.distributed.rounds import WIDTH, Kind, rounds
 from ice_engine.distributed.world import own_group
 from tests.distributed.launch import launch
 
@@ -35,6 +36,7 @@ class Constants:
     Attributes:
         entry: Seconds of a round with nobody else: what Python does.
         hop: Seconds that a row takes from one rank to the next.
+        arrival: Seconds of each row that one rank takes in from many.
         send: From one rank to another (gloo), in messages of 16 MB.
         reduce: Of an all-reduce, through each rank's link.
         link: Of a broadcast, through each rank's link: here that of ``send``.
@@ -52,6 +54,7 @@ class Constants:
 
     entry: float
     hop: float
+    arrival: float
     send: float
     reduce: float
     link: float
@@ -71,8 +74,11 @@ class Constants:
         return max(1.0, ranks / self.cores) if self.cores else 1.0
 
     def round(self, ranks: int) -> float:
-        """Return the seconds of a round: gloo's all-gather is a ring, in which each row visits rank after rank."""
-        return (self.entry + (ranks - 1) * self.hop) * self.crowd(ranks)
+        """Return the seconds of a round: all rows to one rank, and from there down a tree; of two, one hop each."""
+        if ranks <= 2:
+            return self.entry + (ranks - 1) * self.hop
+        hops = 1 + math.ceil(math.log2(ranks))
+        return (self.entry + hops * self.hop + (ranks - 1) * self.arrival) * self.crowd(ranks)
 
     def __str__(self) -> str:
         """A Markdown table."""
@@ -80,7 +86,9 @@ class Constants:
         for name, value in dataclasses.asdict(self).items():
             if value is not None:
                 rate = f"{value / 1e9:.2f} GB/s" if value > 1e6 else f"{value:.0f}"
-                rows.append(f"| `{name}` | {f'{1e3 * value:.3f} ms' if name in ('entry', 'hop', 'file') else rate} |")
+                rows.append(
+                    f"| `{name}` | {f'{1e3 * value:.3f} ms' if name in ('entry', 'hop', 'arrival', 'file') else rate} |"
+                )
         return "\n".join(["| constant | median |", "|---|---|", *rows])
 
 
@@ -142,10 +150,17 @@ def pair(folder: str) -> dict[str, float]:
     """Measure the constants of two ranks: rounds, and bytes between them."""
     optimizer, model = wrapped(40)
     message, large = torch.ones(4 * 2**20), torch.ones(8 * 2**20)
-    once = one_round()
+    once, many = one_round(), torch.zeros(100, WIDTH, dtype=torch.float64)
+
+    def arrivals() -> None:
+        start = dist.irecv if dist.get_rank() == 0 else dist.isend
+        for each in [start(row, 1 - dist.get_rank(), group=own_group()) for row in many]:
+            each.wait()
+
     send = dist.recv if dist.get_rank() == 0 else dist.send
     return {
         "round": once,
+        "arrival": median(arrivals) / len(many),
         "send": message.nbytes / median(lambda: send(message, 1 - dist.get_rank(), group=own_group())),
         "reduce": large.nbytes / median(lambda: dist.all_reduce(large)),
         "gather_rounds": median(optimizer.state_dict, 100) / once,
