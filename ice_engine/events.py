@@ -166,7 +166,8 @@ def call_handlers(engine: Engine, event: Any, *event_args: Any, **event_kwargs: 
     engine.last_event_name = event
     # Not [event], which would create the key: Ignite swallows exceptions if it finds EXCEPTION_RAISED there.
     for function, args, kwargs in engine._event_handlers.get(event, ()):  # noqa: SLF001
-        kwargs.update(event_kwargs)
+        if event_kwargs:
+            kwargs.update(event_kwargs)
         if args and isinstance(args[0], weakref.ref):
             owner = args[0]()
             if owner is None:

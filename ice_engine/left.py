@@ -1,6 +1,5 @@
 """Gradients as ``backward()`` left them; what others put, change or clear would make the window's mean wrong."""
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -17,7 +16,9 @@ class Left:
 
     def note(self, parameters: Iterable[torch.Tensor]) -> None:
         """Remember the gradients of *parameters* as they are."""
-        self._of_window = _gradients_and_versions(parameters)
+        gradients = [parameter.grad for parameter in parameters]
+        versions = [-1 if g is None else g._version for g in gradients]  # noqa: SLF001 - has no public name
+        self._of_window = gradients, versions
 
     def forget(self) -> None:
         """Expect no gradients."""
@@ -27,15 +28,11 @@ class Left:
         """Return what somebody did to the gradients of *parameters* since, if anything."""
         if self._of_window is None:
             return "foreign" if has_gradient(parameters) else None
-        gradients, versions = _gradients_and_versions(parameters)
-        before, versions_before = self._of_window
-        if versions == versions_before and all(map(operator.is_, gradients, before)):
-            return None  # as every time; what follows looks for the one that differs
-        for now, gradient, is_now, version in zip(gradients, before, versions, versions_before, strict=False):
-            if now is gradient and is_now == version:
-                continue
-            cleared = gradient is not None and (now is None or not bool(entries(now).any()))
-            return "cleared" if cleared else "changed"
+        for parameter, before, version in zip(parameters, *self._of_window, strict=False):
+            now = parameter.grad
+            if now is not before or (now is not None and now._version != version):  # noqa: SLF001 - has no public name
+                cleared = before is not None and (now is None or not bool(entries(now).any()))
+                return "cleared" if cleared else "changed"
         return None
 
 
@@ -45,8 +42,3 @@ def has_gradient(parameters: Iterable[torch.Tensor]) -> bool:
         if parameter.grad is not None:
             return True
     return False
-
-
-def _gradients_and_versions(parameters: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor | None], list[int]]:
-    gradients = [parameter.grad for parameter in parameters]
-    return gradients, [-1 if g is None else g._version for g in gradients]  # noqa: SLF001 - has no public name

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ignite.engine import Engine, _prepare_batch
+from ignite.engine import Engine
+from ignite.engine import _prepare_batch as _ignites
 
 from ice_engine.batches import batch_size
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
@@ -14,6 +15,15 @@ from ice_engine.quiet_engine import QuietEngine
 
 def _loss_value(x: Any, y: Any, y_pred: Any, loss: torch.Tensor) -> float:  # noqa: ARG001 - Ignite's signature
     return loss.item()
+
+
+def _prepare_batch(batch: Any, device: torch.device | None = None, non_blocking: bool = False) -> tuple[Any, Any]:
+    """Do what Ignite's does, which takes 1.5 us to find that two tensors stay where they are."""
+    x, y = batch
+    if device is None and type(x) is type(y) is torch.Tensor:
+        return x, y
+    x, y = _ignites(batch, device=device, non_blocking=non_blocking)
+    return x, y
 
 
 def create_trainer(
