@@ -8,7 +8,7 @@ from ice_engine.processors.clocks import Unit
 from ice_engine.processors.curve import Formula, build, by_clock, progress
 from ice_engine.processors.ramps import check_ramp, ramp
 from ice_engine.processors.schedule import Schedule
-from ice_engine.processors.shapes import above, check_floor, lowest, times
+from ice_engine.processors.shapes import above, check_floor, times
 
 
 @by_clock
@@ -103,13 +103,7 @@ def _cosine(
         return times(ramp(t, warmup, start))
     length = total - warmup
     part = (t - warmup) / length if rebound and length > 0 else progress(t - warmup, length)
-    height = 1 + math.cos(2 * math.pi * cycles * part)
-
-    def value(base: float) -> float:
-        end = lowest(base, floor, floor_ratio)
-        return end + (base - end) * height / 2
-
-    return value
+    return above(floor, floor_ratio, 1 + math.cos(2 * math.pi * cycles * part), of=2)
 
 
 def cosine(

@@ -35,12 +35,14 @@ def lowest(base: float, floor: float, floor_ratio: float | None) -> float:
     return floor if floor_ratio is None else base * floor_ratio
 
 
-def above(floor: float, floor_ratio: float | None, part: float) -> Callable[[float], float]:
-    """Return what gives the value at *part* of the way up to a base from the :func:`lowest`."""
+def above(floor: float, floor_ratio: float | None, part: float, of: float = 1.0) -> Callable[[float], float]:
+    """Return what gives the value at *part* (0 to *of*) of the way up to a base from the :func:`lowest`."""
+    if floor_ratio is None:
+        return lambda base: floor + (base - floor) * part / of
 
     def value(base: float) -> float:
-        end = lowest(base, floor, floor_ratio)
-        return end + (base - end) * part
+        end = base * floor_ratio
+        return end + (base - end) * part / of
 
     return value
 
