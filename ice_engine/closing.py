@@ -248,7 +248,12 @@ class Closing(Accumulating):
             clipped_norm=clip.after(norm, factor) if isinstance(clip, ClipNorm) and norm is not None else None,
             loss_scale=self._precision.loss_scale,
             values={
-                name: {key: frozen(group[key]) for key in binding.keys if key in group}
+                # frozen() is for tensors, and asks every entry of every group.
+                name: {
+                    key: value if type(value := group[key]) is float else frozen(value)
+                    for key in binding.keys
+                    if key in group
+                }
                 for name, group in zip(binding.names, self._inner.param_groups, strict=True)
             },
             skipped=reason,

@@ -31,12 +31,14 @@ on these events count steps (attempts for ``GRADIENTS_READY``, skips for ``STEP_
 import functools
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import EnumMeta
+from types import FunctionType
 from typing import Any, cast
 
 from ignite.engine import Engine, State
-from ignite.engine.events import EventEnum, EventsList
+from ignite.engine.events import CallableEventWithFilter, EventEnum, EventsList
 
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 
@@ -49,6 +51,18 @@ _KINDS = {
 
 
 _IGNITES = Engine._fire_event  # noqa: SLF001
+# What Ignite puts around a handler whose event has a filter, and the filters that it makes itself.
+_FILTERED = Engine._handler_wrapper(cast("Any", None), print, None, print).__code__  # noqa: SLF001
+_FILTER, _SELF = map(_FILTERED.co_freevars.index, ("event_filter", "self"))
+_OF_COUNT = tuple(
+    made.__code__
+    for made in (
+        CallableEventWithFilter.every_event_filter(1),
+        CallableEventWithFilter.once_event_filter([1]),
+        CallableEventWithFilter.before_and_after_event_filter(1),
+        CallableEventWithFilter.every_before_and_after_event_filter(1),
+    )
+)
 
 
 class _Named(EnumMeta):
@@ -162,12 +176,24 @@ def has_listeners(engine: Engine, event: EventEnum) -> bool:
 
 
 def call_handlers(engine: Engine, event: Any, *event_args: Any, **event_kwargs: Any) -> None:
-    """Do what Ignite's ``_fire_event`` does, but for the line that it formats for its log, half of the cost."""
+    """Do what Ignite's ``_fire_event`` does, but for the line that it formats for its log, half of the cost.
+
+    A handler that ``every=``, ``once=``, ``before=`` or ``after=`` keep silent costs 0.2 us instead of 1.4: that is
+    asked here, with the count read once for all.
+    """
     engine.last_event_name = event
+    count = None
     # Not [event], which would create the key: Ignite swallows exceptions if it finds EXCEPTION_RAISED there.
     for function, args, kwargs in engine._event_handlers.get(event, ()):  # noqa: SLF001
         if event_kwargs:
             kwargs.update(event_kwargs)
+        if type(function) is FunctionType and function.__code__ is _FILTERED:
+            passes = _filter_of_count(function, engine)
+            if passes is not None:
+                count = engine.state.get_event_attrib_value(event) if count is None else count
+                if not passes(engine, count):
+                    continue
+        count = None  # who is called may change it
         if args and isinstance(args[0], weakref.ref):
             owner = args[0]()
             if owner is None:
@@ -176,6 +202,15 @@ def call_handlers(engine: Engine, event: Any, *event_args: Any, **event_kwargs: 
             function(owner, *event_args, *args[1:], **kwargs)
         else:  # metrics do not get the engine
             function(*event_args, *args, **kwargs)
+
+
+def _filter_of_count(function: FunctionType, engine: Engine) -> Callable[[Engine, int], bool] | None:
+    """Return what lets *function* be called at some counts; None if it asks more, such as a function of the user's."""
+    cells: Any = function.__closure__
+    passes = cells[_FILTER].cell_contents
+    # A copied engine has the handlers of the first one, which ask that one's state.
+    own = type(passes) is FunctionType and passes.__code__ in _OF_COUNT and cells[_SELF].cell_contents is engine
+    return passes if own else None
 
 
 def fire(engine: Engine, event: EventEnum) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from ice_engine.clocks import Clocks
 from ice_engine.errors import ArgumentTypeError
+from ice_engine.processors.binding import Binding
 from ice_engine.processors.group import rewind, run_processors, set_initial_values, written_keys
 from ice_engine.processors.group_mapping import GroupMapping, group_name
 from ice_engine.processors.processor import name_of
@@ -121,7 +122,7 @@ class Rehearsal:
     ) -> None:
         self.groups = [{key: _copy(value) for key, value in group.items()} for group in param_groups]
         self.names = _different([group_name(group, i) for i, group in enumerate(self.groups)])
-        self._written = {key for _, key in written_keys(processors)}
+        self._written = dict.fromkeys(key for _, key in written_keys(processors))
         # Only a schedule says all that it writes.
         self._all_known = all(isinstance(processor, Schedule) for processor in processors)
         set_initial_values(processors, self.groups)
@@ -161,6 +162,9 @@ class Rehearsal:
         """
         counts, run, total = self._clocks.counts, vars(self._clocks.run), len(iterations)
         probes = {1 + i * (total - 1) // (_PROBES - 1) for i in range(_PROBES)}
+        binding = Binding(self._processors, self.groups)
+        # With schedules alone, as a run does it; then each writes its entry of every group.
+        everything: list[Mapping[str, Any]] = [self._written] * len(self.groups)
         step_key, attempt_key = f"{self._name}_step", f"{self._name}_attempt"
         run[f"{self._name}_skipped"] = 0
         for step, (iteration, epoch) in enumerate(zip(iterations, epochs, strict=True), start=1):
@@ -170,8 +174,13 @@ class Rehearsal:
             run[step_key] = step - 1
             context = {**self._clocks.position(), **self._fixed}
             try:
-                view = Witness if step in probes else GroupMapping
-                seen, _ = run_processors(self._processors, self.groups, context, view=view)
+                if step in probes or binding.run(context) is None:
+                    view = Witness if step in probes else GroupMapping
+                    seen, _ = run_processors(self._processors, self.groups, context, view=view)
+                    written = [mapping.staged for mapping in seen]
+                    self.witnesses += [mapping for mapping in seen if isinstance(mapping, Witness)]
+                else:
+                    written = everything
             except Exception as error:
                 if sys.version_info >= (3, 11):  # pragma: no branch - 3.10 has no notes
                     error.add_note(
@@ -180,13 +189,10 @@ class Rehearsal:
                     )
                 raise
             counts["step"] = step
-            self._record(seen, step)
-            if step in probes:
-                self.witnesses += [witness for witness in seen if isinstance(witness, Witness)]
+            self._record(written, step)
 
-    def _record(self, seen: Sequence[GroupMapping], step: int) -> None:
-        for i, mapping in enumerate(seen):
-            staged = mapping.staged
+    def _record(self, written: Sequence[Mapping[str, Any]], step: int) -> None:
+        for i, staged in enumerate(written):
             if staged:
                 self.scheduled[i] = True
                 if not self._followed[i].issuperset(staged):

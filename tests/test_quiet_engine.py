@@ -1,11 +1,12 @@
 """The engine of create_trainer is Ignite's, but for the time that events without a handler take."""
 
+import copy
 import gc
 import logging
 
 import pytest
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, Events, State
 from ignite.handlers import BasicTimeProfiler, HandlersTimeProfiler
 from ignite.metrics import RunningAverage
 
@@ -86,3 +87,82 @@ def test_create_trainer_makes_one():
     optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
 
     assert type(ice.create_trainer(model, optimizer, torch.nn.functional.mse_loss)) is QuietEngine
+
+
+def filtered(kind):
+    """Run handlers with all kinds of filters, some of which change what others go by, and return which were called."""
+    seen = []
+    engine = kind(lambda engine, batch: batch)
+    event, kinds = Events.ITERATION_COMPLETED, {"every": 3, "once": [2, 5, 11], "after": 7}
+    asked = iter([True, False, False] * 100)
+
+    def note(_, name):
+        seen.append((engine.state.iteration, name))
+
+    for key, value in kinds.items():
+        engine.add_event_handler(event(**{key: value}), note, key)
+    engine.add_event_handler(event(before=4), note, "before")
+    engine.add_event_handler(event(every=2, after=3, before=13), note, "all three")
+    engine.add_event_handler(event(event_filter=lambda engine, count: next(asked)), note, "asked")
+    engine.add_event_handler(event(every=4) | Events.EPOCH_COMPLETED(every=2), note, "list")
+    leaves = engine.add_event_handler(event(every=2), note, "leaves")
+    engine.add_event_handler(event(once=8), leaves.remove)
+    engine.add_event_handler(event(once=6), lambda: engine.add_event_handler(event(every=2), note, "came"))
+
+    def skip(engine):
+        engine.state.iteration += 1  # the handlers behind it see another count
+
+    engine.add_event_handler(event(once=9), skip)
+    for key, value in kinds.items():
+        engine.add_event_handler(event(**{key: value}), note, f"{key} behind")
+    engine.add_event_handler(event(every=5), engine.terminate_epoch)
+    engine.run(range(6), max_epochs=4)
+    return seen
+
+
+def test_filters_let_through_what_ignites_let_through():
+    seen = filtered(QuietEngine)
+    assert seen == filtered(Engine)
+    assert {name for _, name in seen} >= {
+        "every",
+        "once behind",
+        "before",
+        "all three",
+        "asked",
+        "list",
+        "leaves",
+        "came",
+    }
+
+
+def test_filters_of_a_copied_engine_ask_the_state_that_ignites_ask():
+    def called(kind):
+        seen = []
+        engine = kind(lambda engine, batch: batch)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=2), lambda: seen.append(twin.state.iteration))
+        twin = copy.deepcopy(engine)
+        twin.run(range(4))
+        return seen
+
+    assert called(QuietEngine) == called(Engine) == [1, 2, 3, 4]  # the engine that was copied stays at 0
+
+
+def test_the_count_is_read_once_for_all_handlers_that_stay_silent(monkeypatch):
+    engine, reads, read = QuietEngine(lambda engine, batch: batch), [], State.get_event_attrib_value
+    for _ in range(100):
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=10), lambda: None)
+    monkeypatch.setattr(State, "get_event_attrib_value", lambda *given: reads.append(given) or read(*given))
+    engine.run(range(3))
+
+    assert len(reads) == 3
+
+
+def test_a_profiler_sees_handlers_that_stay_silent_too():
+    def rows(kind):
+        engine, profiler = kind(lambda engine, batch: batch), HandlersTimeProfiler()
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=10), lambda: None)
+        profiler.attach(engine)
+        engine.run(range(3))
+        return [len(times) for times in profiler.event_handlers_times[Events.ITERATION_COMPLETED].values()]
+
+    assert rows(QuietEngine) == rows(Engine) != []

@@ -1,14 +1,15 @@
 """What stays the same from step to step about processors and param groups, found once."""
 
+import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ice_engine.errors import ProcessorError
 from ice_engine.fused import form
 from ice_engine.processors.composition import When
-from ice_engine.processors.group import followed_metrics, set_initial_values, written_keys
+from ice_engine.processors.group import followed_metrics, set_initial_values, take_back, written_keys
 from ice_engine.processors.group_mapping import Written, group_name
 from ice_engine.processors.schedule import Schedule
 
@@ -23,7 +24,6 @@ class Binding:
     Attributes:
         keys: The entries that a record shows.
         names: The names of the groups.
-        form: Which form of the optimizer steps them, see :func:`ice_engine.fused.form`.
         clocks_alone: Whether all are schedules, whose values follow from the clocks; then they are the same on every
             rank.
         blind: Whether none is a function of the user's, which might look at the gradients of a group.
@@ -40,10 +40,14 @@ class Binding:
         written = [key for _, key in written_keys(processors)]
         self.keys = list(dict.fromkeys(["lr", *(key.partition(".")[0] for key in written)]))
         self.names = [group_name(group, index) for index, group in enumerate(groups)]
-        self.form = form(groups)
         self.clocks_alone = all(isinstance(p, Schedule) for p in processors) and not followed_metrics(processors)
         self.blind = all(isinstance(p, Schedule) and not _asks(p) for p in processors)
         self._schedules = [(p, p.dst, f"initial_{p.dst}") for p in processors if isinstance(p, Schedule)]
+
+    @functools.cached_property
+    def form(self) -> str | None:
+        """Which form of the optimizer steps the groups, see :func:`ice_engine.fused.form`."""
+        return form(self._groups)
 
     def holds(self, processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]]) -> bool:
         """Whether it is of these, and not of others that have come since."""
@@ -56,7 +60,8 @@ class Binding:
     def run(self, context: Mapping[str, Any]) -> list[Written] | None:
         """Write what the schedules say at the clocks in *context*; if it is not that simple, nothing.
 
-        A schedule is then evaluated once for all groups that start from one value, and writes a float.
+        What a schedule computes from the clocks is then computed once for all groups, and a float written to each:
+        three keys of 100 groups take NUMBER.
 
         Returns:
             What was there before, for :func:`~ice_engine.processors.group.take_back`; None if it was not that simple,
@@ -64,32 +69,37 @@ class Binding:
         """
         if not self.clocks_alone:
             return None
-        try:
-            values = [self._values(*schedule, context) for schedule in self._schedules]
-        except (_NotThatSimple, ProcessorError, ArithmeticError):
-            return None  # whoever does it step by step also says what is wrong
         written: list[Written] = []
-        for (_, key, _), of_groups in zip(self._schedules, values, strict=True):
-            for group, value in zip(self._groups, of_groups, strict=True):
-                written.append((group, key, group[key]))
-                group[key] = value
+        try:
+            for schedule in self._schedules:
+                self._write(*schedule, context, written)
+        except (_NotThatSimple, ProcessorError, ArithmeticError):
+            take_back(written)
+            return None  # whoever does it step by step also says what is wrong
+        except BaseException:
+            take_back(written)
+            raise
         return written
 
-    def _values(self, schedule: Schedule, key: str, initial: str, context: Mapping[str, Any]) -> list[float]:
-        formula = schedule.formula(context)
-        if formula is None:
+    def _write(
+        self, schedule: Schedule, key: str, initial: str, context: Mapping[str, Any], written: list[Written]
+    ) -> None:
+        values = schedule.values(self._floats(initial), self._groups, context)
+        if values is None:
             raise _NotThatSimple
-        values, before, value = [], math.nan, math.nan
-        for group in self._groups:
-            base = group.get(initial)
-            if type(base) is not float or type(group.get(key)) is not float:
+        for group, value in zip(self._groups, values, strict=True):
+            before = group.get(key)
+            if type(before) is not float or type(value) is not float or not 0.0 <= value < math.inf:
                 raise _NotThatSimple
-            if base != before:
-                before, value = base, formula(base)
-                if type(value) is not float or not 0.0 <= value < math.inf:
-                    raise _NotThatSimple
-            values.append(value)
-        return values
+            written.append((group, key, before))
+            group[key] = value
+
+    def _floats(self, key: str) -> Iterator[float]:
+        for group in self._groups:
+            found = group.get(key)
+            if type(found) is not float:
+                raise _NotThatSimple
+            yield found
 
 
 class _NotThatSimple(Exception):  # noqa: N818 - no error

@@ -4,9 +4,10 @@ Each is built by an operator or a method of :class:`ice_engine.processors.schedu
 """
 
 import functools
+import operator
 from abc import abstractmethod
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ice_engine.errors import ArgumentTypeError
 from ice_engine.processors.clocks import at_clock, elapsed
 from ice_engine.processors.curve import Curve
 from ice_engine.processors.processor import belongs, name_of, require_key
-from ice_engine.processors.schedule import Schedule
+from ice_engine.processors.schedule import Groups, Schedule, plain_numbers
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,18 +43,13 @@ class Product(Schedule):
     def spec(self) -> dict[str, Any]:
         return {"product": [factor.spec for factor in self.factors]}
 
-    def formula(self, mapping: Mapping[str, Any], *, start: int = 0) -> Callable[[float], float] | None:
-        found = [factor.formula(mapping, start=start) for factor in reversed(self.factors)]
-        factors = [factor for factor in found if factor is not None]
-        if len(factors) < len(found):
-            return None
-
-        def product(base: float) -> float:
-            for factor in factors:
-                base = factor(base)
-            return base
-
-        return product
+    def values(
+        self, bases: Iterable[float], groups: Groups, mapping: Mapping[str, Any], *, start: int = 0
+    ) -> Iterable[float] | None:
+        found: Iterable[float] | None = bases
+        for factor in reversed(self.factors):
+            found = None if found is None else factor.values(found, groups, mapping, start=start)
+        return found
 
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
         for factor in reversed(self.factors):
@@ -96,11 +92,17 @@ class Sequence(Schedule):
             return self.first.applies(mapping, start=start)
         return self.second.applies(mapping, start=change)
 
-    def formula(self, mapping: Mapping[str, Any], *, start: int = 0) -> Callable[[float], float] | None:
+    def values(
+        self, bases: Iterable[float], groups: Groups, mapping: Mapping[str, Any], *, start: int = 0
+    ) -> Iterable[float] | None:
         change = start + self.at
         if self._elapsed(mapping) < change:
-            return self.first.formula(mapping, start=start)
-        return None if self.rebase else self.second.formula(mapping, start=change)
+            return self.first.values(bases, groups, mapping, start=start)
+        if self.rebase:
+            then = ChainMap(at_clock(self._unit, change), mapping)  # type: ignore[arg-type] # only read
+            rebased = self.first.values(bases, groups, then, start=start)
+            return None if rebased is None else self.second.values(rebased, groups, mapping, start=change)
+        return self.second.values(bases, groups, mapping, start=change)
 
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
         change = start + self.at
@@ -166,9 +168,11 @@ class Clamp(_Wrapped):
     def spec(self) -> dict[str, Any]:
         return {"clamp": self.schedule.spec, "min": self.least, "max": self.most}
 
-    def formula(self, mapping: Mapping[str, Any], *, start: int = 0) -> Callable[[float], float] | None:
-        inner = self.schedule.formula(mapping, start=start)
-        return None if inner is None else lambda base: self._limited(inner(base))
+    def values(
+        self, bases: Iterable[float], groups: Groups, mapping: Mapping[str, Any], *, start: int = 0
+    ) -> Iterable[float] | None:
+        inner = self.schedule.values(bases, groups, mapping, start=start)
+        return None if inner is None else map(self._limited, inner)
 
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
         return self._limited(self.schedule.value(base, mapping, start=start))
@@ -193,9 +197,12 @@ class Scale(_Wrapped):
     def spec(self) -> dict[str, Any]:
         return {"scale": self.schedule.spec, "by": self.by}
 
-    def formula(self, mapping: Mapping[str, Any], *, start: int = 0) -> Callable[[float], float] | None:
-        by, inner = self.by, self.schedule.formula(mapping, start=start)
-        return None if inner is None or isinstance(by, str) else lambda base: inner(base) * by
+    def values(
+        self, bases: Iterable[float], groups: Groups, mapping: Mapping[str, Any], *, start: int = 0
+    ) -> Iterable[float] | None:
+        inner, by = self.schedule.values(bases, groups, mapping, start=start), self.by
+        factors = plain_numbers(by, groups) if isinstance(by, str) else [by] * len(groups)
+        return None if inner is None or factors is None else map(operator.mul, inner, factors)
 
     def value(self, base: float, mapping: Mapping[str, Any], *, start: int = 0) -> float:
         by = self.by

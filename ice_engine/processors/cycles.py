@@ -6,14 +6,15 @@ from typing import Literal
 from ice_engine import arguments
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, ProcessorValueError
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.curve import build
+from ice_engine.processors.curve import Formula, build, by_clock
 from ice_engine.processors.schedule import Schedule
 from ice_engine.processors.shapes import ANNEALS, between
 
 MODES = ("triangular", "triangular2", "exp_range")
 
 
-def _cyclic(base: float, t: float, *, peak: float, up: int, down: int | None, mode: str, gamma: float) -> float:
+@by_clock
+def _cyclic(t: float, *, peak: float, up: int, down: int | None, mode: str, gamma: float) -> Formula:
     period = up + (up if down is None else down)
     cycle, since = divmod(t, period)
     height = since / up if since <= up else (period - since) / (period - up)
@@ -21,7 +22,7 @@ def _cyclic(base: float, t: float, *, peak: float, up: int, down: int | None, mo
         height *= 2.0**-cycle
     elif mode == "exp_range":
         height *= gamma**t
-    return base + (peak - base) * height
+    return lambda base: base + (peak - base) * height
 
 
 def cyclic(
@@ -84,8 +85,8 @@ def cyclic(
     return build(cyclic, _cyclic, unit=unit, dst=dst, peak=peak, up=up, down=down, mode=mode, gamma=gamma)
 
 
+@by_clock
 def _cyclic_anneal(
-    base: float,
     t: float,
     *,
     target_ratio: tuple[float, float],
@@ -94,7 +95,7 @@ def _cyclic_anneal(
     anneal: str,
     gamma: float,
     total: int,
-) -> float:
+) -> Formula:
     if 0 < total < times:  # 0 or less: it began after the end of the run
         message = f"processor 'cyclic_anneal' is to fit times={times} cycles into {total}; each needs one at least"
         raise ProcessorValueError(message)
@@ -103,10 +104,12 @@ def _cyclic_anneal(
     cycle, since = divmod(t, period)
     highest, least = target_ratio
     scale = gamma**cycle
-    peak = base * (1 - scale + highest * scale)
+    peak = 1 - scale + highest * scale
     if since < rise:
-        return between(anneal, base, peak, since / rise)
-    return between(anneal, peak, base * least, (since - rise) / (period - rise))
+        way = between(anneal, since / rise)
+        return lambda base: way(base, base * peak)
+    way = between(anneal, (since - rise) / (period - rise))
+    return lambda base: way(base * peak, base * least)
 
 
 def cyclic_anneal(

@@ -5,17 +5,18 @@ import math
 from ice_engine import arguments
 from ice_engine.errors import ArgumentValueError
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.curve import build, progress
+from ice_engine.processors.curve import Formula, build, by_clock, progress
 from ice_engine.processors.ramps import check_ramp, ramp
 from ice_engine.processors.schedule import Schedule
-from ice_engine.processors.shapes import check_floor, lowest
+from ice_engine.processors.shapes import above, check_floor, times
 
 
-def _linear(base: float, t: float, *, start: float | None, end: float, total: int, warmup: int) -> float:
+@by_clock
+def _linear(t: float, *, start: float | None, end: float, total: int, warmup: int) -> Formula:
     if t < warmup:
-        return base * ramp(t, warmup, start)
+        return times(ramp(t, warmup, start))
     first = 1.0 if warmup or start is None else start
-    return base * (first + (end - first) * progress(t - warmup, total - warmup))
+    return times(first + (end - first) * progress(t - warmup, total - warmup))
 
 
 def linear(
@@ -86,8 +87,8 @@ def linear(
     return build(linear, _linear, unit=unit, dst=dst, start=start, end=end, total=total, warmup=warmup)
 
 
+@by_clock
 def _cosine(
-    base: float,
     t: float,
     *,
     total: int,
@@ -97,12 +98,12 @@ def _cosine(
     floor_ratio: float | None,
     cycles: float,
     rebound: bool,
-) -> float:
+) -> Formula:
     if t < warmup:
-        return base * ramp(t, warmup, start)
-    end, length = lowest(base, floor, floor_ratio), total - warmup
+        return times(ramp(t, warmup, start))
+    length = total - warmup
     part = (t - warmup) / length if rebound and length > 0 else progress(t - warmup, length)
-    return end + (base - end) * (1 + math.cos(2 * math.pi * cycles * part)) / 2
+    return above(floor, floor_ratio, 1 + math.cos(2 * math.pi * cycles * part), of=2)
 
 
 def cosine(
@@ -182,8 +183,8 @@ def cosine(
     )
 
 
+@by_clock
 def _polynomial(
-    base: float,
     t: float,
     *,
     power: float,
@@ -192,11 +193,10 @@ def _polynomial(
     total: int,
     warmup: int,
     start: float | None,
-) -> float:
+) -> Formula:
     if t < warmup:
-        return base * ramp(t, warmup, start)
-    end = lowest(base, floor, floor_ratio)
-    return end + (base - end) * math.pow(1 - progress(t - warmup, total - warmup), power)
+        return times(ramp(t, warmup, start))
+    return above(floor, floor_ratio, math.pow(1 - progress(t - warmup, total - warmup), power))
 
 
 def polynomial(

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from ice_engine import arguments
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.curve import build
+from ice_engine.processors.curve import Formula, build, by_clock
 from ice_engine.processors.ramps import check_ramp, ramp
 from ice_engine.processors.schedule import Schedule
+from ice_engine.processors.shapes import times
 
 
-def _exponential(base: float, t: float, *, gamma: float) -> float:
-    return base * math.pow(gamma, t)
+@by_clock
+def _exponential(t: float, *, gamma: float) -> Formula:
+    return times(math.pow(gamma, t))
 
 
 def exponential(*, gamma: float, unit: Unit = "step", dst: str = "lr") -> Schedule:
@@ -48,9 +50,10 @@ def exponential(*, gamma: float, unit: Unit = "step", dst: str = "lr") -> Schedu
     return build(exponential, _exponential, unit=unit, dst=dst, gamma=gamma)
 
 
-def _step(base: float, t: float, *, step_size: int | tuple[int, ...], gamma: float) -> float:
+@by_clock
+def _step(t: float, *, step_size: int | tuple[int, ...], gamma: float) -> Formula:
     drops = int(t // step_size) if isinstance(step_size, int) else bisect.bisect_right(step_size, t)
-    return base * math.pow(gamma, drops)
+    return times(math.pow(gamma, drops))
 
 
 def step(*, step_size: int | Sequence[int], gamma: float = 0.1, unit: Unit = "step", dst: str = "lr") -> Schedule:
@@ -103,8 +106,9 @@ def _milestones(step_size: Sequence[int]) -> tuple[int, ...]:
     return times
 
 
-def _inverse(base: float, t: float, *, gamma: float, power: float) -> float:
-    return base * math.pow(1 + gamma * t, -power)
+@by_clock
+def _inverse(t: float, *, gamma: float, power: float) -> Formula:
+    return times(math.pow(1 + gamma * t, -power))
 
 
 def inverse(*, gamma: float, power: float = 1.0, unit: Unit = "step", dst: str = "lr") -> Schedule:
@@ -145,11 +149,13 @@ def inverse(*, gamma: float, power: float = 1.0, unit: Unit = "step", dst: str =
     return build(inverse, _inverse, unit=unit, dst=dst, gamma=gamma, power=power)
 
 
-def _inverse_sqrt(base: float, t: float, *, warmup: int, start: float | None, timescale: float | None) -> float:
+@by_clock
+def _inverse_sqrt(t: float, *, warmup: int, start: float | None, timescale: float | None) -> Formula:
     if t < warmup:
-        return base * ramp(t, warmup, start)
+        return times(ramp(t, warmup, start))
     scale = timescale or warmup or 10_000
-    return base / math.sqrt((t - warmup + scale) / scale)
+    divisor = math.sqrt((t - warmup + scale) / scale)
+    return lambda base: base / divisor
 
 
 def inverse_sqrt(

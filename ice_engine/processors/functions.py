@@ -8,13 +8,15 @@ from typing import Any, SupportsFloat
 
 from ice_engine.errors import ArgumentTypeError, ProcessorValueError
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.curve import build
+from ice_engine.processors.curve import Formula, build, by_clock
 from ice_engine.processors.processor import name_of
 from ice_engine.processors.schedule import Schedule
 
 
-def _function(base: float, t: float, *, f: Callable[[Any], Any]) -> float:
-    return _finite(base * _factor("function", f, t))
+@by_clock
+def _function(t: float, *, f: Callable[[Any], Any]) -> Formula:
+    factor = _factor("function", f, t)
+    return lambda base: _finite(base * factor)
 
 
 def function(f: Callable[[Any], SupportsFloat], *, unit: Unit = "step", dst: str = "lr") -> Schedule:
@@ -80,8 +82,10 @@ class Products:
         return Products, (self.f,)
 
 
-def _multiplicative(base: float, t: float, *, f: Products) -> float:
-    return _finite(base * f(int(t)))
+@by_clock
+def _multiplicative(t: float, *, f: Products) -> Formula:
+    factor = f(int(t))
+    return lambda base: _finite(base * factor)
 
 
 def multiplicative(f: Callable[[int], SupportsFloat], *, unit: Unit = "step", dst: str = "lr") -> Schedule:

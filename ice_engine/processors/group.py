@@ -55,9 +55,9 @@ def run_processors(
     return staged, [each for mapping in staged for each in mapping.commit()]
 
 
-def take_back(written: Iterable[Written]) -> None:
-    """Give groups the entries that they had before something was *written*."""
-    for group, key, before in written:
+def take_back(written: Sequence[Written]) -> None:
+    """Give groups the entries that they had before something was *written*, some of them perhaps twice."""
+    for group, key, before in reversed(written):
         if isinstance(before, torch.Tensor):
             group[key].copy_(before)
         else:

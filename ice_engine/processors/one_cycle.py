@@ -1,22 +1,24 @@
 """The one-cycle policy: one rise, one fall, and momentum the other way."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from ice_engine import arguments
 from ice_engine.errors import ArgumentValueError
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.curve import build
+from ice_engine.processors.curve import Formula, build, by_clock
 from ice_engine.processors.schedule import Schedule
 from ice_engine.processors.shapes import ANNEALS, between
 
 
-def _along(values: tuple[float, ...], ends: tuple[float, ...], t: float, anneal: str) -> float:
-    """Return the value at *t* of phases that end at *ends* and lead from each of *values* to the next."""
+def _along(ends: tuple[float, ...], t: float, anneal: str) -> Callable[[tuple[float, ...]], float]:
+    """Return what gives the value at *t* of phases that end at *ends* and lead from each of some values to the next."""
     phase = next((phase for phase, end in enumerate(ends) if t <= end), len(ends) - 1)
     start, end = (0.0, *ends)[phase], ends[phase]
     # A phase without length is at its end at once.
     part = (t - start) / (end - start) if end > start else 1.0
-    return between(anneal, values[phase], values[phase + 1], part)
+    way = between(anneal, part)
+    return lambda values: way(values[phase], values[phase + 1])
 
 
 def _phases(total: int, pct_start: float, three_phase: bool) -> tuple[float, ...]:
@@ -24,8 +26,8 @@ def _phases(total: int, pct_start: float, three_phase: bool) -> tuple[float, ...
     return (rise, 2 * rise, total - 1) if three_phase else (rise, total - 1)
 
 
+@by_clock
 def _one_cycle(
-    base: float,
     t: float,
     *,
     total: int,
@@ -34,10 +36,14 @@ def _one_cycle(
     div_factor: float,
     final_div_factor: float,
     three_phase: bool,
-) -> float:
-    low = base / div_factor
-    values = (low, base, low, low / final_div_factor) if three_phase else (low, base, low / final_div_factor)
-    return _along(values, _phases(total, pct_start, three_phase), max(min(t, total - 1), 0), anneal)
+) -> Formula:
+    along = _along(_phases(total, pct_start, three_phase), max(min(t, total - 1), 0), anneal)
+
+    def value(base: float) -> float:
+        low = base / div_factor
+        return along((low, base, low, low / final_div_factor) if three_phase else (low, base, low / final_div_factor))
+
+    return value
 
 
 def one_cycle(
@@ -110,11 +116,13 @@ def one_cycle(
     )
 
 
+@by_clock
 def _one_cycle_momentum(
-    _: float, t: float, *, low: float, high: float, total: int, pct_start: float, anneal: str, three_phase: bool
-) -> float:
-    values = (high, low, high, high) if three_phase else (high, low, high)
-    return _along(values, _phases(total, pct_start, three_phase), max(min(t, total - 1), 0), anneal)
+    t: float, *, low: float, high: float, total: int, pct_start: float, anneal: str, three_phase: bool
+) -> Formula:
+    along = _along(_phases(total, pct_start, three_phase), max(min(t, total - 1), 0), anneal)
+    value = along((high, low, high, high) if three_phase else (high, low, high))
+    return lambda _: value
 
 
 def one_cycle_momentum(

@@ -7,13 +7,14 @@ from typing import Literal
 from ice_engine import arguments
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.curve import build
+from ice_engine.processors.curve import Formula, build, by_clock
 from ice_engine.processors.schedule import Schedule
-from ice_engine.processors.shapes import half_cosine
+from ice_engine.processors.shapes import half_cosine, times
 
 
-def _constant(base: float, _: float, *, factor: float) -> float:
-    return base * factor
+@by_clock
+def _constant(_: float, *, factor: float) -> Formula:
+    return times(factor)
 
 
 def constant(factor: float = 1.0, *, unit: Unit = "step", dst: str = "lr") -> Schedule:
@@ -83,8 +84,8 @@ def check_ramp(name: str, warmup: int, start: float | None, total: int | None = 
     return warmup, start
 
 
+@by_clock
 def _warmup(
-    base: float,
     t: float,
     *,
     steps: int | None,
@@ -92,16 +93,16 @@ def _warmup(
     start: float | None,
     shape: str,
     epoch_length: int | None = None,
-) -> float:
+) -> Formula:
     if steps is not None:
-        return base * ramp(t, steps, start, shape)
+        return times(ramp(t, steps, start, shape))
     if epoch_length is None:
         message = (
             "processor 'warmup' lasts a number of epochs, whose length is unknown: 'epoch_length' of the mapping is "
             "None. Pass warmup(steps=...) instead of epochs="
         )
         raise MissingKeyError(message)
-    return base * ramp(t, (epochs or 0) * epoch_length, start, shape)
+    return times(ramp(t, (epochs or 0) * epoch_length, start, shape))
 
 
 def warmup(

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from ice_engine import arguments
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.curve import build
+from ice_engine.processors.curve import Formula, build, by_clock
 from ice_engine.processors.ramps import check_ramp, ramp
 from ice_engine.processors.schedule import Schedule
-from ice_engine.processors.shapes import check_floor, half_cosine, lowest
+from ice_engine.processors.shapes import above, check_floor, half_cosine, lowest, times
 
 
+@by_clock
 def _cosine_restarts(
-    base: float,
     t: float,
     *,
     periods: int | tuple[int, ...],
@@ -23,18 +23,22 @@ def _cosine_restarts(
     weights: tuple[float, ...] | None,
     floor: float,
     floor_ratio: float | None,
-) -> float:
-    end = lowest(base, floor, floor_ratio)
+) -> Formula:
     if isinstance(periods, int):
         since, period = _growing_period(t, periods, growth)
-        return end + (base - end) * half_cosine(since / period)
+        return above(floor, floor_ratio, half_cosine(since / period))
     ends = list(itertools.accumulate(periods))
     index = bisect.bisect_right(ends, t)
     if index == len(periods):
-        return end
+        return lambda base: lowest(base, floor, floor_ratio)
     since = t - (ends[index] - periods[index])
-    weight = 1.0 if weights is None else weights[index]
-    return end + weight * (base - end) * half_cosine(since / periods[index])
+    weight, part = 1.0 if weights is None else weights[index], half_cosine(since / periods[index])
+
+    def value(base: float) -> float:
+        end = lowest(base, floor, floor_ratio)
+        return end + weight * (base - end) * part
+
+    return value
 
 
 def _growing_period(t: float, first: int, growth: int) -> tuple[float, int]:
@@ -148,14 +152,15 @@ def _check_list(
     return lengths, tuple(arguments.number("each of cosine_restarts(weights=[...])", weight) for weight in weights)
 
 
-def _hard_restarts(base: float, t: float, *, cycles: float, total: int, warmup: int, start: float | None) -> float:
+@by_clock
+def _hard_restarts(t: float, *, cycles: float, total: int, warmup: int, start: float | None) -> Formula:
     if t < warmup:
-        return base * ramp(t, warmup, start)
+        return times(ramp(t, warmup, start))
     length = total - warmup
     if t >= total:
-        return 0.0
+        return lambda _: 0.0
     # The remainder of whole numbers: that of a fraction, as in transformers, misses some restarts.
-    return base * half_cosine(math.fmod(cycles * (t - warmup), length) / length)
+    return times(half_cosine(math.fmod(cycles * (t - warmup), length) / length))
 
 
 def hard_restarts(

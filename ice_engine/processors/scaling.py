@@ -6,15 +6,17 @@ from typing import Any, Literal
 from ice_engine import arguments
 from ice_engine.errors import ProcessorValueError
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.curve import build
+from ice_engine.processors.curve import Formula, build, by_clock
 from ice_engine.processors.schedule import Schedule
+from ice_engine.processors.shapes import times
 
 RULES = ("linear", "sqrt")
 
 
-def _batch_scaling(base: float, _: float, *, batch_size: int, reference: int, rule: str) -> float:
+@by_clock
+def _batch_scaling(_: float, *, batch_size: int, reference: int, rule: str) -> Formula:
     ratio = batch_size / reference
-    return base * (math.sqrt(ratio) if rule == "sqrt" else ratio)
+    return times(math.sqrt(ratio) if rule == "sqrt" else ratio)
 
 
 def batch_scaling(

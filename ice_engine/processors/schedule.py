@@ -7,10 +7,11 @@ factory, see :func:`ice_engine.processors.curve.build`; what combines them is in
 """
 
 import functools
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ice_engine import arguments, pictures
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
     from ice_engine.processors.curve import Curve
+
+Groups: TypeAlias = Sequence[Mapping[str, Any]]
+"""Param groups, only read."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,17 @@ class Schedule(Processor):
             start: When the schedule's own clock starts, in its unit.
         """
 
-    def formula(self, mapping: Mapping[str, Any], *, start: int = 0) -> Callable[[float], float] | None:  # noqa: ARG002
-        """Return the value at the clocks in *mapping* as a function of the base, the same for every param group.
+    def values(
+        self,
+        bases: Iterable[float],  # noqa: ARG002
+        groups: Groups,  # noqa: ARG002
+        mapping: Mapping[str, Any],  # noqa: ARG002
+        *,
+        start: int = 0,  # noqa: ARG002
+    ) -> Iterable[float] | None:
+        """Return the value of each of *groups* at the clocks in *mapping*, with what is common computed once.
 
-        None if it depends on the group, or might; then :meth:`value` says.
+        None if that takes a mapping of each group, or might; then :meth:`value` says.
         """
         return None
 
@@ -306,6 +317,12 @@ class Schedule(Processor):
             message = f"when() wants a function of the mapping, got {predicate!r} ({type(predicate).__name__})"
             raise ArgumentTypeError(message)
         return When(self.dst, self, predicate)
+
+
+def plain_numbers(key: str, groups: Groups) -> list[float] | None:
+    """Return what each of *groups* has for *key*; None unless it is a finite int or float in all of them."""
+    found: list[Any] = [group.get(key) for group in groups]
+    return found if {*map(type, found)} <= {int, float} and all(map(math.isfinite, found)) else None
 
 
 def _check_same_dst(first: Schedule, second: Schedule) -> None:

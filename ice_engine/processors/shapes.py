@@ -9,12 +9,12 @@ from ice_engine.errors import ArgumentValueError
 ANNEALS = ("cos", "linear")
 
 
-def between(kind: str, start: float, end: float, part: float) -> float:
-    """Return the value at *part* (0 to 1) of the way from *start* to *end*, along half a cosine or a line."""
-    if start == end:
-        return end
+def between(kind: str, part: float) -> Callable[[float, float], float]:
+    """Return what gives the value at *part* (0 to 1) of the way from one value to another; *kind* is of ``ANNEALS``."""
     left = half_cosine(part) if kind == "cos" else 1 - part
-    return start * left + end * (1 - left)  # exact at both ends, however far apart they are
+    right = 1 - left
+    # Exact at both ends, however far apart they are.
+    return lambda start, end: end if start == end else start * left + end * right
 
 
 def half_cosine(part: float) -> float:
@@ -33,6 +33,23 @@ FALLS: dict[str, Callable[[float], float]] = {
 def lowest(base: float, floor: float, floor_ratio: float | None) -> float:
     """Return the value to end at: *floor*, or *floor_ratio* times *base* where that is given."""
     return floor if floor_ratio is None else base * floor_ratio
+
+
+def above(floor: float, floor_ratio: float | None, part: float, of: float = 1.0) -> Callable[[float], float]:
+    """Return what gives the value at *part* (0 to *of*) of the way up to a base from the :func:`lowest`."""
+    if floor_ratio is None:
+        return lambda base: floor + (base - floor) * part / of
+
+    def value(base: float) -> float:
+        end = base * floor_ratio
+        return end + (base - end) * part / of
+
+    return value
+
+
+def times(factor: float) -> Callable[[float], float]:
+    """Return what gives *factor* times a base."""
+    return lambda base: base * factor
 
 
 def check_floor(name: str, floor: float, floor_ratio: float | None) -> tuple[float, float | None]:

@@ -5,18 +5,18 @@ from typing import Literal
 from ice_engine import arguments
 from ice_engine.errors import ArgumentValueError
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.curve import build, progress
+from ice_engine.processors.curve import Formula, build, by_clock, progress
 from ice_engine.processors.ramps import check_ramp, ramp
 from ice_engine.processors.schedule import Schedule
-from ice_engine.processors.shapes import FALLS, check_floor, half_cosine, lowest
+from ice_engine.processors.shapes import FALLS, above, check_floor, half_cosine, times
 
 
-def _flat_cosine(base: float, t: float, *, flat: float, floor: float, floor_ratio: float | None, total: int) -> float:
+@by_clock
+def _flat_cosine(t: float, *, flat: float, floor: float, floor_ratio: float | None, total: int) -> Formula:
     change = round(total * flat)
     if t < change:
-        return base
-    end = lowest(base, floor, floor_ratio)
-    return end + (base - end) * half_cosine(progress(t - change, total - change))
+        return times(1.0)
+    return above(floor, floor_ratio, half_cosine(progress(t - change, total - change)))
 
 
 def flat_cosine(
@@ -74,8 +74,8 @@ def flat_cosine(
     )
 
 
+@by_clock
 def _wsd(
-    base: float,
     t: float,
     *,
     decay: int,
@@ -85,13 +85,12 @@ def _wsd(
     floor: float,
     floor_ratio: float | None,
     total: int,
-) -> float:
+) -> Formula:
     if t < warmup:
-        return base * ramp(t, warmup, start)
+        return times(ramp(t, warmup, start))
     if t < total - decay:
-        return base
-    end = lowest(base, floor, floor_ratio)
-    return end + (base - end) * FALLS[shape](progress(t - (total - decay), decay))
+        return times(1.0)
+    return above(floor, floor_ratio, FALLS[shape](progress(t - (total - decay), decay)))
 
 
 def wsd(
@@ -172,9 +171,9 @@ def wsd(
     )
 
 
-def _trapezoid(base: float, t: float, *, warmup: int, decay: int, start: float | None, total: int) -> float:
-    return _wsd(
-        base,
+@by_clock
+def _trapezoid(t: float, *, warmup: int, decay: int, start: float | None, total: int) -> Formula:
+    return _wsd.at_clock(
         t,
         decay=decay,
         warmup=warmup,

@@ -4,13 +4,15 @@ from typing import Literal
 
 from ice_engine import arguments
 from ice_engine.processors.clocks import Unit
-from ice_engine.processors.curve import build, progress
+from ice_engine.processors.curve import Formula, build, by_clock, progress
 from ice_engine.processors.schedule import Schedule
 from ice_engine.processors.shapes import ANNEALS, between
 
 
-def _swa(base: float, t: float, *, target: float, steps: int, anneal: str) -> float:
-    return between(anneal, base, target, progress(t, steps))
+@by_clock
+def _swa(t: float, *, target: float, steps: int, anneal: str) -> Formula:
+    way = between(anneal, progress(t, steps))
+    return lambda base: way(base, target)
 
 
 def swa(
