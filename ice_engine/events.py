@@ -52,8 +52,12 @@ _KINDS = {
 
 _IGNITES = Engine._fire_event  # noqa: SLF001
 # What Ignite puts around a handler whose event has a filter, and the filters that it makes itself.
-_FILTERED = Engine._handler_wrapper(cast("Any", None), print, None, print).__code__  # noqa: SLF001
-_FILTER, _SELF = map(_FILTERED.co_freevars.index, ("event_filter", "self"))
+_FILTERED: Any = Engine._handler_wrapper(cast("Any", None), print, None, print).__code__  # noqa: SLF001
+_FILTER = _SELF = 0
+try:
+    _FILTER, _SELF = map(_FILTERED.co_freevars.index, ("event_filter", "self"))
+except ValueError:  # another Ignite: what it puts around is then called as any handler
+    _FILTERED = None
 _OF_COUNT = tuple(
     made.__code__
     for made in (

@@ -32,8 +32,7 @@ class ByClock(Protocol):
 def by_clock(at_clock: Callable[..., Formula]) -> ByClock:
     """Make ``function(base, t, **settings)`` of ``at_clock(t, **settings)``, which returns a function of the base.
 
-    What follows from the clock is then computed once a step for all param groups: a cosine over 100 groups, each from
-    a value of its own, takes NUMBER.
+    What follows from the clock is then computed once a step for all param groups.
     """
 
     @functools.wraps(at_clock)
