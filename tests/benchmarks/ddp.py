@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ignite.engine import Engine
+from measure import STEADY_HEAP
 from torch.nn.parallel import DistributedDataParallel
+from work import TOTAL
 
 import ice_engine as ice
 from ice_engine.distributed.rounds import Kind, rounds
-from tests.benchmarks.measure import STEADY_HEAP
-from tests.benchmarks.work import TOTAL
 
 STEPS = 8  # micro-batches per window
 WARM_UP = 3  # windows that are not counted: the first ones allocate
