@@ -23,7 +23,7 @@ import torch
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
 
-from ice_engine.distributed.rounds import Kind, Row, rounds
+from ice_engine.distributed.rounds import Kind, Row, is_from_others, rounds
 from ice_engine.distributed.sync import Synchroniser, release
 from ice_engine.distributed.world import world_size
 from ice_engine.endings import when_left
@@ -144,9 +144,11 @@ class Peers:
 
     def _on_left(self, error: BaseException | None) -> None:
         try:
-            if isinstance(error, RankError):
+            if error is None:  # once more, for what handlers raise that come after the last round
+                self._rounds.exchange(Kind.LEFT, doing="the end of run()")
+            elif is_from_others(error):
                 self._rounds.leave_note(error)  # every rank has it, is gone, or waits where nobody will come
-            elif error is not None:
+            else:
                 self._on_raised(error)
         finally:
             self._switch(last=True)
@@ -168,7 +170,7 @@ class Peers:
         facts = {"max_epochs": state.max_epochs, "max_iters": state.max_iters}
         for member in self._members:
             facts |= {f"{key} of optimizer {member.name!r}": value for key, value in member.facts().items()}
-        self._rounds.exchange(Kind.START)
+        self._rounds.exchange(Kind.START, doing="the start of a run")
         self._rounds.leave_note(None)
         lengths = self._agree({**facts, "epoch_length": state.epoch_length}, free={"epoch_length"})["epoch_length"]
         self._length = lengths[0] if len(set(lengths)) == 1 else None

@@ -4,11 +4,13 @@ What all ranks do together, they first say to each other. A row begins with what
 go together, every rank learns it in that round and stops with the same error, instead of one waiting for the other.
 """
 
+import atexit
 import collections
 import datetime
 import enum
 import functools
 import logging
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ice_engine.distributed.watch import Answer, Watch, describe, others
-from ice_engine.distributed.world import listed, own_group, rank, world_size
+from ice_engine.distributed.world import PATIENCE, listed, own_group, rank, world_size
 from ice_engine.errors import RankError
 
 logger = logging.getLogger(__name__)
@@ -27,9 +29,10 @@ _PAIR = 2  # ranks, for which an all-gather is one hop
 _SOON = datetime.timedelta(seconds=4)  # after which it is asked who is missing
 _STUCK = 60.0  # seconds after which several ranks in one collective of their own count as stuck
 _ALL_STUCK = 15.0  # the same, of all ranks but this one: then nobody computes what the others wait for
-_SILENT = 30.0  # seconds without an answer after which a rank counts as stopped; a call into C may keep the interpreter
+_SILENT = 30.0  # the same, of a rank on another host without an answer: a call into C may keep its interpreter
 _LOST = "lost the connection"
 _LEAVING = datetime.timedelta(seconds=5)  # what a rank that raised waits for the others
+_END = 2  # seconds that a process has to end whose round cannot
 
 
 class Kind(enum.IntEnum):
@@ -45,6 +48,7 @@ class Kind(enum.IntEnum):
     RAISED = 7
     EPOCH_START = 8
     AGAIN = 9
+    LEFT = 10
 
     def __str__(self) -> str:
         return _WORDS[self]
@@ -61,6 +65,7 @@ _WORDS = {
     Kind.TEXT: "needs all ranks",
     Kind.RAISED: "raised",
     Kind.AGAIN: "differentiates one more loss of a micro-batch",
+    Kind.LEFT: "has left its run",
 }
 _TOGETHER = (
     *({kind} for kind in Kind),
@@ -81,6 +86,7 @@ class Rounds:
         self._doing = ""
         self._kept: collections.deque[Any] = collections.deque(maxlen=2)
         self._left: RankError | None = None  # why this rank gave a round up, which the others may still come to
+        self._watch.introduce(self.texts(self._watch.introduction, "the first of all rounds"))
 
     def close(self) -> None:
         """Stop answering the other ranks."""
@@ -163,12 +169,14 @@ class Rounds:
         row = torch.zeros(WIDTH, dtype=torch.float64)
         row[: 1 + len(values)] = torch.tensor([kind, *values], dtype=torch.float64)
         rows = torch.empty(world_size(), WIDTH, dtype=torch.float64)
+        every, to, back = dist.distributed_c10d.AllgatherOptions(), dist.GatherOptions(), dist.BroadcastOptions()
+        # Gloo's own, at which it closes the connection: who raised is not to wait at its end for who does not come.
+        every.timeout = to.timeout = back.timeout = patience or PATIENCE
         if world_size() == _PAIR:
-            self._do(self._group.allgather, [[*rows.unbind()]], [row], patience=patience)
+            self._do(self._group.allgather, [[*rows.unbind()]], [row], every, patience=patience)
         else:
             # Gloo's all-gather hands rows round, in as many hops as there are other ranks; to one rank, and from there
             # down a tree, eight ranks on two cores take 4 ms instead of 15, four 1.3 instead of 1.7.
-            to, back = dist.GatherOptions(), dist.BroadcastOptions()
             to.rootRank = back.rootRank = 0
             outputs = [[*rows.unbind()]] if rank() == 0 else []
             self._do(self._group.gather, outputs, [row], to, patience=patience)
@@ -202,23 +210,30 @@ class Rounds:
                 raise self.gone(TimeoutError("a rank that raised does not come"))
             waited = time.monotonic() - begin
             try:
-                suspects.look(self._watch.ask(others()), waited, self._doing)
+                answers = self._watch.ask(others())
+                fates = {r: self._watch.fate(r) for r, answer in answers.items() if answer is None}
+                suspects.look(answers, fates, waited, self._doing)
             except RankError as error:
                 self._left = error
+                atexit.register(_end_anyway)
                 raise
 
     def gone(self, error: BaseException) -> RankError:
         """Return the error that says who is gone, after a connection was lost with *error*."""
-        silent = [r for r, answer in self._watch.ask(others()).items() if answer is None]
         notes = self._watch.notes()
         # Those who lost it as well say nothing new.
         known = [f"rank {r} raised {note}" for r, note in notes.items() if _LOST not in note]
-        # Without a note, if its store is still there; that is kept by rank 0, or by torchrun.
-        if gone := [r for r in silent if r not in notes]:
-            known.append(f"{listed(gone)} {'does' if len(gone) == 1 else 'do'} not answer any more: killed?")
+        if not known:
+            # Without a note, if its store is still there; that is kept by rank 0, or by torchrun.
+            silent = [r for r, answer in self._watch.ask(others()).items() if answer is None and r not in notes]
+            # One that runs may be silent for want of a store; or because it is about to end.
+            silent = [r for r in silent if self._watch.fate(r) != "runs"] or silent
+            if silent:
+                known.append(f"{listed(silent)} {'does' if len(silent) == 1 else 'do'} not answer any more: killed?")
+        why = "; ".join(known) or describe(error)
         return RankError(
-            f"{_LOST} at {self._doing}: {'; '.join(known) or describe(error)}. Look for the first error "
-            "in the output of that rank"
+            f"{_LOST} at {self._doing}: {why}{'' if why.endswith('?') else '.'} Look for the first error in the output "
+            "of that rank"
         )
 
 
@@ -229,9 +244,14 @@ class _Suspects:
         self._before: dict[int, Answer | None] = {}
         self._said: set[str] = set()
 
-    def look(self, answers: dict[int, Answer | None], waited: float, doing: str) -> None:
+    def look(self, answers: dict[int, Answer | None], fates: dict[int, str], waited: float, doing: str) -> None:
         """Raise RankError if somebody will never come; log whom we wait for otherwise."""
-        silent = [r for r, answer in answers.items() if answer is None]
+        for r, fate in fates.items():
+            if fate in {"is stopped", "is gone"}:
+                why = "by SIGSTOP or Ctrl-Z?" if fate == "is stopped" else "it does not answer any more: killed?"
+                message = f"rank {r} {fate}, {why} The others wait for it at {doing}, and nobody goes on without it"
+                raise RankError(message)
+        silent = [r for r, fate in fates.items() if fate == "unknown"]
         if silent and waited > _SILENT:
             message = f"{listed(silent)} did not answer for {waited:.0f} s at {doing}: stopped, dead or out of reach"
             raise RankError(message)
@@ -251,6 +271,22 @@ class _Suspects:
                 self._said.add(text)
                 logger.warning("rank %d waits at %s for %.0f s, perhaps for %s", rank(), doing, waited, text)
         self._before = answers
+
+
+def _end_anyway() -> None:
+    # Gloo cannot take back what this rank has begun in the round that it gave up, and would wait for it at the end of
+    # the process, for as long as a rank that is slow has. The others, and torchrun, wait for that end.
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_END)
+
+
+def is_from_others(error: BaseException) -> bool:
+    """Whether *error* is, or was raised for, one that other ranks have as well, or are the cause of."""
+    chain: BaseException | None = error
+    while chain is not None and not isinstance(chain, RankError):
+        chain = chain.__cause__ or chain.__context__
+    return chain is not None
 
 
 _current: tuple[object, Rounds] | None = None

@@ -21,6 +21,7 @@ import ignite
 import torch
 import torch.distributed as dist
 
+from ice_engine.distributed.process import Process, this_process
 from ice_engine.distributed.world import rank, world_size
 
 _EVERY = 0.3  # seconds between two looks into the store
@@ -55,23 +56,48 @@ class Watch:
     def __init__(self, store: Any) -> None:
         self._store = cast("Any", dist).PrefixStore("ice_engine", store)
         self._done = threading.Event()
+        self._processes: list[Process] = []
         # Of its own, as a client that waits in the main thread would keep this one waiting.
         store = self._store.clone()
         self._thread = threading.Thread(target=self._answer, args=(store,), daemon=True, name="ice_engine.watch")
         self._thread.start()
         # An interpreter that ends while the thread is in the store, in C++, would abort.
-        atexit.register(self.close)
+        atexit.register(self._end)
 
     def close(self) -> None:
         """Stop answering."""
         self._done.set()
         self._thread.join(_ANSWER)
-        atexit.unregister(self.close)
+        atexit.unregister(self._end)
+
+    def _end(self) -> None:
+        self._note_uncaught(self._store)
+        self.close()
 
     def raised(self, error: BaseException | None) -> None:
         """Leave a note for the others, for when this rank is gone, that it raised *error*; None takes it back."""
         with contextlib.suppress(RuntimeError):
             self._store.set(f"raised/{rank()}", "" if error is None else describe(error))
+
+    def _note_uncaught(self, store: Any) -> None:
+        """Leave a note of what this process ends with, raised in no run."""
+        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        if error is not None:
+            with contextlib.suppress(RuntimeError):
+                store.set(f"raised/{rank()}", describe(error))
+
+    @property
+    def introduction(self) -> str:
+        """What the others are to know of this process."""
+        return json.dumps(dataclasses.asdict(this_process()))
+
+    def introduce(self, introductions: Iterable[str]) -> None:
+        """Take in what :attr:`introduction` is on every rank, in the order of ranks."""
+        self._processes = [Process(**json.loads(text)) for text in introductions]
+
+    def fate(self, of: int) -> str:
+        """Return what has become of the process of rank *of*, as far as this host knows."""
+        return self._processes[of].fate if self._processes else "unknown"
 
     def notes(self) -> dict[int, str]:
         """Return what other ranks have raised, as they left it."""
@@ -100,6 +126,8 @@ class Watch:
         with contextlib.suppress(RuntimeError, ValueError):  # the store is gone, or the process group of this rank
             while not self._done.wait(_EVERY):
                 calls = store.add("calls", 0)
+                if calls > answered:
+                    self._note_uncaught(store)  # its main thread may wait for others before it ends
                 for call in range(answered + 1, calls + 1):
                     here = dataclasses.asdict(where(sys._current_frames().get(main)))  # noqa: SLF001 - no public way to it
                     store.set(f"{call}/{rank()}", json.dumps(here))
@@ -126,7 +154,10 @@ def where(frame: FrameType | None) -> Answer:
 
 def describe(error: BaseException) -> str:
     """Return *error* as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+    text = ""
+    with contextlib.suppress(Exception):  # it may be of anybody's class
+        text = str(error)
+    return f"{type(error).__name__}: {' '.join(text.split()) or 'no message'}"
 
 
 def others() -> list[int]:

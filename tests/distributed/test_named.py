@@ -1,0 +1,151 @@
+"""Processes that end for real, as scripts do: each names the rank that was the first, and none waits at its end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.distributed
+
+# Ranks forked from one process that has imported torch, anew for each case; what one raises goes through to its end.
+PROGRAM = """
+import datetime, functools, gc, json, os, signal, sys, time
+from pathlib import Path
+import torch
+import torch._dynamo
+import torch.distributed as dist
+import torch.distributed.optim
+from ignite.engine import Engine, Events
+from ignite.metrics import Average
+from torch.nn.parallel import DistributedDataParallel
+import ice_engine as ice
+
+torch.set_num_threads(1)
+gc.freeze()
+folder, world = Path(sys.argv[1]), int(sys.argv[2])
+
+
+def boom():
+    raise ValueError("boom")
+
+
+def stop():
+    if not os.fork():
+        time.sleep(12)
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def evaluate(evaluator):
+    evaluator.run([torch.ones(2, 4)] * 2)
+
+
+def again(engine, error):
+    raise KeyError("second")
+
+
+def train(case, me, sharding):
+    model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1)))
+    factory = functools.partial(torch.optim.AdamW, lr=0.1)
+    optimizer = ice.Optimizer(factory, model.named_parameters(), accumulation_steps=2, sharding=sharding)
+    engine = Engine(lambda _, batch: optimizer.backward(model(batch).square().mean(), weight=len(batch)))
+    optimizer.attach(engine, model=model)
+    to_save = {"trainer": engine, "model": model, "optimizer": optimizer}
+    checkpoint = ice.Checkpoint(to_save, folder / case, n_saved=None)
+    checkpoint.attach(engine, optimizer.event("STEP_COMPLETED"))
+    failing = lambda do: lambda: do() if me else None
+    in_iteration = Events.ITERATION_COMPLETED(once=3)
+    if case == "a step":
+        engine.add_event_handler(optimizer.event("STEP_COMPLETED")(once=2), failing(boom))
+    elif case == "a score":
+        best = ice.Checkpoint(to_save, folder / case / "best", score_function=lambda _: boom() if me else 1.0)
+        best.attach(engine, Events.EPOCH_COMPLETED)
+    elif case == "the end of the run":
+        engine.add_event_handler(Events.COMPLETED, failing(boom))
+    elif case == "a handler of errors":
+        engine.add_event_handler(in_iteration, failing(boom))
+        engine.add_event_handler(Events.EXCEPTION_RAISED, again)
+    elif case == "an error that is swallowed":
+        engine.add_event_handler(Events.EPOCH_COMPLETED, failing(boom))
+        engine.add_event_handler(Events.EXCEPTION_RAISED, lambda *_: None)
+    elif case == "a metric":
+        evaluator = Engine(lambda _, batch: batch.sum().item())
+        Average().attach(evaluator, "mean")
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, failing(boom))
+        engine.add_event_handler(Events.EPOCH_COMPLETED, functools.partial(evaluate, evaluator))
+    elif case == "before the run":
+        failing(boom)()
+    elif case == "a collective on one rank":
+        engine.add_event_handler(in_iteration, failing(lambda: dist.all_reduce(torch.ones(1))))
+    elif case == "a rank that is stopped":
+        engine.add_event_handler(Events.EPOCH_COMPLETED(once=1), failing(stop))
+    engine.run([torch.ones(2 + dist.get_rank(), 4)] * 4, max_epochs=2)
+
+
+def rank_of(case, rank, who, sharding):
+    sys.stderr = (folder / f"{case}.{rank}.log").open("w")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    store = f"file://{folder / case}.store"
+    patience = datetime.timedelta(seconds=60)  # torch's own, which must end nothing
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
+    error = None
+    try:
+        train(case, rank == who, sharding)
+    except BaseException as raised:
+        error = f"{type(raised).__name__}: {raised}"
+        raise
+    finally:
+        (folder / f"{case}.{rank}").write_text(json.dumps(error))
+
+
+for i, case in enumerate(sys.argv[3:]):
+    began = time.monotonic()
+    ranks = []
+    for rank in range(world):
+        if not (pid := os.fork()):
+            # Which it is, and whether state is sharded, goes by turns.
+            rank_of(case, rank, (world - 1) * (i % 2), [None, "zero1"][i // 2 % 2])
+            sys.exit()
+        ranks.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    print(json.dumps([case, (world - 1) * (i % 2), codes, time.monotonic() - began]), flush=True)
+"""
+
+# By case: what the others are told of rank {who}.
+CASES = {
+    "a step": "rank {who} raised ValueError: boom",
+    "a score": "rank {who} raised ValueError: boom",
+    "the end of the run": "rank {who} raised ValueError: boom",
+    "a handler of errors": "KeyError: 'second'",
+    "an error that is swallowed": "rank {who} has left its run",
+    "a metric": "rank {who} raised ValueError: boom",
+    "before the run": "rank {who} raised ValueError: boom",
+    "a collective on one rank": "rank {who} waits in all_reduce()",
+    "a rank that is stopped": "rank {who} is stopped",
+}
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.soak)])
+def test_every_rank_ends_and_says_which_was_the_first(tmp_path, world):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), str(world), *CASES],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [case for case, *_ in found] == [*CASES], done.stderr
+    for case, who, codes, took in found:
+        said = [json.loads((tmp_path / f"{case}.{rank}").read_text()) for rank in range(world)]
+        assert all(codes), (case, codes, said)
+        assert took < 45, (case, took)  # below torch's own timeout, which would have ended a hang
+        for rank in set(range(world)) - {who}:
+            assert CASES[case].format(who=who) in said[rank], (case, rank, said)
+        for file in (tmp_path / case).rglob("*.pt"):
+            torch.load(file, weights_only=True)
