@@ -137,7 +137,7 @@ class Rounds:
         """Tell the others that this rank raised *error*, if they come within seconds.
 
         Raises:
-            RankError: If another rank is dead, which *error* then comes from.
+            RankError: If another rank is dead or raised before and is gone, which *error* then comes from.
         """
         self._watch.raised(error)
         try:
@@ -147,6 +147,8 @@ class Rounds:
                 self._texts(describe(error), kinds)
             self._watch.raised(None)  # all have heard it
         except TimeoutError:
+            if self._watch.notes():  # another one did before, and this one perhaps for that
+                raise self.gone(error) from error
             logger.warning("rank %d raised, and the others did not come to hear it", rank())
 
     def _texts(self, text: str, kinds: Sequence[Kind]) -> list[str]:
@@ -169,7 +171,8 @@ class Rounds:
         row = torch.zeros(WIDTH, dtype=torch.float64)
         row[: 1 + len(values)] = torch.tensor([kind, *values], dtype=torch.float64)
         rows = torch.empty(world_size(), WIDTH, dtype=torch.float64)
-        every, to, back = dist.distributed_c10d.AllgatherOptions(), dist.GatherOptions(), dist.BroadcastOptions()
+        c10d: Any = dist.distributed_c10d
+        every, to, back = c10d.AllgatherOptions(), dist.GatherOptions(), dist.BroadcastOptions()
         # Gloo's own, at which it closes the connection: who raised is not to wait at its end for who does not come.
         every.timeout = to.timeout = back.timeout = patience or PATIENCE
         if world_size() == _PAIR:

@@ -124,15 +124,18 @@ CASES = {
     "an error that is swallowed": "rank {who} has left its run",
     "a metric": "rank {who} raised ValueError: boom",
     "before the run": "rank {who} raised ValueError: boom",
+    # Of three ranks only, as these take their time:
     "a collective on one rank": "rank {who} waits in all_reduce()",
     "a rank that is stopped": "rank {who} is stopped",
 }
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.soak)])
-def test_every_rank_ends_and_says_which_was_the_first(tmp_path, world):
+@pytest.mark.parametrize(
+    ("world", "cases"), [(2, [*CASES][:-2]), pytest.param(3, [*CASES], marks=pytest.mark.soak)], ids=["2", "3"]
+)
+def test_every_rank_ends_and_says_which_was_the_first(tmp_path, world, cases):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), str(world), *CASES],
+        [sys.executable, "-c", PROGRAM, str(tmp_path), str(world), *cases],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -140,7 +143,7 @@ def test_every_rank_ends_and_says_which_was_the_first(tmp_path, world):
         check=False,
     )
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [case for case, *_ in found] == [*CASES], done.stderr
+    assert [case for case, *_ in found] == cases, done.stderr
     for case, who, codes, took in found:
         said = [json.loads((tmp_path / f"{case}.{rank}").read_text()) for rank in range(world)]
         assert all(codes), (case, codes, said)
