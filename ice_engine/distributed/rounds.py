@@ -226,13 +226,14 @@ class Rounds:
         notes = self._watch.notes()
         # Those who lost it as well say nothing new.
         known = [f"rank {r} raised {note}" for r, note in notes.items() if _LOST not in note]
-        if not known:
-            # Without a note, if its store is still there; that is kept by rank 0, or by torchrun.
-            silent = [r for r, answer in self._watch.ask(others()).items() if answer is None and r not in notes]
-            # One that runs may be silent for want of a store; or because it is about to end.
-            silent = [r for r in silent if self._watch.fate(r) != "runs"] or silent
-            if silent:
-                known.append(f"{listed(silent)} {'does' if len(silent) == 1 else 'do'} not answer any more: killed?")
+        # Without a note, if its store is still there; that is kept by rank 0, or by torchrun. Those that run on this
+        # host may be silent for want of a store, or because they are about to end: asked if nobody else is to blame.
+        silent = [r for r in others() if r not in notes and self._watch.fate(r) == "is gone"]
+        if not silent:
+            asked = [r for r in others() if r not in notes and (not known or self._watch.fate(r) != "runs")]
+            silent = [r for r, answer in self._watch.ask(asked).items() if answer is None]
+        if silent:
+            known.append(f"{listed(silent)} {'does' if len(silent) == 1 else 'do'} not answer any more: killed?")
         why = "; ".join(known) or describe(error)
         return RankError(
             f"{_LOST} at {self._doing}: {why}{'' if why.endswith('?') else '.'} Look for the first error in the output "
