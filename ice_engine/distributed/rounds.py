@@ -203,7 +203,8 @@ class Rounds:
             try:
                 work.wait(patience or _SOON)
             except RuntimeError as error:
-                if "timed out" not in str(error).lower():
+                over = time.monotonic() - begin > PATIENCE.total_seconds()  # gloo's own time, too, has run out
+                if over or "timed out" not in str(error).lower():
                     raise self.gone(error) from error
                 if patience is not None:
                     raise TimeoutError from error
