@@ -16,9 +16,11 @@ import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = mp.get_context("forkserver")
-# Also what torch imports at the first step of an optimizer, and what examples do. None of them starts a thread.
+# Also what torch imports at the first step of an optimizer, and what examples do. None of them starts a thread. Not
+# ice_engine, which the server would take from this folder, and a forked process from where the tests do: a wheel.
+_TORCH = ["torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard"]
 CONTEXT.set_forkserver_preload(
-    ["ice_engine", "torch._dynamo", "torch.distributed.fsdp", "matplotlib.pyplot", "sklearn.datasets", "tyro"]
+    [*_TORCH, "ignite.handlers", "ignite.distributed", "matplotlib.pyplot", "sklearn.datasets", "tyro"]
 )
 
 
