@@ -1,10 +1,8 @@
 """Checkpoints: nothing is lost when a write fails, and a resumed run goes on as if it had never stopped."""
 
 import os
-import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch.nn.functional import mse_loss
 
 import ice_engine as ice
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, HookError
+from tests.forked import python
 
 DATA = [(torch.full((3, 4), i / 7), torch.full((3, 2), 1 / (i + 1))) for i in range(5)]
 
@@ -105,17 +104,15 @@ def test_a_run_resumed_in_a_new_process_writes_the_same_file(tmp_path):
     program = """
         import sys
         from pathlib import Path
-        sys.path.insert(0, sys.argv[1])
         from tests.test_checkpoint import Run
 
-        run = Run(Path(sys.argv[2]))
+        run = Run(Path(sys.argv[1]))
         run.checkpoint.attach(run.trainer)
         print(run.checkpoint.resume(run.trainer))
         run.train(max_epochs=3)
     """
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", textwrap.dedent(program), str(root), str(tmp_path / "parts")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = python("-c", textwrap.dedent(program), str(tmp_path / "parts"))
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "parts" / "checkpoint_5.pt")
     assert names(tmp_path / "parts") == ["checkpoint_15.pt"]
     parts = torch.load(tmp_path / "parts" / "checkpoint_15.pt", weights_only=True)

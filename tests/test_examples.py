@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ice_engine.comparison import compare
 from ice_engine.ledger import read
+from tests.forked import python
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DIGITS, GAN, DISTRIBUTED = EXAMPLES / "digits.py", EXAMPLES / "gan.py", EXAMPLES / "distributed.py"
@@ -36,16 +36,17 @@ KEPT = re.compile(r"^optimizer state +([\d,]+) numbers in process 0$", re.MULTIL
 
 
 def run(example: Path, folder: Path, *arguments: str, processes: int = 0, timeout: float = 100) -> str:
-    launcher = [*TORCHRUN, str(processes)] if processes else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(example), *arguments],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "100", "COVERAGE_PROCESS_CONFIG": ""},  # not measured: a quarter of the time
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-    )
+    if not processes:
+        done = python(str(example), *arguments, cwd=folder, timeout=timeout, COLUMNS="100")
+    else:
+        done = subprocess.run(
+            [sys.executable, *TORCHRUN, str(processes), str(example), *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) < 10  # no progress bar where nobody watches

@@ -2,15 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from ignite.engine import Events
 
 import ice_engine as ice
+from tests.forked import python
 from tests.test_checkpoint import Run, assert_equal, names
 
 PROGRAM = """
@@ -38,10 +36,7 @@ print("after the run")
 
 
 def taken_away(folder, name, times=1):
-    command = [sys.executable, "-c", PROGRAM, str(folder), name, str(times)]
-    return subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=100, check=False
-    )
+    return python("-c", PROGRAM, str(folder), name, str(times))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])

@@ -1,9 +1,6 @@
 """A run that is stopped at any micro-batch and resumed is, bit for bit, the run that was never stopped."""
 
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ice_engine as ice
 from ice_engine.errors import CheckpointError
+from tests.forked import python
 from tests.test_checkpoint import assert_equal
 
 ITERATIONS, LENGTH = 14, 7  # two epochs of 7 micro-batches, by windows of 3
@@ -301,10 +299,7 @@ print("\\n".join(run.log))
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_process_that_was_killed_goes_on_in_another_one(tmp_path, whole, workers):
     def start(kill):
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(workers), str(kill), str(torch.get_num_threads())]
-        return subprocess.run(
-            command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=100, check=False
-        )
+        return python("-c", PROGRAM, str(tmp_path), str(workers), str(kill), str(torch.get_num_threads()))
 
     assert start(5).returncode == 9
     assert start(10).returncode == 9

@@ -5,12 +5,11 @@
 
     assert launch(work, 3, 10) == [0, 10, 20]
 
-The ranks are forked from a server that has imported torch, once for all of them, and has no thread but its own.
+The ranks are forked from a server that has imported torch once for all of them.
 Nothing waits longer than *timeout*: a rank that hangs prints where each of its threads stands, and dies. ``watch``
 is for ranks that are meant to fail or to be killed: it raises nothing.
 """
 
-import atexit
 import datetime
 import faulthandler
 import os
@@ -27,14 +26,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.forked import CONTEXT, run_exit_functions, start_as_always
 
 PATIENCE = 100.0  # seconds, of which a busy machine takes some to import torch for the first ranks
 _GRACE = 5.0  # for the others to say why, once one rank has failed
 _COLLECTIVE = datetime.timedelta(seconds=60)
-_CONTEXT = mp.get_context("forkserver")
-# Also what torch imports with the first step of an optimizer, and the first record of a loss: a second of every rank's.
-_CONTEXT.set_forkserver_preload([__name__, "ice_engine", "torch._dynamo", "torch.distributed.fsdp"])
 
 
 class RanksFailed(AssertionError):  # noqa: N818 - read in a test's report, where it is no error of the test
@@ -69,9 +66,9 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any, timeout: f
 def watch(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE) -> list[Outcome]:
     """Return what each rank came to, whatever it was."""
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
-            _CONTEXT.Process(target=_rank, args=(r, world_size, folder, pipes[r][1], timeout, function, args))
+            CONTEXT.Process(target=_rank, args=(r, world_size, folder, pipes[r][1], timeout, function, args))
             for r in range(world_size)
         ]
         for process in ranks:
@@ -121,6 +118,7 @@ def _rank(
     faulthandler.enable(stacks)
     faulthandler.dump_traceback_later(timeout, exit=True, file=stacks)
     torch.set_num_threads(1)
+    start_as_always()
     # What torchrun sets, for code that asks the environment.
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
@@ -141,4 +139,4 @@ def _rank(
         sys.stderr.flush()
         os._exit(1)
     dist.destroy_process_group()
-    atexit._run_exitfuncs()  # a forked process runs none at its end, unlike a script
+    run_exit_functions()
