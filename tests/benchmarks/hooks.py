@@ -1,7 +1,7 @@
 """What hooks cost that do not fire: ``python tests/benchmarks/hooks.py --check``.
 
 A tiny model trains with none, 10 and 100 of them on events that do not come, and with as many that Ignite asks at each
-step whether they want it, as ``every=`` makes them. The former must not cost anything; the latter cost Ignite's filter.
+step whether they want it, as ``every=`` makes them. The former must not cost anything; the latter cost a question each.
 """
 
 import functools
