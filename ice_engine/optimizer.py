@@ -127,7 +127,8 @@ class Optimizer(Saving):
             model: The module being trained; gives parameters their names in errors and checkpoints. In many
                 processes, the ``DistributedDataParallel`` or ``fully_shard``'ed module whose reduction it drives.
             sync: What accumulation saves in many processes: ``"communication"`` reduces gradients once per window,
-                ``"memory"`` in every micro-batch, so that ``fully_shard`` keeps them sharded.
+                ``"memory"`` in every micro-batch, so that ``fully_shard`` keeps them sharded;
+                ``DistributedDataParallel``, whose gradients are whole, once per window either way.
 
         Returns:
             This optimizer.

@@ -20,7 +20,7 @@ from ice_engine.distributed.world import own_group, rank, world_size
 from ice_engine.errors import AttachError, BackwardError
 
 Sync = Literal["communication", "memory"]
-"""What accumulation saves: ``"communication"`` reduces once a window, ``"memory"`` every micro-batch."""
+"""What accumulation saves: ``"communication"`` reduces once a window, ``"memory"`` every micro-batch of shards."""
 
 _BUCKET = 8 * 1024 * 1024  # elements that are reduced at once
 
@@ -73,17 +73,17 @@ class DDPSync:
 
     Args:
         model: The module.
-        sync: What accumulation saves.
     """
 
     together = False
 
-    def __init__(self, model: DistributedDataParallel, sync: Sync) -> None:
+    def __init__(self, model: DistributedDataParallel) -> None:
         self.model: Any = model
         self.again: Callable[[], object] = bool
         self.reduces = True
-        # A static graph is the one that DDP sees reduced first, and stays so.
-        self.always = sync == "memory" or bool(self.model.static_graph)
+        # A static graph is the one that DDP sees reduced first, and stays so. To save memory there is nothing to reduce
+        # for in between: gradients are whole on every rank, and those of a rank with fewer losses would be waited for.
+        self.always = bool(self.model.static_graph)
         self._used = self._settled = False
         self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
         logged: Any = self.model._get_ddp_logging_data  # noqa: SLF001 - no public way to it
@@ -271,7 +271,7 @@ def synchroniser(model: torch.nn.Module | None, parameters: Iterable[torch.Tenso
     choice("sync", sync, ("communication", "memory"))
     inner: Any = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     if isinstance(inner, DistributedDataParallel):
-        return DDPSync(inner, sync)
+        return DDPSync(inner)
     if isinstance(inner, FSDPModule):
         return FSDPSync(inner, sync)
     if model is not None and any(isinstance(p, DTensor) for p in parameters):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
@@ -15,21 +16,29 @@ from tests.distributed.test_windows import RAGGED, batches, flat, network, sgd
 pytestmark = pytest.mark.distributed
 
 
-def trained(passes: int = 1, *, absent: bool = False, frozen: bool = False, stop: str = "", **ddp: Any) -> Any:
-    """Train on ragged data by windows of two; in the one that is *absent*, rank 1 calls no backward."""
+def trained(
+    passes: int = 1,
+    *,
+    absent: int = 0,
+    more: int = 0,
+    sync: Any = "communication",
+    frozen: bool = False,
+    stop: str = "",
+    **ddp: Any,
+) -> Any:
+    """Train on ragged data by windows of two; rank 1 has no backward in iteration *absent*, two in iteration *more*."""
     net = network()
     net[0].requires_grad_(not frozen)
     model = DistributedDataParallel(net, **ddp)
     optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
 
     def step(engine: Engine, batch: Any) -> None:
-        if absent and dist.get_rank() == 1 and engine.state.iteration == 4:
-            return
-        for _ in range(passes):
+        own = {absent: 0, more: 2}.get(engine.state.iteration, passes) if dist.get_rank() == 1 else passes
+        for _ in range(own):
             optimizer.backward(torch.nn.functional.mse_loss(model(batch[0]), batch[1]), weight=len(batch[0]))
 
     engine = Engine(step)
-    optimizer.attach(engine, model=model)
+    optimizer.attach(engine, model=model, sync=sync)
     if frozen:
         engine.add_event_handler(Events.ITERATION_STARTED(once=1), lambda: net[0].requires_grad_() and None)
     if stop and dist.get_rank() == 1:
@@ -41,8 +50,11 @@ def trained(passes: int = 1, *, absent: bool = False, frozen: bool = False, stop
 CASES: dict[str, dict[str, Any]] = {
     "two backward passes": {"passes": 2},
     "two, and unused parameters are looked for": {"passes": 2, "find_unused_parameters": True},
-    "none on one rank, and unused parameters are looked for": {"absent": True, "find_unused_parameters": True},
-    "none on one rank": {"absent": True},
+    "none on one rank, and unused parameters are looked for": {"absent": 4, "find_unused_parameters": True},
+    "none on one rank": {"absent": 4},
+    "none on one rank before the last, to save memory": {"absent": 3, "sync": "memory"},
+    "one more on one rank before the last, to save memory": {"more": 3, "sync": "memory"},
+    "one more on one rank in the last, to save memory": {"more": 4, "sync": "memory"},
     "a static graph": {"static_graph": True},
     "unfrozen after DDP was made": {"frozen": True},
     "terminate() after the gate": {"stop": "terminate"},
@@ -57,8 +69,12 @@ def _all() -> dict[str, Any]:
 def expected(name: str) -> torch.Tensor:
     """A plain loop; each window has the micro-batches, from 0, of rank 0 and of rank 1."""
     windows = [([0, 1], [0, 1]), ([2, 3], [2, 3]), ([4, 5], [4, 5]), ([6, 7], [6, 7])]
-    if CASES[name].get("absent"):
+    if CASES[name].get("absent") == 4:  # at the gate of iteration 4 it had said that it would have one
         windows[1] = ([2, 3], [2])
+    if CASES[name].get("absent") == 3:  # a window has two losses on each rank, whenever they come
+        windows[1:] = [([2, 3], [3, 4]), ([4, 5], [5, 6]), ([6, 7], [7])]
+    if iteration := CASES[name].get("more"):
+        windows[1] = ([2, 3], [2, 3, iteration - 1])
     if name == "terminate() after the gate":
         windows = [windows[0], ([2, 3], [2]), ([4], [])]  # rank 0 hears of it at its next gate
     if name == "terminate_epoch() after the gate":
@@ -85,7 +101,7 @@ def test_every_way_to_reduce_is_the_mean_over_all_items():
 
 
 def _differing_sync() -> None:
-    model = DistributedDataParallel(network())
+    model = fully_shard(network())
     optimizer = ice.Optimizer(sgd(model))
     engine = Engine(lambda *_: None)
     optimizer.attach(engine, model=model, sync="memory" if dist.get_rank() else "communication")
