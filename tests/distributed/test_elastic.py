@@ -107,7 +107,7 @@ def _laid_out() -> list[Any]:
         parameter.grad = torch.randn_like(parameter)
     before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     buffers, drawn = [b.clone() for b in model.buffers()], torch.get_rng_state()
-    sync = DDPSync(model, "communication")
+    sync = DDPSync(model)
     none = sync.layout()
     sync.lay_out([4, 1, 0, 7, 6, 5, 3, 2])
     torch.testing.assert_close([p.grad for p in model.parameters()], before, rtol=0, atol=0)
