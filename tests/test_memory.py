@@ -7,14 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ice_engine as ice
+from tests.two_ways import FORMS, by_hand, wrapped
 
 WIDTH = 256
 LAYER = 4 * WIDTH * WIDTH  # bytes of a weight, and of its gradient
-MODES = {
-    "fused": functools.partial(torch.optim.AdamW, fused=True),
-    "foreach": functools.partial(torch.optim.AdamW, foreach=True),
-    "for-loop": functools.partial(torch.optim.AdamW, foreach=False),
-}
 
 
 def model():
@@ -57,32 +53,8 @@ def peak(step):
     return most
 
 
-def by_hand(factory, k, *, scaled=False):
-    layers = model()
-    optimizer = factory(layers.parameters())
-    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-
-    def window(batch):
-        for _ in range(k):
-            scaler.scale(layers(batch).square().mean() / k).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    return window
-
-
-def ours(factory, k, *, scaled=False):
-    layers = model()
-    optimizer = ice.Optimizer(
-        factory(layers.parameters()),
-        accumulation_steps=k,
-        clip=ice.clip_norm(1.0),
-        grad_scaler=torch.amp.GradScaler("cpu") if scaled else None,
-        processors=[ice.schedules.cosine(total=100)],
-    )
+def ours(layers, factory, k, *, scaled):
+    optimizer = wrapped(layers, factory, k, scaled=scaled)
 
     def window(batch):
         for _ in range(k):
@@ -94,12 +66,12 @@ def ours(factory, k, *, scaled=False):
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("factory", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("factory", FORMS.values(), ids=FORMS)
 def test_the_peak_of_a_step_is_that_of_the_loop_by_hand(factory, k, scaled):
     batch = torch.randn(4, WIDTH)
     grown = []
     for make in (by_hand, ours):
-        window = make(factory, k, scaled=scaled)
+        window = make(model(), factory, k, scaled=scaled)
         window(batch)  # makes the state
         grown.append(peak(functools.partial(window, batch)))
 
@@ -120,7 +92,7 @@ def update(optimizer, layers, batch):
 def test_a_window_closes_without_a_single_allocation_as_big_as_a_weight(watched):
     layers, batch = model(), torch.randn(4, WIDTH)
     optimizer = ice.Optimizer(
-        MODES["fused"](layers.parameters()), clip=ice.clip_norm(1.0), grad_scaler=torch.amp.GradScaler("cpu")
+        FORMS["fused"](layers.parameters()), clip=ice.clip_norm(1.0), grad_scaler=torch.amp.GradScaler("cpu")
     )
     update(optimizer, layers, batch)
     if watched:  # then the gradients are multiplied before the kernel: in place
@@ -132,7 +104,7 @@ def test_a_window_closes_without_a_single_allocation_as_big_as_a_weight(watched)
 def test_the_count_sees_a_copy():
     """What measures is measured: the update ratio needs a copy of the parameters, and says so."""
     layers, batch = model(), torch.randn(4, WIDTH)
-    optimizer = ice.Optimizer(MODES["fused"](layers.parameters())).measure("update_ratio")
+    optimizer = ice.Optimizer(FORMS["fused"](layers.parameters())).measure("update_ratio")
     update(optimizer, layers, batch)
 
     assert len(update(optimizer, layers, batch)) >= 8

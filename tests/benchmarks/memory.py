@@ -27,6 +27,7 @@ from measure import EXACT_HEAP, machine
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
+from tests import two_ways
 from tests.distributed.launch import launch
 
 WIDTH, BATCH = 1024, 4
@@ -37,12 +38,6 @@ SAVES = 5
 STEP_BOUND = 1.01  # of the loop by hand
 ZERO_BOUND = 1.01  # of 1 / ranks
 COPY_BOUND = 0.02  # of the state: what a save may keep besides one copy of it, and four more saves again
-
-FORMS: dict[str, Any] = {
-    "fused": functools.partial(torch.optim.AdamW, fused=True),
-    "foreach": functools.partial(torch.optim.AdamW, foreach=True),
-    "for-loop": functools.partial(torch.optim.AdamW, foreach=False),
-}
 
 
 def grown(call: Callable[[], Any]) -> tuple[float, float]:
@@ -67,37 +62,19 @@ def model(layers: int) -> torch.nn.Module:
 # -- a step ---------------------------------------------------------------------------------------------------
 
 
-CASES = [(form, k, scaled) for form in FORMS for k, scaled in ((1, False), (4, False), (1, True))]
+CASES = [(form, k, scaled) for form in two_ways.FORMS for k, scaled in ((1, False), (4, False), (1, True))]
 
 
 def by_hand(layers: int, form: str, k: int, *, scaled: bool) -> float:
     """Return the MB that a window of the loop by hand takes at most, gradients included."""
-    net, batch = model(layers), torch.randn(BATCH, WIDTH)
-    optimizer = FORMS[form](net.parameters())
-    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-
-    def window() -> None:
-        for _ in range(k):
-            scaler.scale(net(batch).square().mean() / k).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    return most(window)
+    window = two_ways.by_hand(model(layers), two_ways.FORMS[form], k, scaled=scaled)
+    return most(functools.partial(window, torch.randn(BATCH, WIDTH)))
 
 
 def ours(layers: int, form: str, k: int, *, scaled: bool) -> float:
     """Return the same of ours, with everything on that a step has."""
     net, batch = model(layers), torch.randn(BATCH, WIDTH)
-    optimizer = ice.Optimizer(
-        FORMS[form](net.parameters()),
-        accumulation_steps=k,
-        clip=ice.clip_norm(1.0),
-        grad_scaler=torch.amp.GradScaler("cpu") if scaled else None,
-        processors=[ice.schedules.cosine(total=100)],
-    )
+    optimizer = two_ways.wrapped(net, two_ways.FORMS[form], k, scaled=scaled)
     trainer = ice.create_trainer(net, optimizer, lambda y_pred, _: y_pred.square().mean())
     return most(lambda: trainer.run([(batch, batch)] * k, max_epochs=1))
 
