@@ -99,8 +99,7 @@ class Sequence(Schedule):
         if self._elapsed(mapping) < change:
             return self.first.values(bases, groups, mapping, start=start)
         if self.rebase:
-            then = ChainMap(at_clock(self._unit, change), mapping)  # type: ignore[arg-type] # only read
-            rebased = self.first.values(bases, groups, then, start=start)
+            rebased = self.first.values(bases, groups, self._then(change, mapping), start=start)
             return None if rebased is None else self.second.values(rebased, groups, mapping, start=change)
         return self.second.values(bases, groups, mapping, start=change)
 
@@ -109,7 +108,7 @@ class Sequence(Schedule):
         if self._elapsed(mapping) < change:
             return self.first.value(base, mapping, start=start)
         if self.rebase:
-            then: Any = ChainMap(at_clock(self._unit, change), mapping)  # type: ignore[arg-type] # only read
+            then = self._then(change, mapping)
             base = self.first.value(base, then, start=start) if self.first.applies(then, start=start) else base
         return self.second.value(base, mapping, start=change)
 
@@ -120,6 +119,10 @@ class Sequence(Schedule):
 
     def _elapsed(self, mapping: Mapping[str, Any]) -> float:
         return elapsed(mapping, self._unit, self.name)
+
+    def _then(self, change: int, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return *mapping* with the clock at the *change*."""
+        return ChainMap(at_clock(self._unit, change), mapping)  # type: ignore[arg-type] # only read
 
     def __repr__(self) -> str:
         rebase = ", rebase=True" if self.rebase else ""

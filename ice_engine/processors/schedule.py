@@ -83,18 +83,12 @@ class Schedule(Processor):
         """
 
     def values(
-        self,
-        bases: Iterable[float],  # noqa: ARG002
-        groups: Groups,  # noqa: ARG002
-        mapping: Mapping[str, Any],  # noqa: ARG002
-        *,
-        start: int = 0,  # noqa: ARG002
+        self, bases: Iterable[float], groups: Groups, mapping: Mapping[str, Any], *, start: int = 0
     ) -> Iterable[float] | None:
         """Return the value of each of *groups* at the clocks in *mapping*, with what is common computed once.
 
-        None if that takes a mapping of each group, or might; then :meth:`value` says.
+        None, as here, if that takes a mapping of each group, or might; then :meth:`value` says.
         """
-        return None
 
     def applies(self, mapping: Mapping[str, Any], *, start: int = 0) -> bool:
         """Whether it has something to say in this group, now; if not, the entry stays as it is."""
