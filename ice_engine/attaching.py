@@ -45,6 +45,7 @@ class Attaching(Stepping):
             message = f"model must be a torch.nn.Module, got {type(model).__name__}"
             raise ArgumentTypeError(message)
         self._check_attachable(engine)
+        world.warn_if_alone()
         driven = synchroniser(model, self._parameters(), sync) if world.world_size() > 1 else None
         if self._processors:
             check_names(self._processors, self.param_groups)

@@ -791,3 +791,27 @@ def test_the_message_says_what_was_found_and_how_to_mend_it(tmp_path, make, erro
     with pytest.raises(error) as caught:
         make(tmp_path)
     assert str(caught.value).replace(str(tmp_path), "FOLDER") == message
+
+
+# -- processes that do not know of each other -------------------------------------------------------------------
+
+
+def test_under_a_launcher_without_a_process_group_attach_warns(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    optimizer = ice.Optimizer(torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1))
+
+    with pytest.warns(ice.IceEngineWarning, match=r"process 2 of WORLD_SIZE=4.*init_process_group\(\)") as said:
+        optimizer.attach(Engine(lambda engine, batch: None))
+
+    assert said[0].filename == __file__
+
+
+def test_one_process_of_a_launcher_is_alone_on_purpose(monkeypatch, recwarn):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+    ice.Optimizer(torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)).attach(
+        Engine(lambda engine, batch: None)
+    )
+
+    assert not recwarn
