@@ -206,7 +206,7 @@ class Closing(Accumulating):
             else:
                 for wait in self._waits:
                     wait()
-                fused.step_with(self._inner, left, gradient.device)
+                fused.step_with(self._inner, self._binding.form, left, gradient.device)
         except BaseException:
             self._count("step", -1)
             self._publish_record(record_before)
