@@ -14,8 +14,9 @@ from ice_engine.errors import ArgumentTypeError, AttachError, warn
 from ice_engine.events import is_running, register
 from ice_engine.hooks import HookRegistry
 from ice_engine.left import has_gradient
+from ice_engine.member import Member
 from ice_engine.names import class_name
-from ice_engine.peers import Member, Peers, peers
+from ice_engine.peers import Peers, peers
 from ice_engine.precision import always
 from ice_engine.processors.agreement import exact
 from ice_engine.processors.group import check_names, rewind, set_initial_values

@@ -16,57 +16,23 @@ import functools
 import json
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
 
+from ice_engine.alike import agree, check_close, check_gate, check_lengths
 from ice_engine.distributed.rounds import Kind, Row, is_from_others, rounds
 from ice_engine.distributed.sync import Synchroniser, release
 from ice_engine.distributed.world import world_size
 from ice_engine.endings import when_left
 from ice_engine.errors import ArgumentValueError, AttachError, RankError
 from ice_engine.hooks import HookRegistry
+from ice_engine.member import Member
 from ice_engine.of_engine import of_engine
-from ice_engine.window import Window
 
 _ORDER = -99  # after the optimizers' own handlers, before everybody else's
 _MANY = 32  # optimizers on one engine: what a row has room for
-
-
-@dataclass(eq=False)
-class Member:
-    """An optimizer as its peers on the other ranks see it.
-
-    Attributes:
-        name: Its name.
-        window: Its window.
-        sync: What reduces its gradients.
-        parameters: Returns them.
-        facts: Returns what must be the same on all ranks when a run starts, as plain data.
-        values: Returns the entries of its param groups, likewise at every step.
-        close: Steps or skips the window.
-        drop: Drops it, as its tail says.
-        discard: Drops it, with a warning that names a cause.
-        touched: Is told that other ranks' gradients have been averaged into this one's.
-        differentiated: Backward passes so far.
-        broken: Whether the last of them raised.
-    """
-
-    name: str
-    window: Window
-    sync: Synchroniser
-    parameters: Callable[[], list[torch.Tensor]]
-    facts: Callable[[], dict[str, Any]]
-    values: Callable[[], dict[str, dict[str, str]]]
-    close: Callable[[], Any]
-    drop: Callable[[], Any]
-    discard: Callable[[str], Any]
-    touched: Callable[[], Any]
-    differentiated: int = 0
-    broken: bool = False
 
 
 class Peers:
@@ -172,15 +138,11 @@ class Peers:
             facts |= {f"{key} of optimizer {member.name!r}": value for key, value in member.facts().items()}
         self._rounds.exchange(Kind.START, doing="the start of a run")
         self._rounds.leave_note(None)
-        lengths = self._agree({**facts, "epoch_length": state.epoch_length}, free={"epoch_length"})["epoch_length"]
+        facts["epoch_length"] = state.epoch_length
+        lengths = agree(self._rounds, facts, free={"epoch_length"})["epoch_length"]
         self._length = lengths[0] if len(set(lengths)) == 1 else None
-        if self._length is None and any(lengths) and any(m.sync.together for m in self._members):
-            said = ", ".join(f"{length} on rank {r}" for r, length in enumerate(lengths))
-            message = (
-                f"epoch_length differs: {said}; the model needs all ranks in every forward. Give all the same number "
-                "of micro-batches: a DistributedSampler with drop_last=True, or run(..., epoch_length=n)"
-            )
-            raise RankError(message)
+        if self._length is None:
+            check_lengths(lengths, self._members)
         for sync, layout in zip(self._syncs(), self._layouts, strict=False):
             sync.lay_out(layout)
         self._layouts = ()
@@ -287,23 +249,7 @@ class Peers:
             if not self._take_unit(rows):
                 break
         self.stop_wanted = any(row[2 + 2 * len(self._members)] for row in rows)
-        done = [r for r, row in enumerate(rows) if row[0] == Kind.EPOCH_END]
-        going = any(row[0] == Kind.GATE for row in rows)
-        if done and going and any(m.sync.together for m in self._members):
-            message = (
-                f"rank {done[0]} is at the end of its data in epoch {self._engine.state.epoch}, others are not; the "
-                "model needs all ranks in every forward. Give all the same number of micro-batches"
-            )
-            raise RankError(message)
-        gates = {tuple(row[2 : 2 + 2 * len(self._members) : 2]) for row in rows if row[0] == Kind.GATE}
-        if len(gates) > 1:
-            said = "; ".join(
-                f"rank {r}: {', '.join(m.name for m, flag in zip(self._members, row[2::2], strict=False) if flag)}"
-                for r, row in enumerate(rows)
-                if row[0] == Kind.GATE
-            )
-            message = f"the ranks are about to step different optimizers: {said}. Call backward() of each on all ranks"
-            raise RankError(message)
+        check_gate(rows, self._members, self._engine.state.epoch)
         return rows
 
     def _common_unit(self, member: Member, weight: float) -> float:
@@ -351,7 +297,7 @@ class Peers:
             rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
             if not (self._take_unit(rows) or self._take_part_again(rows)):
                 break  # else a rank without data is here, and the others at their first loss, or at one more
-        self._check_close(member, rows, values)
+        check_close(rows, member, self._members, self._rounds, values)
         if not (at_end or any(row[2] for row in rows)):
             # No rank had a loss for it in this iteration, or the first loss has told that its windows are longer.
             member.touched()
@@ -366,33 +312,6 @@ class Peers:
         else:
             member.discard("a stop")
         member.sync.settle()
-
-    def _check_close(self, member: Member, rows: Sequence[Row], values: dict[str, dict[str, str]]) -> None:
-        if len({row[1] for row in rows}) > 1:
-            said = "; ".join(f"rank {r}: {self._members[int(row[1])].name!r}" for r, row in enumerate(rows))
-            message = f"the ranks close windows of different optimizers: {said}"
-            raise RankError(message)
-        if {row[4] for row in rows} >= {0.0, 1.0}:
-            said = ", ".join(f"rank {r} {'with' if row[4] else 'without'}" for r, row in enumerate(rows) if row[4] >= 0)
-            message = f"the losses of optimizer {member.name!r} came {said} weight=; pass it on every rank or on none"
-            raise RankError(message)
-        if len({row[5] for row in rows}) > 1:
-            self._agree({f"{key} of {group}": v for group, entries in values.items() for key, v in entries.items()})
-
-    def _agree(self, facts: dict[str, Any], free: frozenset[str] | set[str] = frozenset()) -> dict[str, list[Any]]:
-        """Compare *facts* over ranks, all but the *free* ones, and return those of all."""
-        told = [json.loads(text) for text in self._rounds.texts(json.dumps(facts), "the start of a run")]
-        keys = sorted({key for facts in told for key in facts})
-        found = {key: [facts.get(key) for facts in told] for key in keys}
-        for key, values in found.items():
-            if key not in free and any(value != values[0] for value in values):
-                said = ", ".join(f"{value} on rank {r}" for r, value in enumerate(values))
-                message = (
-                    f"{key} differs between ranks: {said}. Configure and load every rank alike, and change what a run "
-                    "goes by on all ranks or from values reduced over all"
-                )
-                raise RankError(message)
-        return found
 
     # -- what is where -------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from ice_engine.clocks import count_steps
 from ice_engine.distributed.rounds import gatherer
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.horizon import Course, OnChange, Terms
-from ice_engine.peers import Member
+from ice_engine.member import Member
 from ice_engine.processors.binding import Binding
 from ice_engine.processors.group import followed_metrics, run_processors
 from ice_engine.processors.group_mapping import Written

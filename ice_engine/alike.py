@@ -1,0 +1,81 @@
+"""What must be alike on all ranks of an engine, and the errors where it is not."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ice_engine.distributed.rounds import Kind, Rounds, Row
+from ice_engine.errors import RankError
+from ice_engine.member import Member
+
+
+def agree(rounds: Rounds, facts: dict[str, Any], free: frozenset[str] | set[str] = frozenset()) -> dict[str, list[Any]]:
+    """Compare *facts* over ranks, all but the *free* ones, and return those of all.
+
+    Raises:
+        RankError: Naming the first that differs.
+    """
+    told = [json.loads(text) for text in rounds.texts(json.dumps(facts), "the start of a run")]
+    keys = sorted({key for facts in told for key in facts})
+    found = {key: [facts.get(key) for facts in told] for key in keys}
+    for key, values in found.items():
+        if key not in free and any(value != values[0] for value in values):
+            said = ", ".join(f"{value} on rank {r}" for r, value in enumerate(values))
+            message = (
+                f"{key} differs between ranks: {said}. Configure and load every rank alike, and change what a run "
+                "goes by on all ranks or from values reduced over all"
+            )
+            raise RankError(message)
+    return found
+
+
+def check_lengths(lengths: Sequence[int | None], members: Sequence[Member]) -> None:
+    """Refuse epochs of *lengths* that differ, where the forward needs all ranks."""
+    if any(lengths) and any(m.sync.together for m in members):
+        said = ", ".join(f"{length} on rank {r}" for r, length in enumerate(lengths))
+        message = (
+            f"epoch_length differs: {said}; the model needs all ranks in every forward. Give all the same number "
+            "of micro-batches: a DistributedSampler with drop_last=True, or run(..., epoch_length=n)"
+        )
+        raise RankError(message)
+
+
+def check_gate(rows: Sequence[Row], members: Sequence[Member], epoch: int) -> None:
+    """Refuse a gate whose ranks would step different optimizers, or lack one that the forward needs."""
+    done = [r for r, row in enumerate(rows) if row[0] == Kind.EPOCH_END]
+    going = any(row[0] == Kind.GATE for row in rows)
+    if done and going and any(m.sync.together for m in members):
+        message = (
+            f"rank {done[0]} is at the end of its data in epoch {epoch}, others are not; the "
+            "model needs all ranks in every forward. Give all the same number of micro-batches"
+        )
+        raise RankError(message)
+    gates = {tuple(row[2 : 2 + 2 * len(members) : 2]) for row in rows if row[0] == Kind.GATE}
+    if len(gates) > 1:
+        said = "; ".join(
+            f"rank {r}: {', '.join(m.name for m, flag in zip(members, row[2::2], strict=False) if flag)}"
+            for r, row in enumerate(rows)
+            if row[0] == Kind.GATE
+        )
+        message = f"the ranks are about to step different optimizers: {said}. Call backward() of each on all ranks"
+        raise RankError(message)
+
+
+def check_close(
+    rows: Sequence[Row],
+    member: Member,
+    members: Sequence[Member],
+    rounds: Rounds,
+    values: dict[str, dict[str, str]],
+) -> None:
+    """Refuse to close windows of different optimizers, partly weighted ones, or with *values* that differ."""
+    if len({row[1] for row in rows}) > 1:
+        said = "; ".join(f"rank {r}: {members[int(row[1])].name!r}" for r, row in enumerate(rows))
+        message = f"the ranks close windows of different optimizers: {said}"
+        raise RankError(message)
+    if {row[4] for row in rows} >= {0.0, 1.0}:
+        said = ", ".join(f"rank {r} {'with' if row[4] else 'without'}" for r, row in enumerate(rows) if row[4] >= 0)
+        message = f"the losses of optimizer {member.name!r} came {said} weight=; pass it on every rank or on none"
+        raise RankError(message)
+    if len({row[5] for row in rows}) > 1:
+        agree(rounds, {f"{key} of {group}": v for group, entries in values.items() for key, v in entries.items()})

@@ -1,0 +1,43 @@
+"""What the other ranks of an engine ask of an optimizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ice_engine.distributed.sync import Synchroniser
+from ice_engine.window import Window
+
+
+@dataclass(eq=False)
+class Member:
+    """An optimizer as its peers on the other ranks see it.
+
+    Attributes:
+        name: Its name.
+        window: Its window.
+        sync: What reduces its gradients.
+        parameters: Returns them.
+        facts: Returns what must be the same on all ranks when a run starts, as plain data.
+        values: Returns the entries of its param groups, likewise at every step.
+        close: Steps or skips the window.
+        drop: Drops it, as its tail says.
+        discard: Drops it, with a warning that names a cause.
+        touched: Is told that other ranks' gradients have been averaged into this one's.
+        differentiated: Backward passes so far.
+        broken: Whether the last of them raised.
+    """
+
+    name: str
+    window: Window
+    sync: Synchroniser
+    parameters: Callable[[], list[torch.Tensor]]
+    facts: Callable[[], dict[str, Any]]
+    values: Callable[[], dict[str, dict[str, str]]]
+    close: Callable[[], Any]
+    drop: Callable[[], Any]
+    discard: Callable[[str], Any]
+    touched: Callable[[], Any]
+    differentiated: int = 0
+    broken: bool = False
