@@ -24,7 +24,7 @@ from ignite.metrics import Metric
 
 from ice_engine import checkpoint_file, saved_objects
 from ice_engine.arguments import choice, count
-from ice_engine.checkpoint_folder import Folder, whole_files
+from ice_engine.checkpoint_folder import Folder
 from ice_engine.checkpoint_names import Names
 from ice_engine.distributed import world
 from ice_engine.distributed.plain import plain
@@ -37,14 +37,14 @@ from ice_engine.optimizer import Optimizer
 from ice_engine.peers import Peers, peers
 from ice_engine.preemption import SIGNALS
 from ice_engine.recording import Recordings
-from ice_engine.run_position import RunPosition, check_positions, run_position
+from ice_engine.resuming import OURS, adopted, find, load
+from ice_engine.run_position import RunPosition, run_position
 from ice_engine.save_times import Request, SaveTimes
 from ice_engine.summary import summary
 from ice_engine.writer import Writer
 
 logger = logging.getLogger(__name__)
 
-_OURS = "ice_engine"  # the entry of a checkpoint that says where the run is
 _Item = IgniteCheckpoint.Item
 
 
@@ -110,8 +110,8 @@ class Checkpoint(IgniteCheckpoint):
                 f"to_save must be a dict of objects by name, such as {{'model': model}}, got {type(to_save).__name__}"
             )
             raise ArgumentTypeError(message)
-        if _OURS in to_save:
-            message = f"to_save must not have {_OURS!r}: that entry says where the run is; use another name"
+        if OURS in to_save:
+            message = f"to_save must not have {OURS!r}: that entry says where the run is; use another name"
             raise ArgumentValueError(message)
         self._folder: Path | None = None
         if isinstance(save_handler, str | Path):
@@ -275,10 +275,10 @@ class Checkpoint(IgniteCheckpoint):
             alone: dict[str, Any] = next(iter(content.values()))
             return alone
         if self._position is not None:
-            position = plain(_OURS, self._position.state_dict())
-            content[_OURS] = {"version": checkpoint_file.VERSION, "positions": gather_plain("a checkpoint", position)}
+            position = plain(OURS, self._position.state_dict())
+            content[OURS] = {"version": checkpoint_file.VERSION, "positions": gather_plain("a checkpoint", position)}
             if self._peers is not None:
-                content[_OURS]["layouts"] = self._peers.layouts()
+                content[OURS]["layouts"] = self._peers.layouts()
         if self.include_self:
             content["checkpointer"] = {"_saved": [tuple(item) for item in save.saved]}
         return content
@@ -380,54 +380,24 @@ class Checkpoint(IgniteCheckpoint):
                 "module of to_save has: to_save={'model': model, ...}"
             )
         if not self.include_self:
-            self._adopt(found)
+            self._saved = adopted(found, self.n_saved, by_score=self.score_function is not None)
         return file
 
     def _find(self, folder: Path) -> list[_Item]:
-        if folder.exists() and not folder.is_dir():
-            message = f"{folder} is a file, wanted is the folder that was there; move it away"
-            raise CheckpointError(message)
         by_number = self.global_step_transform is not None or self.score_function is None
-        names = self._names(0 if by_number else None)
-        return [_Item(*file) for file in whole_files(folder, names)]
+        return find(folder, self._names(0 if by_number else None))
 
     def _load(self, file: Path, found: list[_Item]) -> None:
-        try:
-            content = self._checked(checkpoint_file.read(file))
-            listed = (
-                _listed(content["checkpointer"], found) if self.include_self and "checkpointer" in content else None
-            )
-            saved_objects.load(self.to_save, content)
-        except Exception as err:
-            others = ", ".join(item.filename for item in found[:-1])
-            mend = f"Move it away to resume from one of the others there: {others}" if others else "It is the only one"
-            message = (
-                f"{file} cannot be loaded: {str(err).rstrip('. ')}. {mend}. To load what fits into a "
-                "model that changed: state = torch.load(file, weights_only=True), then model.load_state_dict(..., "
-                "strict=False) and optimizer.load_state_dict(..., strict=False)"
-            )
-            raise CheckpointError(message) from err
+        trainer = self._trainer if self._position is not None else None
+        content, listed = load(file, found, self.to_save, trainer, lists=self.include_self)
         if listed is not None:
             self._saved = listed
-        if self._position is not None and _OURS in content:
+        if self._position is not None and OURS in content:
             metrics = {name: saved for name, saved in self.to_save.items() if isinstance(saved, Metric)}
             again = functools.partial(saved_objects.load, metrics, content)
-            self._position.load_state_dict(content[_OURS]["positions"], again)
+            self._position.load_state_dict(content[OURS]["positions"], again)
             if self._peers is not None:
-                self._peers.lay_out(content[_OURS].get("layouts", ()))
-
-    def _checked(self, found: Any) -> Mapping[str, Any]:
-        """Return the states by name, before anything is loaded; a digest says that they are as written, not by whom."""
-        if not isinstance(found, Mapping):
-            message = f"it holds {type(found).__name__}, wanted is a dict of states by name"
-            raise CheckpointError(message)
-        content: Mapping[str, Any] = found
-        if len(self.to_save) == 1 and not self.include_self and next(iter(self.to_save)) not in content:
-            content = {next(iter(self.to_save)): content}
-        if self._position is not None and _OURS in content:
-            trainer = next(name for name, saved in self.to_save.items() if saved is self._trainer)
-            check_positions(content[_OURS], content.get(trainer))
-        return content
+                self._peers.lay_out(content[OURS].get("layouts", ()))
 
     def _names(self, step: Any) -> Names:
         alone = len(self.to_save) == 1 and not self.include_self
@@ -435,23 +405,3 @@ class Checkpoint(IgniteCheckpoint):
         pattern = self._get_filename_pattern(step)
         by_score = self.score_function is not None
         return Names(pattern, self.filename_prefix, name, self.ext, self.score_name, by_score)
-
-    def _adopt(self, found: list[_Item]) -> None:
-        """Count the files found as saved by this object, so that ``n_saved`` holds over resumed runs."""
-        known = [item for item in found if not math.isnan(item.priority)]
-        if self.score_function is None and known:
-            # Those of an earlier run that came further would forbid every save until there.
-            known = [item for item in known if item.priority <= found[-1].priority]
-        # One more: a process that was killed between a new file and the removal of an old one left both.
-        self._saved = sorted(known, key=lambda item: item.priority)[-((self.n_saved or len(known)) + 1) :]
-
-
-def _listed(checkpointer: Any, found: list[_Item]) -> list[_Item]:
-    """Return what a file says was saved, of what is in its folder: what else it names is not for it to have removed."""
-    there = {item.filename for item in found}
-    try:
-        listed = [_Item(priority + 0, filename) for priority, filename in checkpointer["_saved"]]
-        return [item for item in listed if item.filename in there]
-    except (KeyError, TypeError, ValueError) as err:
-        message = "its list of files saved is damaged"
-        raise CheckpointError(message) from err
