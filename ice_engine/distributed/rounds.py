@@ -173,8 +173,8 @@ class Rounds:
         if self._left is not None:
             message = f"this rank gave up waiting for the others before, and is a round ahead of them: {self._left}"
             raise RankError(message)
-        numbers = array.array("d", [kind, *values])
-        numbers.extend(_ZEROS[len(numbers) :])
+        numbers = _ZEROS[:]
+        memoryview(numbers)[: 1 + len(values)] = array.array("d", [kind, *values])  # raises if there are too many
         row = torch.frombuffer(numbers, dtype=torch.float64)
         if world_size() == _PAIR:
             self._do(self._group.allgather, [self._parts], [row], options=_of_all_gather(), patience=patience)

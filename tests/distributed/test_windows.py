@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
+from ice_engine.distributed.rounds import WIDTH, Kind, rounds
 from ice_engine.errors import RankError
 from tests.distributed.launch import launch
 
@@ -515,3 +516,13 @@ def test_a_resumed_run_scales_losses_as_the_one_it_goes_on_from():
     ):
         assert whole
         assert whole == resumed
+
+
+def _too_long() -> list[list[float]]:
+    with pytest.raises(ValueError, match="lvalue and rvalue"):
+        rounds().exchange(Kind.GATE, [1.0] * WIDTH)
+    return [row[:3] for row in rounds().exchange(Kind.GATE, [dist.get_rank(), 7.0])]
+
+
+def test_a_row_that_is_too_long_raises_before_it_is_sent():
+    assert launch(_too_long, 2) == [[[Kind.GATE, 0.0, 7.0], [Kind.GATE, 1.0, 7.0]]] * 2
