@@ -86,23 +86,24 @@ def step_with(
 
     It must take any but 1, see :func:`takes_factor`.
     """
+    loop = form == "for-loop" and device.type == "cpu"  # which was true when somebody looked; on a GPU torch is asked
     if isinstance(factor, torch.Tensor):
         scale = factor.reciprocal().to(torch.float32)
     elif factor == 1.0:
-        step(optimizer, form)
+        _step(optimizer, loop=loop)
         return
     else:
         scale = torch.full((), 1.0 / factor, dtype=torch.float32, device=device)
     stepped: Any = optimizer
     stepped.grad_scale = scale
     try:
-        step(optimizer, form)
+        _step(optimizer, loop=loop)
     finally:
         del stepped.grad_scale
 
 
-def step(optimizer: torch.optim.Optimizer, form: str | None = None) -> Any:
-    """Step *optimizer*, which has this *form*; past torch's wrapper around ``step()`` where that has nothing to do."""
+def _step(optimizer: torch.optim.Optimizer, *, loop: bool) -> None:
+    """Step *optimizer*, by its *loop* if so; past torch's wrapper around ``step()`` where that has nothing to do."""
     own: Any = type(optimizer).step
     # It opens a range for the profiler, at 9 us a step as much as the kernel of a small model, also where none runs.
     if (
@@ -114,16 +115,17 @@ def step(optimizer: torch.optim.Optimizer, form: str | None = None) -> Any:
         or torch_optimizer._global_optimizer_pre_hooks  # noqa: SLF001
         or torch_optimizer._global_optimizer_post_hooks  # noqa: SLF001
     ):
-        return optimizer.step()
-    if form != "for-loop" or not own.__module__.startswith("torch.optim."):
-        return own.__wrapped__(optimizer)
+        optimizer.step()
+        return
+    # The groups of a class of the user's own are its own to read.
+    loop = loop and own.__module__.startswith("torch.optim.")
     # Where it was left open, torch finds at each step that it is the loop: 3 us by itself, and 8 to 12 between backward
     # passes, which take the cache, of the 220 that an iteration of a tiny model takes.
-    left_open = [group for group in optimizer.param_groups if group["foreach"] is None]
+    left_open = [group for group in optimizer.param_groups if loop and group["foreach"] is None]
     for group in left_open:
         group["foreach"] = False
     try:
-        return own.__wrapped__(optimizer)
+        own.__wrapped__(optimizer)
     finally:
         for group in left_open:
             group["foreach"] = None
