@@ -20,10 +20,9 @@ def agree(rounds: Rounds, facts: dict[str, Any], free: frozenset[str] | set[str]
     found = {key: [facts.get(key) for facts in told] for key in keys}
     for key, values in found.items():
         if key not in free and any(value != values[0] for value in values):
-            said = ", ".join(f"{value} on rank {r}" for r, value in enumerate(values))
             message = (
-                f"{key} differs between ranks: {said}. Configure and load every rank alike, and change what a run "
-                "goes by on all ranks or from values reduced over all"
+                f"{key} differs between ranks: {_by_rank(values)}. Configure and load every rank alike, and change "
+                "what a run goes by on all ranks or from values reduced over all"
             )
             raise RankError(message)
     return found
@@ -31,11 +30,10 @@ def agree(rounds: Rounds, facts: dict[str, Any], free: frozenset[str] | set[str]
 
 def check_lengths(lengths: Sequence[int | None], members: Sequence[Member]) -> None:
     """Refuse epochs of *lengths* that differ, where the forward needs all ranks."""
-    if any(lengths) and any(m.sync.together for m in members):
-        said = ", ".join(f"{length} on rank {r}" for r, length in enumerate(lengths))
+    if len(set(lengths)) > 1 and any(m.sync.together for m in members):
         message = (
-            f"epoch_length differs: {said}; the model needs all ranks in every forward. Give all the same number "
-            "of micro-batches: a DistributedSampler with drop_last=True, or run(..., epoch_length=n)"
+            f"epoch_length differs: {_by_rank(lengths)}; the model needs all ranks in every forward. Give all the same "
+            "number of micro-batches: a DistributedSampler with drop_last=True, or run(..., epoch_length=n)"
         )
         raise RankError(message)
 
@@ -79,3 +77,7 @@ def check_close(
         raise RankError(message)
     if len({row[5] for row in rows}) > 1:
         agree(rounds, {f"{key} of {group}": v for group, entries in values.items() for key, v in entries.items()})
+
+
+def _by_rank(values: Sequence[Any]) -> str:
+    return ", ".join(f"{value} on rank {r}" for r, value in enumerate(values))

@@ -141,8 +141,7 @@ class Peers:
         facts["epoch_length"] = state.epoch_length
         lengths = agree(self._rounds, facts, free={"epoch_length"})["epoch_length"]
         self._length = lengths[0] if len(set(lengths)) == 1 else None
-        if self._length is None:
-            check_lengths(lengths, self._members)
+        check_lengths(lengths, self._members)
         for sync, layout in zip(self._syncs(), self._layouts, strict=False):
             sync.lay_out(layout)
         self._layouts = ()
