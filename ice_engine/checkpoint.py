@@ -37,15 +37,13 @@ from ice_engine.optimizer import Optimizer
 from ice_engine.peers import Peers, peers
 from ice_engine.preemption import SIGNALS
 from ice_engine.recording import Recordings
-from ice_engine.resuming import OURS, adopted, find, load
+from ice_engine.resuming import OURS, Item, adopted, find, load
 from ice_engine.run_position import RunPosition, run_position
 from ice_engine.save_times import Request, SaveTimes
 from ice_engine.summary import summary
 from ice_engine.writer import Writer
 
 logger = logging.getLogger(__name__)
-
-_Item = IgniteCheckpoint.Item
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class _Save:
 
     engine: Engine
     filename: str
-    saved: list[_Item]
+    saved: list[Item]
     outdated: list[str]
 
 
@@ -242,7 +240,7 @@ class Checkpoint(IgniteCheckpoint):
         filename = self._names(step).file(step, text if self.score_function is not None else None)
         agree("a checkpoint", filename)
         others = [item for item in self._saved if item.filename != filename]
-        saved = sorted([*others, _Item(priority, filename)], key=lambda item: item.priority)
+        saved = sorted([*others, Item(priority, filename)], key=lambda item: item.priority)
         kept = saved[-self.n_saved :] if self.n_saved is not None else saved
         outdated = [item.filename for item in saved if item not in kept]
         return _Save(engine, filename, kept, outdated)
@@ -366,9 +364,9 @@ class Checkpoint(IgniteCheckpoint):
             raise CheckpointError(message)
         self._finish()
         saves = world.rank() == self.save_on_rank
-        own = together("resume()", functools.partial(self._find, self._folder) if saves else list[_Item])
+        own = together("resume()", functools.partial(self._find, self._folder) if saves else list[Item])
         # All must know what is there, to decide alike what is better.
-        found = [_Item(*item) for item in json.loads(gather("resume()", json.dumps(own))[self.save_on_rank])]
+        found = [Item(*item) for item in json.loads(gather("resume()", json.dumps(own))[self.save_on_rank])]
         if not found:
             logger.warning("no checkpoint in %s: the run starts fresh", self._folder)
             return None
@@ -383,11 +381,11 @@ class Checkpoint(IgniteCheckpoint):
             self._saved = adopted(found, self.n_saved, by_score=self.score_function is not None)
         return file
 
-    def _find(self, folder: Path) -> list[_Item]:
+    def _find(self, folder: Path) -> list[Item]:
         by_number = self.global_step_transform is not None or self.score_function is None
         return find(folder, self._names(0 if by_number else None))
 
-    def _load(self, file: Path, found: list[_Item]) -> None:
+    def _load(self, file: Path, found: list[Item]) -> None:
         trainer = self._trainer if self._position is not None else None
         content, listed = load(file, found, self.to_save, trainer, lists=self.include_self)
         if listed is not None:

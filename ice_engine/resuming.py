@@ -15,10 +15,10 @@ from ice_engine.errors import CheckpointError
 from ice_engine.run_position import check_positions
 
 OURS = "ice_engine"  # the entry of a checkpoint that says where the run is
-_Item = Checkpoint.Item
+Item = Checkpoint.Item
 
 
-def find(folder: Path, names: Names) -> list[_Item]:
+def find(folder: Path, names: Names) -> list[Item]:
     """Return the files of *folder* that are named so, the newest whole one last.
 
     Raises:
@@ -27,12 +27,12 @@ def find(folder: Path, names: Names) -> list[_Item]:
     if folder.exists() and not folder.is_dir():
         message = f"{folder} is a file, wanted is the folder that was there; move it away"
         raise CheckpointError(message)
-    return [_Item(*file) for file in whole_files(folder, names)]
+    return [Item(*file) for file in whole_files(folder, names)]
 
 
 def load(
-    file: Path, found: list[_Item], objects: Mapping[str, Any], trainer: Engine | None, *, lists: bool
-) -> tuple[Mapping[str, Any], list[_Item] | None]:
+    file: Path, found: list[Item], objects: Mapping[str, Any], trainer: Engine | None, *, lists: bool
+) -> tuple[Mapping[str, Any], list[Item] | None]:
     """Give *objects* their states in *file*, and return its content, and what it says was saved, if it does.
 
     Args:
@@ -49,7 +49,7 @@ def load(
         content = _checked(checkpoint_file.read(file), objects, trainer, lists=lists)
         listed = _listed(content["checkpointer"], found) if lists and "checkpointer" in content else None
         saved_objects.load(objects, content)
-    except Exception as err:
+    except Exception as err:  # of whatever class: of a load_state_dict of the user's, told with the file, and raised
         others = ", ".join(item.filename for item in found[:-1])
         mend = f"Move it away to resume from one of the others there: {others}" if others else "It is the only one"
         message = (
@@ -75,18 +75,18 @@ def _checked(found: Any, objects: Mapping[str, Any], trainer: Engine | None, *, 
     return content
 
 
-def _listed(checkpointer: Any, found: list[_Item]) -> list[_Item]:
+def _listed(checkpointer: Any, found: list[Item]) -> list[Item]:
     """Return what a file says was saved, of what is in its folder: what else it names is not for it to have removed."""
     there = {item.filename for item in found}
     try:
-        listed = [_Item(priority + 0, filename) for priority, filename in checkpointer["_saved"]]
+        listed = [Item(priority + 0, filename) for priority, filename in checkpointer["_saved"]]
         return [item for item in listed if item.filename in there]
     except (KeyError, TypeError, ValueError) as err:
         message = "its list of files saved is damaged"
         raise CheckpointError(message) from err
 
 
-def adopted(found: list[_Item], n_saved: int | None, *, by_score: bool) -> list[_Item]:
+def adopted(found: list[Item], n_saved: int | None, *, by_score: bool) -> list[Item]:
     """Return the files found that count as saved by who resumes, so that ``n_saved`` holds over resumed runs."""
     known = [item for item in found if not math.isnan(item.priority)]
     if not by_score and known:
