@@ -51,8 +51,9 @@ _KINDS = {
 
 
 _IGNITES = Engine._fire_event  # noqa: SLF001
-# What Ignite puts around a handler whose event has a filter, and the filters that it makes itself.
-_FILTERED: Any = Engine._handler_wrapper(cast("Any", None), print, None, print).__code__  # noqa: SLF001 - no public way
+# What Ignite puts around a handler whose event has a filter, and the filters that it makes itself: known by their code,
+# for which one of each is made here and never called. Ignite has no public way to them.
+_FILTERED: Any = Engine._handler_wrapper(cast("Any", None), print, None, print).__code__  # noqa: SLF001
 _FILTER = _SELF = 0
 try:
     _FILTER, _SELF = map(_FILTERED.co_freevars.index, ("event_filter", "self"))

@@ -122,7 +122,8 @@ class Sequence(Schedule):
 
     def _then(self, change: int, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return *mapping* with the clock at the *change*."""
-        return ChainMap(at_clock(self._unit, change), mapping)  # type: ignore[arg-type] # only read
+        # ChainMap is typed for mappings that it may write to; this one is only read, and too costly to copy.
+        return ChainMap(at_clock(self._unit, change), mapping)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         rebase = ", rebase=True" if self.rebase else ""
