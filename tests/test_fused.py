@@ -266,7 +266,7 @@ def test_the_record_says_nothing_where_there_is_no_choice():
 
 
 def test_torch_is_not_asked_again_at_each_step_which_form_was_left_open(monkeypatch):
-    """Of a tiny model's iteration, what it answers takes 4 %."""
+    """Of a tiny model's iteration, what it answers takes 3 to 4 %."""
     asked = []
     module = importlib.import_module("torch.optim.sgd")
     torchs = module._default_to_fused_or_foreach
