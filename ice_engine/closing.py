@@ -165,26 +165,25 @@ class Closing(Accumulating):
             return (
                 norm.detach().clone().reshape(()) if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
             ), None
-        if self._precision.policy == "off" or (self._takes_factor(gradient) and gradient.is_finite()):
+        if self._precision.policy == "off" or (self._takes_factor(gradient, gradient.pending) and gradient.is_finite()):
             return None, None
         return None, gradient.multiply_and_check()
 
-    def _takes_factor(self, gradient: Gradient) -> bool:
+    def _takes_factor(self, gradient: Gradient, factor: Multiplier) -> bool:
         """Whether the optimizer multiplies the gradients itself: it can, and nobody looks at them before."""
         return (
             bool(gradient.plain)
-            and fused.takes_factor(self._inner, gradient.plain)
+            and fused.takes_factor(self._inner, gradient.plain, factor, shown=self._listens("STEP_COMPLETED"))
             and "step" not in vars(self)
             and not self._listens("STEP_STARTED")
             and self._binding.blind
         )
 
     def _step(self, gradient: Gradient, norm: torch.Tensor | None, factor: Multiplier) -> None:
-        left: Multiplier = 1.0
-        if self._takes_factor(gradient):
-            left = gradient.final(factor)
-        else:
+        left = gradient.final(factor)
+        if not (type(left) is float and left == 1.0) and not self._takes_factor(gradient, left):
             gradient.multiply(factor)
+            left = 1.0
         written: list[Written] = []
         if self._processors:
             written = self._run_processors()

@@ -2,7 +2,8 @@
 
 A fused optimizer updates all its parameters in one kernel. That kernel divides the gradients by ``grad_scale`` as it
 reads them, and writes them back so; what torch made for its ``GradScaler`` serves for any factor, such as a clip's. So
-the mean of a window, the loss scale and the clip cost no pass over the gradients of their own.
+the mean of a window, the loss scale and the clip cost no pass over the gradients of their own. Nor do they with plain
+SGD, whose step is as linear in ``lr`` as in the gradient: there the factor goes along in ``lr``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,20 +64,35 @@ def _form(group: Mapping[str, Any]) -> str | None:
     return "foreach" if foreach else "for-loop"
 
 
-def takes_factor(optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor]) -> bool:
-    """Whether *optimizer* multiplies these *gradients* itself, and nobody looks at them before.
+def takes_factor(
+    optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor], factor: float | torch.Tensor, *, shown: bool
+) -> bool:
+    """Whether *optimizer* multiplies these *gradients* by *factor* itself, and nobody looks at them before.
 
-    In single precision alone: the factor is a single one, too coarse for double gradients, and torch's kernels for half
-    precision on the CPU ignore it in part.
+    A fused kernel does so in single precision alone: its factor is a single one, too coarse for double gradients, and
+    torch's kernels for half precision on the CPU ignore it in part. It writes the product back; plain SGD, which takes
+    a number only, does not, and so is not left to do it where gradients are *shown* to somebody after the step.
     """
+    if (
+        optimizer._optimizer_step_pre_hooks  # noqa: SLF001 - a hook may look at the gradients
+        or torch_optimizer._global_optimizer_pre_hooks  # noqa: SLF001 - likewise
+        or "step" in vars(optimizer)
+    ):
+        return False
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and all(g.get("fused") for g in optimizer.param_groups):
+        return gradients[0].dtype == torch.float32
     return (
-        getattr(optimizer, "_step_supports_amp_scaling", False)
-        and not optimizer._optimizer_step_pre_hooks  # noqa: SLF001 - a hook may look at the gradients
-        and not torch_optimizer._global_optimizer_pre_hooks  # noqa: SLF001 - likewise
-        and "step" not in vars(optimizer)
-        and all(group.get("fused") for group in optimizer.param_groups)
-        and gradients[0].dtype == torch.float32
+        type(optimizer) is torch.optim.SGD
+        and type(factor) is float
+        and not shown
+        and all(_is_linear(group) for group in optimizer.param_groups)
+        and not optimizer._optimizer_step_post_hooks  # noqa: SLF001 - it may look, too
+        and not torch_optimizer._global_optimizer_post_hooks  # noqa: SLF001 - likewise
     )
+
+
+def _is_linear(group: Mapping[str, Any]) -> bool:
+    return group["momentum"] == group["weight_decay"] == 0 and type(group["lr"]) is float
 
 
 def step_with(
@@ -87,15 +103,24 @@ def step_with(
     It must take any but 1, see :func:`takes_factor`.
     """
     loop = form == "for-loop" and device.type == "cpu"  # which was true when somebody looked; on a GPU torch is asked
-    if isinstance(factor, torch.Tensor):
-        scale = factor.reciprocal().to(torch.float32)
-    elif factor == 1.0:
+    if type(factor) is float and factor == 1.0:
         _step(optimizer, loop=loop)
         return
-    else:
-        scale = torch.full((), 1.0 / factor, dtype=torch.float32, device=device)
     stepped: Any = optimizer
-    stepped.grad_scale = scale
+    if form != "fused":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        try:
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
+            _step(optimizer, loop=loop)
+        finally:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        return
+    if isinstance(factor, torch.Tensor):
+        stepped.grad_scale = factor.reciprocal().to(torch.float32)
+    else:
+        stepped.grad_scale = torch.full((), 1.0 / factor, dtype=torch.float32, device=device)
     try:
         _step(optimizer, loop=loop)
     finally:

@@ -1,5 +1,6 @@
-"""The fused form of an optimizer, which takes the mean of a window, the loss scale and the clip along as one factor."""
+"""What takes the mean of a window, the loss scale and the clip along as one factor: fused forms, and plain SGD's lr."""
 
+import contextlib
 import functools
 import importlib
 from collections import Counter
@@ -7,13 +8,15 @@ from collections import Counter
 import pytest
 import torch
 from ignite.engine import Engine
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ice_engine as ice
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.05)
+PLAIN = functools.partial(torch.optim.SGD, lr=0.05)
 FORMS = {
+    "plain SGD": PLAIN,
     "SGD": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True),
     "AdamW": functools.partial(torch.optim.AdamW, lr=0.05, fused=True),
     "Adagrad": functools.partial(torch.optim.Adagrad, lr=0.05, fused=True),
@@ -94,26 +97,31 @@ def test_one_factor_inside_of_the_kernel_differs_by_rounding(factory, clip, scal
         assert apart(model, by_hand(factory, data)) > 1e-3  # what leaving the clip out does
 
 
-def test_on_a_tiny_model_the_folded_factor_stays_within_1e_8():
-    """The issue's bound, at its step sizes: a window's mean, a loss scale and a clip, all inside of the kernel."""
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_on_a_tiny_model_the_folded_factor_stays_within_1e_8(fused, scaled):
+    """The issue's bound, at its step sizes: a window's mean, a loss scale and a clip, inside of the kernel or of lr."""
     data = batches([3, 5, 2, 4, 1, 6, 7, 2] * 3)
-    factory = functools.partial(torch.optim.SGD, lr=1e-3, fused=True)
+    factory = functools.partial(torch.optim.SGD, lr=1e-3, fused=fused)
 
-    model, optimizer = ours(factory, data, clip=ice.clip_norm(1.0), scaler=torch.amp.GradScaler("cpu"))
+    model, optimizer = ours(
+        factory, data, clip=ice.clip_norm(1.0), scaler=torch.amp.GradScaler("cpu") if scaled else None
+    )
 
     assert optimizer.record.clipped_norm < optimizer.record.grad_norm  # the clip has bitten
     assert apart(model, by_hand(factory, data, clip=1.0)) <= 1e-8
     assert apart(model, by_hand(factory, data)) > 1e-4
 
 
+@pytest.mark.parametrize("factory", [FORMS["SGD"], PLAIN], ids=["fused", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_gradients_in_other_precisions_are_multiplied_before(dtype):
+def test_gradients_in_other_precisions_are_multiplied_before(dtype, factory):
     """A factor in single precision is too coarse for double; for halves torch's kernel takes it for a part of them."""
     data = batches([3, 5, 2, 4], dtype)
 
-    model, _ = ours(FORMS["SGD"], data, clip=ice.clip_norm(0.3), dtype=dtype)
+    model, _ = ours(factory, data, clip=ice.clip_norm(0.3), dtype=dtype)
 
-    expected = by_hand(FORMS["SGD"], data, clip=0.3, dtype=dtype)
+    expected = by_hand(factory, data, clip=0.3, dtype=dtype)
     assert apart(model, expected) < (1e-15 if dtype == torch.float64 else 2e-2)
 
 
@@ -143,7 +151,29 @@ def test_with_a_scaler_as_well():
     assert seen == {"_foreach_norm": 1, "_foreach_add_": 1, "_fused_adamw_": 1}
 
 
+def test_plain_sgd_takes_the_factor_in_its_lr():
+    asked = [{"clip": ice.clip_norm(0.1)}, {"nonfinite": "skip"}, {"grad_scaler": torch.amp.GradScaler("cpu")}]
+    assert [passes(PLAIN, **each) for each in asked] == [{"_foreach_norm": 1}] * 3
+    assert passes(functools.partial(PLAIN, foreach=True)) == {"_foreach_add_": 1}
+
+
+@pytest.mark.parametrize("more", [{"momentum": 0.5}, {"weight_decay": 0.1}, {"lr": torch.tensor(0.05)}])
+def test_an_sgd_that_is_not_linear_in_a_number_has_its_gradients_multiplied(more):
+    factory = functools.partial(PLAIN, **more)
+    data = batches([3, 5, 2, 4, 1, 6, 7, 2])
+
+    model, _ = ours(factory, data, clip=ice.clip_norm(0.3))
+
+    assert passes(factory, clip=ice.clip_norm(0.1)) == {"_foreach_norm": 1, "_foreach_mul_": 1}
+    assert apart(model, by_hand(factory, data, clip=0.3)) < 2e-7
+
+
 # -- who looks at the gradients sees the final ones -----------------------------------------------------------
+
+GLOBAL_HOOKS = {
+    "global_pre_hook": register_optimizer_step_pre_hook,
+    "global_post_hook": register_optimizer_step_post_hook,
+}
 
 
 def listening(where):
@@ -156,8 +186,10 @@ def listening(where):
 
         if where == "pre_hook":
             optimizer.register_step_pre_hook(lambda *_: look())
-        elif where == "global_hook":
-            handle = register_optimizer_step_pre_hook(lambda *_: look())
+        elif where == "post_hook":
+            optimizer.register_step_post_hook(lambda *_: look())
+        elif where in GLOBAL_HOOKS:
+            handle = GLOBAL_HOOKS[where](lambda *_: look())
             engine.add_event_handler("COMPLETED", handle.remove)
         elif where != "processor":
             engine.add_event_handler(optimizer.event(where), look)
@@ -169,14 +201,16 @@ def listening(where):
     return seen, watch, [processor] if where == "processor" else []
 
 
+@pytest.mark.parametrize("factory", [FORMS["AdamW"], PLAIN], ids=["AdamW", "plain SGD"])
 @pytest.mark.parametrize(
-    "where", ["GRADIENTS_READY", "STEP_STARTED", "STEP_COMPLETED", "pre_hook", "global_hook", "processor"]
+    "where",
+    ["GRADIENTS_READY", "STEP_STARTED", "STEP_COMPLETED", "pre_hook", "post_hook", *GLOBAL_HOOKS, "processor"],
 )
-def test_whoever_looks_sees_the_mean(where):
+def test_whoever_looks_sees_the_mean(where, factory):
     seen, watch, processors = listening(where)
     clip = None if where == "GRADIENTS_READY" else ice.clip_norm(0.3)
 
-    ours(FORMS["AdamW"], batches([3, 5, 2]), clip=clip, watch=watch, processors=processors)
+    ours(factory, batches([3, 5, 2]), clip=clip, watch=watch, processors=processors)
 
     model = tiny()
     x, y = (torch.cat(parts) for parts in zip(*batches([3, 5, 2]), strict=True))
@@ -220,6 +254,21 @@ def test_the_factor_is_gone_after_the_step_even_if_it_raised():
     _, optimizer = ours(FORMS["AdamW"], batches([1, 2, 3]), clip=ice.clip_norm(0.1))
 
     assert "grad_scale" not in vars(optimizer.inner)
+
+
+def test_lr_is_what_it_was_after_the_step_even_if_it_raised():
+    model = tiny()
+    optimizer = ice.Optimizer(PLAIN(model.parameters()), clip=ice.clip_norm(0.1))
+    lrs = []
+    for broken in (False, True):
+        optimizer.backward(model(torch.full((2, 16), 9.0)).sum())
+        if broken:
+            model.weight.data = torch.zeros(2, 2)
+        with pytest.raises(RuntimeError) if broken else contextlib.nullcontext():
+            optimizer.update()
+        lrs.append(optimizer.param_groups[0]["lr"])
+
+    assert lrs == [0.05, 0.05]
 
 
 # -- which form runs ------------------------------------------------------------------------------------------
