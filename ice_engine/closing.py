@@ -15,7 +15,7 @@ from ice_engine.distributed.rounds import rounds
 from ice_engine.errors import ArgumentTypeError, AttachError, NoGradientsError
 from ice_engine.events import StepRecord
 from ice_engine.gradients import Gradient, Multiplier
-from ice_engine.precision import first_nonfinite, nonfinite_loss
+from ice_engine.nonfinite import first_nonfinite, nonfinite_loss
 from ice_engine.processors.group import frozen, take_back
 from ice_engine.processors.group_mapping import Written, group_name
 from ice_engine.typing import Clip, GroupClip

@@ -1,4 +1,4 @@
-"""Loss scale and non-finite gradients; alone knows the scale, and whether a gradient is finite.
+"""Loss scale and non-finite gradients: alone decides whether a gradient is finite enough to step on.
 
 The GradScaler scales, unscales and adapts its scale. Whether to step is decided here, from the
 gradient as the handlers of ``GRADIENTS_READY`` left it: a NaN that one of them put in is caught as
@@ -7,85 +7,16 @@ the user's own the norm that it returns is judged, not what it left, and a handl
 has the last word.
 """
 
-import math
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
 
 from ice_engine.arguments import choice, count
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError, BackwardError, NonFiniteGradientError
-from ice_engine.norms import entries
+from ice_engine.errors import ArgumentValueError, AttachError, BackwardError, NonFiniteGradientError
+from ice_engine.shared_scale import check_scaler, scale_tensor, shared
 
 Policy = Literal["skip", "raise", "off"]
-
-
-class SharedScale:
-    """A GradScaler as seen by the optimizers that use it: adapts once a round, when none of their windows is open.
-
-    A window whose gradients are of two scales would be wrong, and torch's ``update()`` is called once for all.
-
-    Attributes:
-        windows: Those that a loss of this scale has entered and that are not closed.
-        users: All that it was given to.
-    """
-
-    def __init__(self, scaler: torch.amp.GradScaler) -> None:
-        self._scaler = weakref.ref(scaler)
-        self._overflowed: bool | None = None
-        self._known: tuple[torch.Tensor, int, float, int] | None = None
-        self.windows: weakref.WeakSet[Precision] = weakref.WeakSet()
-        self.users: weakref.WeakSet[Precision] = weakref.WeakSet()
-
-    def scale(self) -> float:
-        """Return the scale; read from the device, for which the host waits, only where it may have changed."""
-        scaler = cast("torch.amp.GradScaler", self._scaler())
-        tensor = _scale_of(scaler)
-        if tensor is None:
-            return scaler.get_scale()
-        known = self._known
-        if known is None or known[0] is not tensor or known[1] != tensor._version:  # noqa: SLF001 - has no public name
-            state = scaler.state_dict()
-            known = self._known = tensor, tensor._version, state["scale"], state["_growth_tracker"]  # noqa: SLF001
-        return known[2]
-
-    def _adapt(self, scaler: torch.amp.GradScaler, *, overflowed: bool) -> None:
-        tensor, known, self._known = _scale_of(scaler), self._known, None
-        was_known = known is not None and known[0] is tensor and known[1] == known[0]._version  # noqa: SLF001
-        scaler.update()
-        if known is not None and was_known and not overflowed and known[3] + 1 != scaler.get_growth_interval():
-            self._known = known[0], known[0]._version, known[2], known[3] + 1  # noqa: SLF001 - it is as it was
-
-    def close(self, window: "Precision", overflowed: bool | None) -> None:
-        """Note that *window* is closed and whether it overflowed; adapt the scale if it was the last one."""
-        self.windows.discard(window)
-        if overflowed is not None:
-            self._overflowed = bool(self._overflowed) or overflowed
-        scaler = self._scaler()
-        if self.open_beside(window) or self._overflowed is None or scaler is None:
-            return
-        # torch looks for infinities itself, in unscale_(), and has no public way to be told; ours looked in the same
-        # pass that makes the window's mean.
-        found_inf = torch.full((), float(self._overflowed), device=scaler._device)  # noqa: SLF001
-        scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {found_inf.device: found_inf}  # noqa: SLF001
-        self._adapt(scaler, overflowed=self._overflowed)
-        self._overflowed = None
-
-    def open_beside(self, window: "Precision") -> bool:
-        """Whether another window than *window* is open; one that a failed run left open is none."""
-        return any(other is not window and other.goes_on() for other in self.windows)
-
-
-_SHARED: weakref.WeakKeyDictionary[torch.amp.GradScaler, SharedScale] = weakref.WeakKeyDictionary()
-
-
-def shared(scaler: torch.amp.GradScaler) -> SharedScale:
-    """Return what the optimizers that use *scaler* have in common, one object for one scaler."""
-    found = _SHARED.get(scaler)
-    if found is None:
-        found = _SHARED[scaler] = SharedScale(scaler)
-    return found
 
 
 class Precision:
@@ -210,7 +141,7 @@ class Precision:
         if scaler is None:
             return
         shared(scaler).windows.add(self)
-        scale = _scale_of(scaler)
+        scale = scale_tensor(scaler)
         if self._entered is None and scale is not None:
             self._entered = scale, scale._version  # noqa: SLF001 - has no public name
 
@@ -223,7 +154,7 @@ class Precision:
         if self._entered is None or self.scaler is None:
             return
         scale, version = self._entered
-        if _scale_of(self.scaler) is scale and scale._version == version:  # noqa: SLF001
+        if scale_tensor(self.scaler) is scale and scale._version == version:  # noqa: SLF001
             return
         message = (
             "the loss scale was changed inside a window, whose gradients are of two scales now; take "
@@ -237,7 +168,7 @@ class Precision:
         Raises:
             BackwardError: If it is one.
         """
-        scale = _scale_of(self.scaler) if self.scaler is not None else None
+        scale = scale_tensor(self.scaler) if self.scaler is not None else None
         if scale is not None and getattr(loss.grad_fn, "_saved_other", None) is scale:
             message = f"backward() was given a loss that the GradScaler has scaled already; {_ONE_OWNER}"
             raise BackwardError(message)
@@ -272,7 +203,7 @@ class Precision:
         if not self.enabled:
             return factor
         scaler = cast("torch.amp.GradScaler", self.scaler)
-        known = _scale_of(scaler)
+        known = scale_tensor(scaler)
         if known is not None and known.device.type == "cpu":
             return factor / shared(scaler).scale()  # numbers cost less than tensors of shape ()
         # scale() is the public way to the scale that does not make the host wait for it.
@@ -354,37 +285,3 @@ _ONE_OWNER = (
 def always() -> bool:
     """Return True: without an engine nobody knows that a window was given up."""
     return True
-
-
-def _scale_of(scaler: torch.amp.GradScaler) -> torch.Tensor | None:
-    # The tensor itself, whose number the host would have to wait for; a scaler that is switched off has none.
-    return getattr(scaler, "_scale", None)
-
-
-def check_scaler(scaler: torch.amp.GradScaler | None) -> torch.amp.GradScaler | None:
-    """Return *scaler* if it is a GradScaler or None.
-
-    Raises:
-        ArgumentTypeError: If it is anything else.
-    """
-    if scaler is None or isinstance(scaler, torch.amp.GradScaler):
-        return scaler
-    message = (
-        f"grad_scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}; "
-        "such as torch.amp.GradScaler('cuda')"
-    )
-    raise ArgumentTypeError(message)
-
-
-def first_nonfinite(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Say which parameter is the first without a finite gradient."""
-    for name, parameter in named_parameters:
-        if parameter.grad is not None and not bool(torch.isfinite(entries(parameter.grad)).all()):
-            return f"first in {name!r}, shape {tuple(parameter.shape)}"
-    return "every entry is finite, their norm is not"
-
-
-def nonfinite_loss(losses: Iterable[tuple[int, float | torch.Tensor]]) -> str:
-    """Say which micro-batch is the first whose loss was not finite; nothing if all were."""
-    bad = [index for index, loss in losses if not math.isfinite(float(loss))]
-    return f"the loss of micro-batch {bad[0]} of its window was not finite" if bad else ""

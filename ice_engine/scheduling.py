@@ -12,11 +12,12 @@ from ice_engine.announcing import Announcing
 from ice_engine.clocks import count_steps
 from ice_engine.distributed.rounds import gatherer
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
-from ice_engine.horizon import Course, OnChange, Terms
+from ice_engine.horizon import Course, OnChange
 from ice_engine.member import Member
 from ice_engine.processors.binding import Binding
 from ice_engine.processors.group import followed_metrics, run_processors
 from ice_engine.processors.group_mapping import Written
+from ice_engine.schedule_terms import Terms
 from ice_engine.typing import DictProcessor
 from ice_engine.window import Window
 
