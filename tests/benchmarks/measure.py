@@ -76,13 +76,14 @@ def measure(case: Case, slices: int) -> dict[str, Ratio]:
     """Run the loops of *case* in turn and return the ratio of each to the first one."""
     os.environ.update(STEADY_HEAP)
     context = multiprocessing.get_context("spawn")
-    workers = {}
+    workers, processes = {}, []
     for name, loop in case.loops.items():
         baton, theirs = context.Pipe()
         worker = context.Process(target=_work, args=(loop, case, theirs), daemon=True)
         worker.start()
         theirs.close()  # else a loop that died would be waited for
         workers[name] = baton
+        processes.append(worker)
     taken: dict[str, list[float]] = {name: [] for name in workers}
     for number in range(-_WARM_UP, slices):
         for name, baton in workers.items():
@@ -92,6 +93,8 @@ def measure(case: Case, slices: int) -> dict[str, Ratio]:
                 taken[name].append(seconds)
     for baton in workers.values():
         baton.send(False)
+    for process in processes:
+        process.join()  # they write to the end into folders that are removed after it
     first = next(iter(taken.values()))
     return {name: _ratio(own, first) for name, own in taken.items()}
 
