@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ice_engine import differentiate
+from ice_engine.distributed.world import require_one_process
 from ice_engine.errors import ArgumentTypeError, BackwardError, ClosureError, warn
 from ice_engine.events import is_running
 from ice_engine.gradients import Gradient
@@ -55,8 +56,9 @@ class Accumulating(Scheduling):
         Raises:
             ArgumentTypeError: If *loss* is not a tensor or *weight* not a number.
             ArgumentValueError: If *weight* is negative or not finite.
-            BackwardError: If *loss* is no scalar or requires no gradient, if only some losses of the window
-                have a weight, if somebody else put, changed or cleared a gradient since the window opened, in a
+            BackwardError: If *loss* is no scalar or requires no gradient, if it is to be reduced over many ranks and
+                was computed past the ``DistributedDataParallel``, if only some losses of the window have a weight, if
+                somebody else put, changed or cleared a gradient since the window opened, in a
                 handler of this optimizer's events, or if the engine that this is attached to is not running.
         """
         # Once per micro-batch: here, and in what is called from here, the usual is found out by cheap questions, and
@@ -105,6 +107,8 @@ class Accumulating(Scheduling):
 
     def _check_time(self) -> None:
         self._require_window()
+        if self._engine is None:
+            require_one_process("backward()")
         self._refuse_inside_close("backward()")
         if self._engine is not None and not self._running:
             message = (
@@ -120,6 +124,8 @@ class Accumulating(Scheduling):
     def _differentiate(self, part: torch.Tensor, *, retain_graph: bool) -> None:
         member = self._member
         if member is not None:
+            if member.sync.reduces and member.sync.is_bypassed:
+                self._refuse_bypassing()
             member.sync.before_backward(part)
         try:
             if self._precision.scaler is not None:
@@ -143,6 +149,14 @@ class Accumulating(Scheduling):
             # Part of the gradients may be there and part not; the caller may catch this and go on.
             self._discard("a backward() that failed")
             raise
+
+    def _refuse_bypassing(self) -> None:
+        message = (
+            f"the loss of optimizer {self._name!r} does not come through the DistributedDataParallel that attach() was "
+            "given, so its gradients would be those of this rank alone; compute it with the wrapped module: "
+            "loss_fn(ddp(x), y)"
+        )
+        raise BackwardError(message)
 
     def _pass_over(self, loss: torch.Tensor) -> None:
         """Let a loss that weighs nothing reach no gradient, and still be one of the backward passes of all ranks."""

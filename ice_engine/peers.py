@@ -306,11 +306,12 @@ class Peers:
         window.share(sum(row[3] for row in rows), world_size())
         if reduced:
             member.sync.complete(member.parameters())
-        if reduced or member.sync.reduce(member.parameters()):
+        whole = reduced or member.sync.reduce(member.parameters())
+        member.sync.settle()  # before the handlers of the step, which may keep a rank
+        if whole:
             member.close()
         else:
             member.discard("a stop")
-        member.sync.settle()
 
     # -- what is where -------------------------------------------------------------------------------------
 

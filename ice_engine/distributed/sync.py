@@ -43,6 +43,10 @@ class Synchroniser(Protocol):
     again: Callable[[], object]
     """Called before one more backward reduces in a micro-batch that has had one: other ranks may have fewer losses."""
 
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether no forward has gone through the model since a backward is to reduce, which then cannot."""
+
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
 
@@ -101,7 +105,15 @@ class DDPSync:
         self._used = False
         # DDP sends buffers in the first forward after a reduction, when perhaps not every rank has data: here it is in
         # the forward of the reduction itself.
-        self.model.require_forward_param_sync = last
+        # 1 is True to DDP, whose forward puts True.
+        self.model.require_forward_param_sync = int(last)
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether no forward that is to be differentiated has gone through DDP since it is to reduce."""
+        if self._used or self.model._use_python_reducer or self.model._delay_all_reduce_all_params:  # noqa: SLF001
+            return False  # of these two its forward notes nothing
+        return self.model.require_forward_param_sync is not True
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
@@ -178,6 +190,7 @@ class FSDPSync:
     """
 
     together = True
+    is_bypassed = False
 
     def __init__(self, model: FSDPModule, sync: Sync) -> None:
         self.model: Any = model
@@ -228,7 +241,7 @@ class NoSync:
     """For tensor parallelism alone: every rank has the gradients of its shards, of the same data."""
 
     together = True
-    reduces = always = False
+    reduces = always = is_bypassed = False
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model: Any = model
@@ -266,10 +279,13 @@ def synchroniser(model: torch.nn.Module | None, parameters: Iterable[torch.Tenso
 
     Raises:
         ArgumentValueError: If *sync* is none of the two.
-        AttachError: If nothing reduces the gradients, so that every rank would train a model of its own.
+        AttachError: If nothing reduces the gradients, so that every rank would train a model of its own, or *model*
+            has none of *parameters*.
     """
     choice("sync", sync, ("communication", "memory"))
     inner: Any = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    if isinstance(inner, DistributedDataParallel | FSDPModule):
+        _require_its_own(inner, parameters)
     if isinstance(inner, DistributedDataParallel):
         return DDPSync(inner)
     if isinstance(inner, FSDPModule):
@@ -289,6 +305,17 @@ def synchroniser(model: torch.nn.Module | None, parameters: Iterable[torch.Tenso
         "idist.auto_model(model), or one that fully_shard was applied to"
     )
     raise AttachError(message)
+
+
+def _require_its_own(model: Any, parameters: Iterable[torch.Tensor]) -> None:
+    its_own = {id(p) for p in model.parameters()}
+    if not any(id(p) in its_own for p in parameters):
+        message = (
+            f"attach() was given a {type(model).__name__} that has none of the optimizer's parameters, and so reduces "
+            "no gradient of theirs: give it the module that is trained, and make the optimizer of that module's "
+            "parameters, after fully_shard if that is applied"
+        )
+        raise AttachError(message)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A rank that raises, stops, dies or goes its own way: every other rank learns it in seconds, and which one it was."""
 
+import datetime
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from ignite.handlers import EarlyStopping, TerminateOnNan, TimeLimit
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
+from ice_engine.distributed import rounds
 from ice_engine.errors import RankError
 from tests.distributed.launch import launch, watch
 
@@ -30,6 +32,7 @@ def trainer(
     before: Work = lambda _: None,
     between: Work = lambda _: None,
     after: Work = lambda _: None,
+    forward: Callable[[Any], Any] = lambda model: model,
     **settings: Any,
 ) -> tuple[Engine, ice.Optimizer]:
     """An engine whose micro-batches do something before the forward, before the backward, and at their end."""
@@ -39,7 +42,7 @@ def trainer(
 
     def step(engine: Engine, batch: torch.Tensor) -> float:
         before(engine)
-        loss = model(batch).square().mean()
+        loss = forward(model)(batch).square().mean()
         between(engine)
         optimizer.backward(loss, weight=len(batch))
         after(engine)
@@ -186,6 +189,8 @@ def _diverging(what: str) -> None:
             engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), _raise_rate(optimizer))
         if what == "a handler that communicates":
             engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), _alone)
+        if what == "a handler of the first step that communicates":
+            engine.add_event_handler(optimizer.event("STEP_COMPLETED"), _alone)
     engine.run(data(), max_epochs=1 + (dist.get_rank() if what == "max_epochs" else 0))
 
 
@@ -219,6 +224,8 @@ def _raise_rate(optimizer: ice.Optimizer) -> Callable[[], None]:
             marks=SOAK,
         ),
         pytest.param("max_epochs", "max_epochs differs between ranks: 1 on rank 0, 2 on rank 1", marks=SOAK),
+        # Where DDP would agree on its buckets: after the first step, before the next forward.
+        ("a handler of the first step that communicates", "rank 0 waits in all_reduce(), called at test_failures.py"),
         pytest.param(
             "a handler that communicates", "rank 0 waits in all_reduce(), called at test_failures.py", marks=SOAK
         ),
@@ -230,11 +237,59 @@ def test_a_rank_that_goes_its_own_way_is_found_on_all(what, expected):
         assert expected in outcome.error
 
 
+def _attached_on_one() -> None:
+    rounds._SOON, rounds._ABSENT = datetime.timedelta(seconds=1), 1.0  # instead of four seconds and five minutes
+    model = DistributedDataParallel(torch.nn.Linear(4, 1))
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    if dist.get_rank() == 0:
+        optimizer.attach(Engine(lambda *_: None), model=model)
+    optimizer.backward(model(torch.ones(2, 4)).sum())
+
+
+def test_attached_on_one_rank_only_it_is_an_error_on_all():
+    attached, other = watch(_attached_on_one, 2, timeout=45)
+
+    assert "rank 1 did not come to attach() in " in attached.error
+    assert "AttachError: backward() is for one process; this is rank 1 of 2" in other.error
+
+
+def _evaluated(model: DistributedDataParallel) -> DistributedDataParallel:
+    with torch.no_grad():
+        model(torch.ones(1, 4))
+    return model
+
+
+FORWARDS: dict[str, Callable[[Any], Any]] = {
+    "past DDP": lambda ddp: ddp.module,
+    "DDP.forward": lambda ddp: ddp.forward,
+    "after an evaluation": _evaluated,
+}
+
+
+def _forward(how: str) -> list[float] | str:
+    engine, optimizer = trainer(2, forward=FORWARDS[how])
+    try:
+        engine.run(data())
+    except ice.IceEngineError as error:
+        return str(error)
+    return optimizer.param_groups[0]["params"][0].flatten().tolist()
+
+
+@pytest.mark.parametrize("how", FORWARDS)
+def test_a_loss_past_ddp_is_refused_and_each_way_through_it_reduced(how):
+    said = launch(_forward, 2, how)
+
+    if how == "past DDP":
+        assert all("does not come through the DistributedDataParallel that attach() was given" in text for text in said)
+    else:
+        assert said[0] == said[1]
+
+
 def _unreduced() -> str:
     model = torch.nn.Linear(2, 1)
     optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     said = []
-    for given in (None, model):
+    for given in (None, model, DistributedDataParallel(torch.nn.Linear(2, 1))):
         try:
             optimizer.attach(Engine(lambda *_: None), model=given)
         except ice.IceEngineError as error:
@@ -246,3 +301,4 @@ def test_gradients_that_nobody_reduces_are_refused():
     said = launch(_unreduced, 2)[1]
     assert "this is rank 1 of 2 and attach() was given no model" in said
     assert "given a Linear, whose gradients nobody reduces" in said
+    assert "given a DistributedDataParallel that has none of the optimizer's parameters" in said
