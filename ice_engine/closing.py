@@ -181,7 +181,7 @@ class Closing(Accumulating):
 
     def _step(self, gradient: Gradient, norm: torch.Tensor | None, factor: Multiplier) -> None:
         left = gradient.final(factor)
-        if not (type(left) is float and left == 1.0) and not self._takes_factor(gradient, left):
+        if not self._binding.blind:
             gradient.multiply(factor)
             left = 1.0
         written: list[Written] = []
@@ -189,6 +189,10 @@ class Closing(Accumulating):
             written = self._run_processors()
         elif self._window.batch is not None and self._engine is not None and self._course.unsettled:
             self._settle(self._window.micro_batches)  # the first loss has told how long windows are
+        # Only now: whether it can, the processors may have changed, such as weight_decay.
+        if not (type(left) is float and left == 1.0) and not self._takes_factor(gradient, left):
+            gradient.multiply(factor)
+            left = 1.0
         self._count("step")
         record_before = self._last_record
         try:

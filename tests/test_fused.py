@@ -168,6 +168,30 @@ def test_an_sgd_that_is_not_linear_in_a_number_has_its_gradients_multiplied(more
     assert apart(model, by_hand(factory, data, clip=0.3)) < 2e-7
 
 
+def test_a_weight_decay_that_comes_with_this_step_is_not_multiplied():
+    """It was 0 at the step before, when the step was linear."""
+    data = batches([3, 5, 2, 4, 1, 6, 7, 2])
+    decay = ice.schedules.warmup(steps=3, start=0.0, dst="weight_decay")
+    decays = []
+
+    def watch(engine, optimizer):
+        engine.add_event_handler("ITERATION_COMPLETED", lambda: decays.append(optimizer.record.values["group_0"]))
+
+    factory = functools.partial(PLAIN, weight_decay=0.5)
+    model, _ = ours(factory, data, clip=ice.clip_norm(0.3), k=1, watch=watch, processors=[decay])
+
+    expected = tiny()
+    optimizer = factory(expected.parameters())
+    for (x, y), values in zip(data, decays, strict=True):
+        optimizer.param_groups[0].update(values)
+        torch.nn.functional.mse_loss(expected(x), y).backward()
+        torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [values["weight_decay"] for values in decays[:2]] == [0.0, pytest.approx(0.5 / 3)]
+    assert apart(model, expected) < 2e-7
+
+
 # -- who looks at the gradients sees the final ones -----------------------------------------------------------
 
 GLOBAL_HOOKS = {
