@@ -35,6 +35,7 @@ _ALL_STUCK = 15.0  # the same, of all ranks but this one: then nobody computes w
 _SILENT = 30.0  # the same, of a rank on another host without an answer: a call into C may keep its interpreter
 _ABSENT = 300.0  # seconds after which a rank that never was here counts as lost; it may be preparing its data
 _LOST = "lost the connection"
+_LOST_IN_GLOO = ("Connection reset by peer", "Connection closed by peer")  # in a collective of the model's
 _LEAVING = datetime.timedelta(seconds=5)  # what a rank that raised waits for the others
 _END = 2  # seconds that a process has to end whose round cannot
 
@@ -238,7 +239,8 @@ class Rounds:
         """Return the error that says who is gone, after a connection was lost with *error*."""
         notes = self._watch.notes()
         # Those who lost it as well say nothing new.
-        known = [f"rank {r} raised {note}" for r, note in notes.items() if _LOST not in note]
+        first = {r: note for r, note in notes.items() if not any(lost in note for lost in (_LOST, *_LOST_IN_GLOO))}
+        known = [f"rank {r} raised {note}" for r, note in first.items()]
         # Without a note, if its store is still there; that is kept by rank 0, or by torchrun. Those that run on this
         # host may be silent for want of a store, or because they are about to end: asked if nobody else is to blame.
         silent = [r for r in others() if r not in notes and self._watch.fate(r) == "is gone"]

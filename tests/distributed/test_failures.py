@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping, TerminateOnNan, TimeLimit
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
@@ -147,6 +148,36 @@ def test_a_rank_that_is_killed_is_named_by_all_others(how, k):
     for alive in (first, third):
         assert "rank 1 does not answer any more" in alive.value, alive.error
         assert "at iteration" in alive.value
+
+
+def _dying_in_fsdp() -> str:
+    model = torch.nn.Linear(4, 4)
+    fully_shard(model)
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), accumulation_steps=2)
+
+    def step(engine: Engine, batch: torch.Tensor) -> None:
+        if engine.state.iteration == AT - 1 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if engine.state.iteration == AT - 1 and dist.get_rank() == 0:
+            time.sleep(2)  # until rank 2 has said what it raised
+        optimizer.backward(model(batch).square().mean(), weight=len(batch))
+
+    engine = Engine(step)
+    optimizer.attach(engine, model=model)
+    try:
+        engine.run(data())
+    except RankError as error:
+        return str(error)
+    return "ended"
+
+
+def test_who_only_lost_a_connection_of_the_models_own_is_not_blamed():
+    """The others are in an all-gather of FSDP2, where gloo tells each of them that another one is gone."""
+    first, _, third = watch(_dying_in_fsdp, 3)
+
+    for alive in (first, third):
+        assert "rank 1 does not answer any more: killed?" in alive.value, alive.error
+        assert "raised" not in alive.value
 
 
 def _stopping(which: str) -> list[Any]:
