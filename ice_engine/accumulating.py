@@ -56,10 +56,11 @@ class Accumulating(Scheduling):
         Raises:
             ArgumentTypeError: If *loss* is not a tensor or *weight* not a number.
             ArgumentValueError: If *weight* is negative or not finite.
+            AttachError: In many processes, if it is attached to no engine.
             BackwardError: If *loss* is no scalar or requires no gradient, if it is to be reduced over many ranks and
                 was computed past the ``DistributedDataParallel``, if only some losses of the window have a weight, if
-                somebody else put, changed or cleared a gradient since the window opened, in a
-                handler of this optimizer's events, or if the engine that this is attached to is not running.
+                somebody else put, changed or cleared a gradient since the window opened, in a handler of this
+                optimizer's events, or if the engine that this is attached to is not running.
         """
         # Once per micro-batch: here, and in what is called from here, the usual is found out by cheap questions, and
         # what is wrong by the functions that say so.

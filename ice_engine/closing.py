@@ -14,7 +14,7 @@ from ice_engine.distributed import world
 from ice_engine.distributed.rounds import rounds
 from ice_engine.errors import ArgumentTypeError, AttachError, NoGradientsError
 from ice_engine.events import StepRecord
-from ice_engine.gradients import Gradient, Multiplier
+from ice_engine.gradients import Gradient, Multiplier, is_one
 from ice_engine.nonfinite import first_nonfinite, nonfinite_loss
 from ice_engine.processors.group import frozen, take_back
 from ice_engine.processors.group_mapping import Written, group_name
@@ -190,7 +190,7 @@ class Closing(Accumulating):
         elif self._window.batch is not None and self._engine is not None and self._course.unsettled:
             self._settle(self._window.micro_batches)  # the first loss has told how long windows are
         # Only now: whether it can, the processors may have changed, such as weight_decay.
-        if not (type(left) is float and left == 1.0) and not self._takes_factor(gradient, left):
+        if not is_one(left) and not self._takes_factor(gradient, left):
             gradient.multiply(factor)
             left = 1.0
         self._count("step")

@@ -127,7 +127,7 @@ def _stretch(old: Mapping[str, Any], new: Mapping[str, Any], scene: Scene) -> di
     found, left = {}, False
     for unit in UNITS:
         try:
-            planned, total = (run_length(lengths, unit, "stretch") for lengths in (old, new))  # type: ignore[arg-type]
+            planned, total = (run_length(lengths, unit, "stretch") for lengths in (old, new))
         except MissingKeyError:
             continue
         since, begin, speed = (old.get("stretch") or {}).get(unit, (0, 0, 1))

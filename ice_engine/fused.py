@@ -73,11 +73,7 @@ def takes_factor(
     torch's kernels for half precision on the CPU ignore it in part. It writes the product back; plain SGD, which takes
     a number only, does not, and so is not left to do it where gradients are *shown* to somebody after the step.
     """
-    if (
-        optimizer._optimizer_step_pre_hooks  # noqa: SLF001 - a hook may look at the gradients
-        or torch_optimizer._global_optimizer_pre_hooks  # noqa: SLF001 - likewise
-        or "step" in vars(optimizer)
-    ):
+    if _hooks_before(optimizer) or "step" in vars(optimizer):
         return False
     if getattr(optimizer, "_step_supports_amp_scaling", False) and all(g.get("fused") for g in optimizer.param_groups):
         return gradients[0].dtype == torch.float32
@@ -86,9 +82,19 @@ def takes_factor(
         and type(factor) is float
         and not shown
         and all(_is_linear(group) for group in optimizer.param_groups)
-        and not optimizer._optimizer_step_post_hooks  # noqa: SLF001 - it may look, too
-        and not torch_optimizer._global_optimizer_post_hooks  # noqa: SLF001 - likewise
+        and not _hooks_after(optimizer)
     )
+
+
+def _hooks_before(optimizer: torch.optim.Optimizer) -> bool:
+    # They, and those after the step, may look at the gradients. torch has no public name for any of them.
+    own, everybodys = optimizer._optimizer_step_pre_hooks, torch_optimizer._global_optimizer_pre_hooks  # noqa: SLF001
+    return bool(own or everybodys)
+
+
+def _hooks_after(optimizer: torch.optim.Optimizer) -> bool:
+    own, everybodys = optimizer._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks  # noqa: SLF001
+    return bool(own or everybodys)
 
 
 def _is_linear(group: Mapping[str, Any]) -> bool:
@@ -106,7 +112,6 @@ def step_with(
     if type(factor) is float and factor == 1.0:
         _step(optimizer, loop=loop)
         return
-    stepped: Any = optimizer
     if form != "fused":
         rates = [group["lr"] for group in optimizer.param_groups]
         try:
@@ -117,6 +122,7 @@ def step_with(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
         return
+    stepped: Any = optimizer
     if isinstance(factor, torch.Tensor):
         stepped.grad_scale = factor.reciprocal().to(torch.float32)
     else:
@@ -135,10 +141,8 @@ def _step(optimizer: torch.optim.Optimizer, *, loop: bool) -> None:
         getattr(own, "__code__", None) is not _WRAPPER
         or "step" in vars(optimizer)
         or _profiler_enabled()
-        or optimizer._optimizer_step_pre_hooks  # noqa: SLF001 - of torch's class, which has no public name for them
-        or optimizer._optimizer_step_post_hooks  # noqa: SLF001
-        or torch_optimizer._global_optimizer_pre_hooks  # noqa: SLF001
-        or torch_optimizer._global_optimizer_post_hooks  # noqa: SLF001
+        or _hooks_before(optimizer)
+        or _hooks_after(optimizer)
     ):
         optimizer.step()
         return

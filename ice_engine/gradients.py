@@ -56,7 +56,7 @@ class Gradient:
             norm = norm_of_norms(torch._foreach_norm(self._plain, norm_type), norm_type)  # noqa: SLF001 - one kernel
         else:
             norm = norm_of_parts(self._parts or [Part(gradient) for gradient in self._plain], norm_type)
-        if isinstance(self.pending, float) and self.pending == 1.0:
+        if is_one(self.pending):
             return norm
         return norm.mul_(self._factor(norm.device))  # in place: in the precision that torch's clipping has it in
 
@@ -69,7 +69,7 @@ class Gradient:
 
     def final(self, factor: Multiplier) -> Multiplier:
         """Return what is left to be applied, *factor* included."""
-        if isinstance(self.pending, float) and self.pending == 1.0:
+        if is_one(self.pending):
             return factor
         if isinstance(factor, float) and isinstance(self.pending, float) and self._plain:
             rounded = ROUNDED.get(self._plain[0].dtype, float)
@@ -80,7 +80,7 @@ class Gradient:
         """Apply *factor*, and what was kept aside, in one pass; in none if that is 1."""
         by = self.final(factor)
         self.pending = 1.0
-        if isinstance(by, torch.Tensor) or by != 1.0:
+        if not is_one(by):
             for device, tensors in self._by_kind():
                 torch._foreach_mul_(tensors, _on(device, by))
 
@@ -124,6 +124,11 @@ class Gradient:
 
 _PLAIN = (torch.Tensor, torch.strided, False)  # type, layout, requires_grad
 _CHECKED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_one(factor: Multiplier) -> bool:
+    """Whether *factor* is known to change nothing; of a tensor that would have to be waited for."""
+    return isinstance(factor, float) and factor == 1.0
 
 
 def _on(device: torch.device, factor: Multiplier) -> Multiplier:

@@ -14,7 +14,7 @@ import torch
 
 from ice_engine.arguments import choice, count
 from ice_engine.errors import ArgumentValueError, AttachError, BackwardError, NonFiniteGradientError
-from ice_engine.shared_scale import check_scaler, scale_tensor, shared
+from ice_engine.shared_scale import check_scaler, scale_tensor, shared, version
 
 Policy = Literal["skip", "raise", "off"]
 
@@ -143,7 +143,7 @@ class Precision:
         shared(scaler).windows.add(self)
         scale = scale_tensor(scaler)
         if self._entered is None and scale is not None:
-            self._entered = scale, scale._version  # noqa: SLF001 - has no public name
+            self._entered = scale, version(scale)
 
     def require_one_scale(self) -> None:
         """Refuse a window in which the loss scale was changed.
@@ -153,8 +153,8 @@ class Precision:
         """
         if self._entered is None or self.scaler is None:
             return
-        scale, version = self._entered
-        if scale_tensor(self.scaler) is scale and scale._version == version:  # noqa: SLF001
+        scale, before = self._entered
+        if scale_tensor(self.scaler) is scale and version(scale) == before:
             return
         message = (
             "the loss scale was changed inside a window, whose gradients are of two scales now; take "

@@ -52,20 +52,20 @@ class SharedScale:
         known = self._known_of(tensor)
         if known is None:
             state = scaler.state_dict()
-            known = self._known = _Known(tensor, tensor._version, state["scale"], state["_growth_tracker"])  # noqa: SLF001 - has no public name
+            known = self._known = _Known(tensor, version(tensor), state["scale"], state["_growth_tracker"])
         return known.scale
 
     def _known_of(self, tensor: torch.Tensor | None) -> "_Known | None":
         """Return what was read of *tensor*, if nobody has written it since."""
         known = self._known
-        still = known is not None and known.tensor is tensor and known.version == known.tensor._version  # noqa: SLF001
+        still = known is not None and known.tensor is tensor and known.version == version(known.tensor)
         return known if still else None
 
     def _adapt(self, scaler: torch.amp.GradScaler, *, overflowed: bool) -> None:
         known, self._known = self._known_of(scale_tensor(scaler)), None
         scaler.update()
         if known is not None and not overflowed and known.growth + 1 != scaler.get_growth_interval():
-            self._known = known._replace(version=known.tensor._version, growth=known.growth + 1)  # noqa: SLF001 - as it was
+            self._known = known._replace(version=version(known.tensor), growth=known.growth + 1)
 
     def close(self, window: ScaleUser, overflowed: bool | None) -> None:
         """Note that *window* is closed and whether it overflowed; adapt the scale if it was the last one."""
@@ -75,10 +75,10 @@ class SharedScale:
         scaler = self._scaler()
         if self.open_beside(window) or self._overflowed is None or scaler is None:
             return
-        # torch looks for infinities itself, in unscale_(), and has no public way to be told; ours looked in the same
-        # pass that makes the window's mean.
-        found_inf = torch.full((), float(self._overflowed), device=scaler._device)  # noqa: SLF001
-        scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = {found_inf.device: found_inf}  # noqa: SLF001
+        # torch looks for infinities itself, in unscale_(); ours looked in the same pass that makes the window's mean.
+        found_inf = torch.full((), float(self._overflowed), device=scaler._device)  # noqa: SLF001 - has no public name
+        found = {found_inf.device: found_inf}
+        scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = found  # noqa: SLF001 - no public way to tell it
         self._adapt(scaler, overflowed=self._overflowed)
         self._overflowed = None
 
@@ -101,6 +101,11 @@ def shared(scaler: torch.amp.GradScaler) -> SharedScale:
 def scale_tensor(scaler: torch.amp.GradScaler) -> torch.Tensor | None:
     """Return the scale itself, for whose number the host would have to wait; a scaler that is switched off has none."""
     return getattr(scaler, "_scale", None)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Return how often *tensor* was written to."""
+    return tensor._version  # noqa: SLF001 - has no public name
 
 
 def check_scaler(scaler: torch.amp.GradScaler | None) -> torch.amp.GradScaler | None:

@@ -7,7 +7,6 @@ go together, every rank learns it in that round and stops with the same error, i
 import array
 import atexit
 import collections
-import contextlib
 import datetime
 import enum
 import functools
@@ -33,7 +32,6 @@ _SOON = datetime.timedelta(seconds=4)  # after which it is asked who is missing
 _STUCK = 60.0  # seconds after which several ranks in one collective of their own count as stuck
 _ALL_STUCK = 15.0  # the same, of all ranks but this one: then nobody computes what the others wait for
 _SILENT = 30.0  # the same, of a rank on another host without an answer: a call into C may keep its interpreter
-_ABSENT = 300.0  # seconds after which a rank that never was here counts as lost; it may be preparing its data
 _LOST = "lost the connection"
 _LOST_IN_GLOO = ("Connection reset by peer", "Connection closed by peer")  # in a collective of the model's
 _LEAVING = datetime.timedelta(seconds=5)  # what a rank that raised waits for the others
@@ -86,10 +84,9 @@ class Rounds:
     """The rounds of all ranks; one object for one process group, see :func:`rounds`."""
 
     def __init__(self) -> None:
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - no public way to it
-        _meet(cast("Any", dist).PrefixStore("ice_engine", store))
+        self._watch = Watch(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - no public way to it
+        self._watch.meet()
         self._group = own_group()
-        self._watch = Watch(store)
         self._doing = ""
         # Made once: between forward and backward passes, which take the cache, five small tensors are 0.2 ms a round.
         self._rows = torch.empty(world_size(), WIDTH, dtype=torch.float64)
@@ -254,25 +251,6 @@ class Rounds:
             f"{_LOST} at {self._doing}: {why}{'' if why.endswith('?') else '.'} Look for the first error in the output "
             "of that rank"
         )
-
-
-def _meet(store: Any) -> None:
-    """Wait until every rank is here, before what a group is made by, which waits in C and says nothing."""
-    store.set(f"here/{rank()}", "")
-    begin = time.monotonic()
-    while True:
-        with contextlib.suppress(RuntimeError):  # not all came in that time, in the words of each kind of store
-            store.wait([f"here/{r}" for r in others()], _SOON)
-            return
-        waited = time.monotonic() - begin
-        missing = [r for r in others() if not store.check([f"here/{r}"])]
-        if missing and waited > _ABSENT:
-            message = (
-                f"{listed(missing)} did not come to attach() in {waited:.0f} s. Attach the optimizer on every rank, or "
-                "on none; look for the first error in the output of that rank"
-            )
-            raise RankError(message)
-        logger.warning("rank %d waits at attach() for %.0f s for %s", rank(), waited, listed(missing or others()))
 
 
 class _Suspects:

@@ -111,8 +111,10 @@ class DDPSync:
     @property
     def is_bypassed(self) -> bool:
         """Whether no forward that is to be differentiated has gone through DDP since it is to reduce."""
-        if self._used or self.model._use_python_reducer or self.model._delay_all_reduce_all_params:  # noqa: SLF001
-            return False  # of these two its forward notes nothing
+        model = self.model
+        # Of these two, which have no public names, its forward notes nothing.
+        if self._used or model._use_python_reducer or model._delay_all_reduce_all_params:  # noqa: SLF001 - as said
+            return False
         return self.model.require_forward_param_sync is not True
 
     def before_backward(self, loss: torch.Tensor) -> None:

@@ -8,7 +8,9 @@ end of torch's half an hour.
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import json
+import logging
 import sys
 import threading
 import time
@@ -22,9 +24,14 @@ import torch
 import torch.distributed as dist
 
 from ice_engine.distributed.process import Process, this_process
-from ice_engine.distributed.world import rank, world_size
+from ice_engine.distributed.world import listed, rank, world_size
+from ice_engine.errors import RankError
+
+logger = logging.getLogger(__name__)
 
 _EVERY = 0.3  # seconds between two looks into the store
+_LOOK = datetime.timedelta(seconds=4)  # between two looks at who is here
+_ABSENT = 300.0  # seconds after which a rank that never was here counts as lost; it may be preparing its data
 _ANSWER = 3.0  # seconds to wait for an answer
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent.parent)
@@ -73,6 +80,29 @@ class Watch:
     def _end(self) -> None:
         self._note_uncaught(self._store)
         self.close()
+
+    def meet(self) -> None:
+        """Wait until every rank is here; before a group is made, which waits in C and names nobody.
+
+        Raises:
+            RankError: If a rank does not come.
+        """
+        self._store.set(f"here/{rank()}", "")
+        begin = time.monotonic()
+        while True:
+            with contextlib.suppress(RuntimeError):  # not all came in that time, in the words of each kind of store
+                self._store.wait([f"here/{r}" for r in others()], _LOOK)
+            missing = [r for r in others() if not self._store.check([f"here/{r}"])]
+            if not missing:
+                return
+            waited = time.monotonic() - begin
+            if waited > _ABSENT:
+                message = (
+                    f"{listed(missing)} did not come to attach() in {waited:.0f} s. Attach the optimizer on every "
+                    "rank, or on none; look for the first error in the output of that rank"
+                )
+                raise RankError(message)
+            logger.warning("rank %d waits at attach() for %.0f s for %s", rank(), waited, listed(missing))
 
     def raised(self, error: BaseException | None) -> None:
         """Leave a note for the others, for when this rank is gone, that it raised *error*; None takes it back."""

@@ -10,7 +10,7 @@ from ice_engine.processors.processor import require_key
 Unit: TypeAlias = Literal["step", "iteration", "epoch"]
 """What a schedule counts: updates applied, micro-batches, or epochs."""
 
-UNITS: tuple[str, ...] = get_args(Unit)
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 _LENGTHS = {
     "step": ("total_steps",),

@@ -94,7 +94,7 @@ def measure(case: Case, slices: int) -> dict[str, Ratio]:
     for baton in workers.values():
         baton.send(False)
     for process in processes:
-        process.join()  # they write to the end into folders that are removed after it
+        process.join(60)  # they write to the end into folders that are removed after it
     first = next(iter(taken.values()))
     return {name: _ratio(own, first) for name, own in taken.items()}
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
-from ice_engine.distributed import rounds
+from ice_engine.distributed import watch as who
 from ice_engine.errors import RankError
 from tests.distributed.launch import launch, watch
 
@@ -269,7 +269,7 @@ def test_a_rank_that_goes_its_own_way_is_found_on_all(what, expected):
 
 
 def _attached_on_one() -> None:
-    rounds._SOON, rounds._ABSENT = datetime.timedelta(seconds=1), 1.0  # instead of four seconds and five minutes
+    who._LOOK, who._ABSENT = datetime.timedelta(seconds=1), 1.0  # instead of four seconds and five minutes
     model = DistributedDataParallel(torch.nn.Linear(4, 1))
     optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     if dist.get_rank() == 0:
