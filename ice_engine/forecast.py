@@ -124,7 +124,8 @@ def _stretch(old: Mapping[str, Any], new: Mapping[str, Any], scene: Scene) -> di
     length = new["epoch_length"]
     epochs = scene.iteration // length if length else (scene.clocks.epoch or 0)
     done = {"step": scene.step, "iteration": scene.iteration, "epoch": epochs}
-    found, left = {}, False
+    found: dict[str, list[float]] = {}
+    left = False
     for unit in UNITS:
         try:
             planned, total = (run_length(lengths, unit, "stretch") for lengths in (old, new))
