@@ -48,9 +48,11 @@ class Growing(IterableDataset):
 
 
 def assert_goes_on(tmp_path, at, make):
+    loaders = []
     def data():
         torch.manual_seed(1)  # its sampler draws when it is made
-        return make()
+        loaders.append(make())
+        return loaders[-1]
 
     whole = Training(tmp_path / "whole", data=data()).train(**RUN)
     first = Training(tmp_path / "run", data=data())
@@ -63,6 +65,9 @@ def assert_goes_on(tmp_path, at, make):
     second.train(**RUN)
     assert began == at
     assert_same_run(whole, second, began)
+    for loader in loaders:
+        if loader.num_workers:  # left to the collector of cycles, two workers are waited for 5 s each
+            loader._iterator._shutdown_workers()
 
 
 @pytest.mark.parametrize("at", [3, 8, 17])
