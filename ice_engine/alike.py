@@ -40,7 +40,7 @@ def check_lengths(lengths: Sequence[int | None], members: Sequence[Member]) -> N
 
 def check_gate(rows: Sequence[Row], members: Sequence[Member], epoch: int) -> None:
     """Refuse a gate whose ranks would step different optimizers, or lack one that the forward needs."""
-    done = [r for r, row in enumerate(rows) if row[0] == Kind.EPOCH_END]
+    done = [r for r, row in enumerate(rows) if row[0] in {Kind.EPOCH_LAST, Kind.EPOCH_END}]
     going = any(row[0] == Kind.GATE for row in rows)
     if done and going and any(m.sync.together for m in members):
         message = (

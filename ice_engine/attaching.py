@@ -16,6 +16,7 @@ from ice_engine.hooks import HookRegistry
 from ice_engine.left import has_gradient
 from ice_engine.member import Member
 from ice_engine.names import class_name
+from ice_engine.orders import OPTIMIZERS
 from ice_engine.peers import Peers, peers
 from ice_engine.precision import always
 from ice_engine.processors.agreement import exact
@@ -25,8 +26,6 @@ from ice_engine.processors.processor import name_of
 from ice_engine.stepping import Stepping
 from ice_engine.summary import summary
 from ice_engine.wrappers import bare
-
-_FIRST = -100  # order of our handlers: validation and checkpoints on the same event see the step already taken
 
 
 class Attaching(Stepping):
@@ -65,7 +64,7 @@ class Attaching(Stepping):
             (Events.EPOCH_COMPLETED, self._on_epoch_completed),
             (Events.TERMINATE | Events.COMPLETED, self._on_run_ended),
         ):
-            registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=_FIRST)
+            registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=OPTIMIZERS)
         summary(engine)
         vars(engine).setdefault("_ice_optimizers", []).append(self)
         self._precision.goes_on = functools.partial(is_running, engine)

@@ -72,7 +72,7 @@ class Checkpoint(IgniteCheckpoint):
       one process.
 
     Where an epoch's last micro-batch is done, a save waits for the epoch's end, so that a resumed run misses no
-    handler of it.
+    handler of it; for the run's end, if that is stopped there.
 
     Args:
         to_save: Objects with ``state_dict`` by name; the trainer among them, so that a run goes on where it was.
@@ -163,7 +163,7 @@ class Checkpoint(IgniteCheckpoint):
         """
         if not engine.has_registered_events(CheckpointEvents.SAVED_CHECKPOINT):
             engine.register_events(*CheckpointEvents)
-        self._times.clock = clock_of(event)
+        self._times.attached, self._times.clock = True, clock_of(event)
         handler = functools.partial(self._on_event, clock=self._times.clock)
         registry = HookRegistry(engine)
         registry.add(event, handler, name=name or registry.free_name("Checkpoint"), order=50)
@@ -368,7 +368,8 @@ class Checkpoint(IgniteCheckpoint):
         # All must know what is there, to decide alike what is better.
         found = [Item(*item) for item in json.loads(gather("resume()", json.dumps(own))[self.save_on_rank])]
         if not found:
-            logger.warning("no checkpoint in %s: the run starts fresh", self._folder)
+            if saves:
+                logger.warning("no checkpoint in %s: the run starts fresh", self._folder)
             return None
         file = self._folder / found[-1].filename
         together(f"resume() from {file}", functools.partial(self._load, file, found))

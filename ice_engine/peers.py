@@ -14,6 +14,7 @@ whoever stops or raises, stops all.
 
 import functools
 import json
+import logging
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,14 +25,16 @@ from ignite.engine import Engine, Events
 from ice_engine.alike import agree, check_close, check_gate, check_lengths
 from ice_engine.distributed.rounds import Kind, Row, is_from_others, rounds
 from ice_engine.distributed.sync import Synchroniser, release
-from ice_engine.distributed.world import world_size
+from ice_engine.distributed.world import listed, rank, world_size
 from ice_engine.endings import when_left
 from ice_engine.errors import ArgumentValueError, AttachError, RankError
 from ice_engine.hooks import HookRegistry
 from ice_engine.member import Member
 from ice_engine.of_engine import of_engine
+from ice_engine.orders import LAST, PEERS
 
-_ORDER = -99  # after the optimizers' own handlers, before everybody else's
+logger = logging.getLogger(__name__)
+
 _MANY = 32  # optimizers on one engine: what a row has room for
 
 
@@ -44,6 +47,8 @@ class Peers:
     Attributes:
         wants_stop: Returns whether this rank wants the run to stop at the next window's edge.
         stop_wanted: Whether a rank does; known to all of them before the micro-batch in which a window closes.
+        ending: Whether another rank is at the end of its run already, and waits there for what needs all ranks.
+        edges: What is to be called where this rank, at the end of its data, has closed windows with others; by owner.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -52,7 +57,7 @@ class Peers:
         # Ignite's first question for the rank is a collective; asked later, in a handler on one rank, it would hang.
         idist.sync()
         self._members: list[Member] = []
-        self._length: int | None = None  # of an epoch, if it is the same on all ranks
+        self._length: int | None = None  # of an epoch, if all ranks end it at the same micro-batch
         self._resumed = self._position = 0
         self._closing: list[Member] = []
         self._reducing = False
@@ -60,18 +65,25 @@ class Peers:
         self._layouts: Sequence[Sequence[int]] = ()
         self._epoch_over = self._run_over = True
         self.wants_stop: Callable[[], bool] = bool
-        self.stop_wanted = False
+        self.edges: dict[int, Callable[[], object]] = {}
+        self.stop_wanted = self.ending = False
         registry = HookRegistry(engine)
-        for event, handler in (
-            (Events.STARTED, self._on_started),
-            (Events.EPOCH_STARTED, self._on_epoch_started),
-            (Events.ITERATION_STARTED, self._on_iteration_started),
-            (Events.ITERATION_COMPLETED, self._on_iteration_completed),
-            (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ended),
-            (Events.TERMINATE | Events.COMPLETED, self._on_run_ended),
+        for event, handler, order in (
+            (Events.STARTED, self._on_started, PEERS),
+            (Events.EPOCH_STARTED, self._on_epoch_started, PEERS),
+            (Events.ITERATION_STARTED, self._on_iteration_started, PEERS),
+            (Events.ITERATION_COMPLETED, self._on_iteration_completed, PEERS),
+            (Events.ITERATION_COMPLETED, self._on_iteration_over, LAST),
+            (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ended, PEERS),
+            (Events.TERMINATE | Events.COMPLETED, self._on_run_ended, PEERS),
         ):
-            registry.add(event, handler, name=f"peers.{handler.__name__.removeprefix('_on_')}", order=_ORDER)
+            registry.add(event, handler, name=f"peers.{handler.__name__.removeprefix('_on_')}", order=order)
         self._forget_ending = when_left(engine, self._on_left)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all ranks come to the end of their epoch with the same micro-batch."""
+        return self._length is not None
 
     def join(self, member: Member) -> None:
         """Take an optimizer in.
@@ -130,7 +142,8 @@ class Peers:
             raise gone from error
 
     def _on_started(self, engine: Engine) -> None:
-        self._run_over, self._closing, self._reducing, self.stop_wanted = False, [], False, False
+        self._closing, self._reducing = [], False
+        self._run_over = self.stop_wanted = self.ending = False
         state = engine.state
         self._resumed = state.iteration % state.epoch_length if state.iteration and state.epoch_length else 0
         facts = {"max_epochs": state.max_epochs, "max_iters": state.max_iters}
@@ -138,9 +151,10 @@ class Peers:
             facts |= {f"{key} of optimizer {member.name!r}": value for key, value in member.facts().items()}
         self._rounds.exchange(Kind.START, doing="the start of a run")
         self._rounds.leave_note(None)
-        facts["epoch_length"] = state.epoch_length
-        lengths = agree(self._rounds, facts, free={"epoch_length"})["epoch_length"]
-        self._length = lengths[0] if len(set(lengths)) == 1 else None
+        places = facts | {"epoch_length": state.epoch_length, "position": self._resumed}
+        told = agree(self._rounds, places, free={"epoch_length", "position"})
+        lengths = told["epoch_length"]
+        self._length = lengths[0] if len(set(lengths)) == len(set(told["position"])) == 1 else None
         check_lengths(lengths, self._members)
         for sync, layout in zip(self._syncs(), self._layouts, strict=False):
             sync.lay_out(layout)
@@ -149,7 +163,7 @@ class Peers:
     def _on_epoch_started(self, engine: Engine) -> None:
         self._position, self._resumed, self._epoch_over = self._resumed, 0, False
         # A handler may have stopped one rank when the last epoch was over.
-        if any(row[0] == Kind.RUN_END for row in self._gate(Kind.EPOCH_START)):
+        if self._stopped_by(self._gate(Kind.EPOCH_START)):
             engine.state.epoch -= 1
             self._epoch_over = True
             engine.terminate()
@@ -162,7 +176,7 @@ class Peers:
         self._reducing = False
         if self._closing or alone:
             rows = self._gate(Kind.GATE)
-            if any(row[0] == Kind.RUN_END for row in rows):
+            if self._stopped_by(rows):
                 engine.state.iteration -= 1  # this one is not trained
                 self._closing = []
                 engine.terminate()
@@ -186,6 +200,13 @@ class Peers:
         for member in closing:
             self._close(member, reduced=reducing)
 
+    def _on_iteration_over(self, engine: Engine) -> None:
+        # If a handler has stopped a rank now, its epoch is not completed, and so is nobody's: what is done then, such
+        # as a validation, may need all ranks.
+        known = self._position == self._length and not engine.should_terminate
+        if known and self._stopped_by(self._go_along(Kind.EPOCH_LAST, {Kind.GATE})):
+            engine.terminate()
+
     def _on_epoch_ended(self, engine: Engine, *_: Any, **__: Any) -> None:
         if self._epoch_over:
             return  # TERMINATE_SINGLE_EPOCH came before EPOCH_COMPLETED
@@ -193,13 +214,11 @@ class Peers:
         self._epoch_over = True
         if engine.state.epoch_length == 0:
             engine.state.epoch_length = None  # Ignite takes a rank without data to be at the end of its run
-        rows = self._gate(Kind.EPOCH_END)
-        while any(row[0] == Kind.GATE for row in rows):
-            for member in self._members_of(rows, 2):
-                self._close(member)
-            rows = self._gate(Kind.EPOCH_END)
-        if any(row[0] == Kind.RUN_END for row in rows):
-            engine.terminate()  # what is open closes with the run
+        rows = self._go_along(Kind.EPOCH_END, {Kind.GATE, Kind.EPOCH_LAST})
+        if self._stopped_by(rows):
+            self.ending = True
+            if not engine.should_terminate:
+                engine.terminate()  # what is open closes with the run
             return
         lengths = {row[1] for row in rows}
         self._length = int(lengths.pop()) if len(lengths) == 1 and lengths != {-1.0} else None
@@ -223,6 +242,14 @@ class Peers:
                 member.drop()
             else:
                 self._close(member, at_end=True)
+
+    def _stopped_by(self, rows: Sequence[Row]) -> bool:
+        """Whether others have ended their run, so that this rank ends its own; one of those that do says who."""
+        ended = [r for r, row in enumerate(rows) if row[0] == Kind.RUN_END]
+        if ended and rank() == next(r for r in range(len(rows)) if r not in ended):
+            epoch = self._engine.state.epoch
+            logger.warning("%s ended the run in epoch %d, as by terminate(), and so do all", listed(ended), epoch)
+        return bool(ended)
 
     # -- a checkpoint --------------------------------------------------------------------------------------
 
@@ -248,7 +275,20 @@ class Peers:
             if not self._take_unit(rows):
                 break
         self.stop_wanted = any(row[2 + 2 * len(self._members)] for row in rows)
+        if {Kind.GATE, Kind.EPOCH_END} <= {row[0] for row in rows}:
+            self._length = None
         check_gate(rows, self._members, self._engine.state.epoch)
+        return rows
+
+    def _go_along(self, kind: Kind, going: set[Kind]) -> list[Row]:
+        """Say at *kind* that this rank has no more data, and close windows of ranks that have, while any is *going*."""
+        rows = self._gate(kind)
+        while (kinds := {row[0] for row in rows}) & going and Kind.RUN_END not in kinds:
+            for member in self._members_of(rows, 2):
+                self._close(member)
+            for edge in [*self.edges.values()]:
+                edge()
+            rows = self._gate(kind)
         return rows
 
     def _common_unit(self, member: Member, weight: float) -> float:

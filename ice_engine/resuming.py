@@ -12,7 +12,7 @@ from ice_engine import checkpoint_file, saved_objects
 from ice_engine.checkpoint_folder import whole_files
 from ice_engine.checkpoint_names import Names
 from ice_engine.errors import CheckpointError
-from ice_engine.run_position import check_positions
+from ice_engine.run_position import positions
 
 OURS = "ice_engine"  # the entry of a checkpoint that says where the run is
 Item = Checkpoint.Item
@@ -71,7 +71,7 @@ def _checked(found: Any, objects: Mapping[str, Any], trainer: Engine | None, *, 
         content = {next(iter(objects)): content}
     if trainer is not None and OURS in content:
         name = next(name for name, saved in objects.items() if saved is trainer)
-        check_positions(content[OURS], content.get(name))
+        content[OURS]["positions"] = positions(content[OURS], content.get(name))
     return content
 
 

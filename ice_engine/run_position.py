@@ -11,23 +11,25 @@ from ignite.engine import Engine, Events
 from ice_engine import random_state
 from ice_engine.data_position import TrackedData, length, shared_out
 from ice_engine.distributed import world
+from ice_engine.empty_epoch import EmptyEpoch
 from ice_engine.errors import CheckpointError
 from ice_engine.hooks import HookRegistry
 from ice_engine.of_engine import of_engine
+from ice_engine.orders import BEFORE, FIRST, LAST
 
 logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, Any] = {
     "epoch": int,
+    "epoch_length": int | None,
+    "iteration": int,
     "in_epoch": bool,
+    "through": bool,
     "began": int,
     "data": dict | None,
     "random": dict,
     "metrics": dict,
 }
-
-FIRST, LAST = -98, 10**6  # orders: after the optimizers' own handlers; after everybody else's
-_BEFORE = -101  # before the optimizers' own
 
 
 class RunPosition:
@@ -47,12 +49,14 @@ class RunPosition:
         self._resumed: dict[str, Any] | None = None
         self._ranks = 1  # that made what it resumes
         self._reload: Callable[[], object] = bool
+        self._through = False  # with this epoch's data, if other ranks have more
         self.in_epoch = False
         registry = HookRegistry(engine)
         for event, handler, order in (
-            (Events.STARTED, self._on_starting, _BEFORE),
+            (Events.STARTED, self._on_starting, BEFORE),
             (Events.STARTED, self._on_started, LAST),
             (Events.EPOCH_STARTED, self._on_epoch_started, FIRST),
+            (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ending, BEFORE),
             (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ended, FIRST),
             (Events.TERMINATE | Events.COMPLETED, self._on_run_ended, LAST),
         ):
@@ -70,7 +74,10 @@ class RunPosition:
         state = self._engine.state
         return {
             "epoch": state.epoch,
+            "epoch_length": state.epoch_length,
+            "iteration": state.iteration,
             "in_epoch": self.in_epoch,
+            "through": self._through,
             "began": self._began,
             "data": None if self._data is None else self._data.position(),
             "random": random_state.capture(),
@@ -96,6 +103,10 @@ class RunPosition:
             state = {**state, "random": random_state.capture()}
         # Ignite would compute it from the iteration, and be wrong if an epoch was ended before its time.
         self._engine.state.epoch = state["epoch"] - state["in_epoch"]
+        if self._ranks == now:
+            # What the engine has is of the rank that saved; where some have more data, each counts its own.
+            self._engine.state.iteration = state["iteration"]
+            self._engine.state.epoch_length = state["epoch_length"]
         self._engine.state.metrics.update(state["metrics"])
         self._resumed, self._reload = state, reload
 
@@ -109,11 +120,11 @@ class RunPosition:
             return  # an epoch is as long as the run says, not its data
         engine.state.epoch_length, state["began"] = now, engine.state.epoch * now
         engine.state.iteration = state["began"] + (taken if state["in_epoch"] else 0)
-        logger.warning(
-            "%d ranks go on where %d were: an epoch has %d micro-batches instead of %d, and the run goes on after "
-            "iteration %d",
-            *(world.world_size(), self._ranks, now, before, engine.state.iteration),
-        )
+        if world.rank() == 0:
+            logger.warning(
+                "the run of %d rank%s goes on with %d after iteration %d: an epoch has %d micro-batches instead of %d",
+                *(self._ranks, "s" if self._ranks > 1 else "", world.world_size(), engine.state.iteration, now, before),
+            )
 
     def _on_started(self, engine: Engine) -> None:
         HookRegistry(engine).put_last(LAST)  # what was attached since then comes before a save, too
@@ -124,8 +135,12 @@ class RunPosition:
             self.in_epoch, self._began = False, engine.state.iteration
             return
         state = self._resumed
-        engine._init_iter = engine.state.iteration - state["began"] if state["in_epoch"] else 0  # noqa: SLF001 - likewise
+        done = engine.state.iteration - state["began"] if state["in_epoch"] else 0
+        engine._init_iter = done  # noqa: SLF001 - likewise
         self._reload()
+        whole = done == engine.state.epoch_length
+        if state["in_epoch"] and (state["through"] or whole):
+            EmptyEpoch(engine, cut=not whole and engine.state.epoch_length is not None)
         if self._data is not None and state["data"] is not None:
             self._data.go_on(state["data"], functools.partial(self._arrived, state))
         else:
@@ -145,7 +160,7 @@ class RunPosition:
         self._resumed = None
 
     def _on_epoch_started(self, engine: Engine) -> None:
-        self._began, self.in_epoch = engine.state.iteration, True
+        self._began, self.in_epoch, self._through = engine.state.iteration, True, False
         if self._resumed is None:
             return
         if self._resumed["in_epoch"]:
@@ -153,8 +168,12 @@ class RunPosition:
         else:
             random_state.restore(self._resumed["random"])  # the run's beginning has drawn a second time
 
-    def _on_epoch_ended(self, _: Engine, **__: Any) -> None:
-        self.in_epoch = False
+    def _on_epoch_ending(self, _: Engine, **__: Any) -> None:
+        self._through = True
+
+    def _on_epoch_ended(self, engine: Engine, **_: Any) -> None:
+        # Stopped already, by another rank, for which it is not over.
+        self.in_epoch = bool(engine.should_terminate)
 
     def _on_run_ended(self, engine: Engine) -> None:
         if isinstance(engine.state.dataloader, TrackedData):
@@ -166,25 +185,27 @@ def run_position(engine: Engine) -> RunPosition:
     return of_engine(engine, RunPosition, engine)
 
 
-def check_positions(saved: Any, engine: Any) -> None:
-    """Check that a run can be where a checkpoint says that each rank's is; before anything is loaded.
+def positions(saved: Any, engine: Any) -> list[dict[str, Any]]:
+    """Return where a checkpoint says that each rank's run is; before anything is loaded.
 
     Args:
         saved: With the ranks' states under ``"positions"``.
-        engine: The engine's state in the same checkpoint.
+        engine: The engine's state in the same checkpoint; of all ranks, where those say nothing of their own.
 
     Raises:
-        CheckpointError: If it cannot.
+        CheckpointError: If a run cannot be there.
     """
     try:
-        states, iteration = saved["positions"], engine["iteration"]
+        common = {"through": False} | {key: engine[key] for key in ("iteration", "epoch_length")}
+        states = [{**common, **state} for state in saved["positions"]]
         kinds = len(states) > 0 and all(isinstance(state[key], _KINDS[key]) for state in states for key in _KINDS)
-        fits = kinds and all(0 <= state["began"] <= iteration for state in states)
+        fits = kinds and all(0 <= state["began"] <= state["iteration"] for state in states)
     except (IndexError, KeyError, TypeError):
-        fits = False
+        states, fits = [], False
     if not fits:
         message = "its place in the run is damaged"
         raise CheckpointError(message)
+    return states
 
 
 def load_engine(engine: Engine, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""When a save is taken: after all handlers of its iteration, else at its window's or epoch's end; and at a signal."""
+"""When a save is taken: after all handlers of its iteration, else where its window, epoch or run ends; at a signal."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -8,13 +8,15 @@ from typing import Any
 from ignite.engine import Engine, Events
 
 from ice_engine.distributed import world
+from ice_engine.distributed.together import gather
 from ice_engine.endings import when_left
 from ice_engine.errors import Preempted
 from ice_engine.events import is_running
 from ice_engine.hooks import HookRegistry
+from ice_engine.orders import FIRST, LAST
 from ice_engine.peers import peers
 from ice_engine.preemption import Preemption, preemption
-from ice_engine.run_position import FIRST, LAST, RunPosition
+from ice_engine.run_position import RunPosition
 
 # Events of a run after which no iteration and no epoch comes to its end; in others, handlers that change what is saved
 # may still come.
@@ -56,6 +58,7 @@ class SaveTimes:
         finish: Waits for what is being written, and raises what went wrong, if ``raises``.
 
     Attributes:
+        attached: Whether saves are asked for; on all ranks, or on none.
         clock: By which a save at a signal is numbered, as the others are.
     """
 
@@ -74,6 +77,7 @@ class SaveTimes:
         self._run: Engine | None = None
         self._preemption: Preemption | None = None
         self._stopped = False
+        self.attached = False
         self.clock = "iteration"
 
     @property
@@ -91,15 +95,16 @@ class SaveTimes:
         edges = Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED
         registry.add(edges, self._on_edge, name=f"{name}edges", order=LAST)
         # Handlers of the run's end may look for the last file.
-        registry.add(Events.TERMINATE | Events.COMPLETED, self._on_ended, name=f"{name}ended", order=FIRST)
+        registry.add(Events.TERMINATE, self._on_terminated, name=f"{name}terminated", order=FIRST)
+        registry.add(Events.COMPLETED, self._on_completed, name=f"{name}completed", order=FIRST)
+        registry.add(Events.STARTED, self._on_started, name=f"{name}started", order=LAST)
         if self._signals:
             self._preemption = preemption(run, self._signals)
-            listen = functools.partial(_listen, self._preemption)
-            registry.add(Events.STARTED, listen, name=f"{name}started", order=LAST)
         when_left(run, self._on_left)
 
     def ask(self, request: Request, *, at_once: bool) -> None:
         """Take a save as soon as it may be taken; before the event's other handlers, if *at_once*."""
+        self.attached = True
         if self._must_wait() or not (at_once or self._edge_has_passed()):
             self._wanted = request
         else:
@@ -114,6 +119,15 @@ class SaveTimes:
         if self._wanted is not None and at_edge and world.world_size() == 1 and not self._must_wait():
             request, self._wanted = self._wanted, None
             self._take(request)
+
+    def _on_started(self, engine: Engine) -> None:
+        if self._preemption is not None:
+            self._preemption.listen()
+        if world.world_size() > 1:
+            if self._preemption is not None:
+                peers(engine).wants_stop = self._preemption.is_asked
+            edge = functools.partial(self._on_edge, engine)
+            peers(engine).edges[id(self)] = edge
 
     def _on_edge(self, engine: Engine) -> None:
         self._settle()
@@ -140,9 +154,11 @@ class SaveTimes:
         """Whether what would be saved now could not be gone on from exactly."""
         if self._position is None:
             return False
-        optimizers = vars(self._run).get("_ice_optimizers", ())
-        inside = world.world_size() > 1 and any(optimizer.in_window for optimizer in optimizers)
-        return inside or self._position.at_last_iteration
+        if world.world_size() == 1 or self._run is None:
+            return self._position.at_last_iteration
+        optimizers, together = vars(self._run).get("_ice_optimizers", ()), peers(self._run)
+        inside = any(optimizer.in_window for optimizer in optimizers)
+        return inside or together.ending or (together.in_step and self._position.at_last_iteration)
 
     def _edge_has_passed(self) -> bool:
         if self._position is None or self._run is None:
@@ -157,8 +173,27 @@ class SaveTimes:
         last = state.max_epochs is not None and state.epoch >= state.max_epochs
         return last and self._position is not None and not self._position.in_epoch
 
-    def _on_ended(self, _: Engine) -> None:
+    def _on_terminated(self, engine: Engine) -> None:
+        alone = world.world_size() == 1
+        if self._position is not None and self._position.at_last_iteration and (alone or peers(engine).in_step):
+            self._position.in_epoch = False  # Ignite, too, would go on with the next one
+        self._on_ended(engine)
+
+    def _on_completed(self, engine: Engine) -> None:
+        if not engine.should_terminate:  # else TERMINATE came before
+            self._on_ended(engine)
+
+    def _on_ended(self, engine: Engine) -> None:
+        request, self._wanted = self._wanted, None
+        if not self._stopped and self._is_wanted(request):
+            self._take(request or Request(engine, engine.last_event_name, self.clock))
         self._finish(raises=True)
+
+    def _is_wanted(self, request: Request | None) -> bool:
+        """Whether a save waits for the end of a run, on any rank: who was stopped by another may not have asked."""
+        if self._position is None or world.world_size() == 1 or not self.attached:
+            return request is not None
+        return any(gather("the end of the run", "wanted" if request is not None else ""))
 
     def _on_left(self, error: BaseException | None) -> None:
         try:
@@ -172,9 +207,3 @@ class SaveTimes:
                 stopped, self._stopped = self._stopped or asked, False
                 if stopped and error is None:
                     raise Preempted
-
-
-def _listen(preempted: Preemption, engine: Engine) -> None:
-    preempted.listen()
-    if world.world_size() > 1:
-        peers(engine).wants_stop = preempted.is_asked

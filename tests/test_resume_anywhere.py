@@ -1,5 +1,6 @@
 """Saved on any event, with whatever runs beside training: what is resumed is the run that was never stopped."""
 
+import math
 import random
 
 import numpy as np
@@ -11,6 +12,7 @@ from ignite.metrics import Accuracy, ConfusionMatrix, EpochMetric, Fbeta, Precis
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
 
 import ice_engine as ice
+from tests.test_checkpoint import assert_equal
 from tests.test_resume import LENGTH, Noisy, Stops, Training, assert_same_run, resumed
 
 EVENTS = [
@@ -235,6 +237,31 @@ def test_a_run_that_was_terminated_goes_on(tmp_path, at):
     assert second.trainer.state.iteration == at
     second.train(max_epochs=3)
     assert_same_run(whole, second, at)
+
+
+@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED, ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED])
+def test_a_run_terminated_at_an_epochs_last_micro_batch_goes_on_with_the_next_epoch(tmp_path, event):
+    whole = Training(tmp_path / "whole").train(max_epochs=3)
+    first = Training(tmp_path / "run", event=event)
+    first.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=LENGTH), lambda: first.trainer.terminate())
+    first.train(max_epochs=3)
+    second = Training(tmp_path / "run", event=event)
+    Training.scramble(99)
+    second.checkpoint.resume(second.trainer)
+    assert second.optimizer.clocks == first.optimizer.clocks
+    assert second.trainer.state.iteration == LENGTH
+    second.train(max_epochs=3)
+    assert_equal(second.everything(), whole.everything())
+
+
+@pytest.mark.parametrize("at", [LENGTH - 2, LENGTH, 2 * LENGTH - 2, 2 * LENGTH])
+def test_the_step_that_the_end_of_a_run_takes_is_saved_too(tmp_path, at):
+    training = Training(tmp_path / "run", event=ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED, tail="carry")
+    training.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=at), lambda: training.trainer.terminate())
+    training.train(max_epochs=2)
+    steps = range(1, math.ceil(at / 3) + 1)
+    assert training.optimizer.clocks["step"] == steps[-1]
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {f"checkpoint_{step}.pt" for step in steps}
 
 
 @pytest.mark.parametrize("at", [4, 8, 12])

@@ -49,6 +49,7 @@ class Growing(IterableDataset):
 
 def assert_goes_on(tmp_path, at, make):
     loaders = []
+
     def data():
         torch.manual_seed(1)  # its sampler draws when it is made
         loaders.append(make())

@@ -52,6 +52,7 @@ class Kind(enum.IntEnum):
     EPOCH_START = 8
     AGAIN = 9
     LEFT = 10
+    EPOCH_LAST = 11
 
     def __str__(self) -> str:
         return _WORDS[self]
@@ -61,6 +62,7 @@ _WORDS = {
     Kind.START: "starts a run",
     Kind.EPOCH_START: "begins an epoch",
     Kind.GATE: "goes on training",
+    Kind.EPOCH_LAST: "has done the last micro-batch of its epoch",
     Kind.EPOCH_END: "is at the end of its epoch",
     Kind.RUN_END: "is at the end of its run",
     Kind.UNIT: "enters its first weighted loss",
@@ -72,7 +74,7 @@ _WORDS = {
 }
 _TOGETHER = (
     *({kind} for kind in Kind),
-    {Kind.GATE, Kind.EPOCH_END, Kind.RUN_END, Kind.UNIT},
+    {Kind.GATE, Kind.EPOCH_LAST, Kind.EPOCH_END, Kind.RUN_END, Kind.UNIT},
     {Kind.EPOCH_START, Kind.RUN_END},
     {Kind.UNIT, Kind.CLOSE, Kind.AGAIN},
 )

@@ -1,9 +1,11 @@
 """Checkpoints of many ranks: one file, at a window's edge, from which all of them go on bit by bit."""
 
 import functools
+import itertools
 import os
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,96 @@ def test_a_sharded_model_is_saved_whole_beside_training_and_goes_on(tmp_path):
     first, second = launch(_sharded, 2, str(tmp_path))
     assert first == second
     assert first[0] == first[1]  # the third step once more, from the checkpoint of the second
+
+
+def _stopped_by_one(folder: str) -> list[Any]:
+    found: list[Any] = [Training(f"{folder}/whole").run()[1]]
+    step = ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED
+    events = {"step": step, "epoch": Events.EPOCH_COMPLETED, "iteration": Events.ITERATION_COMPLETED(every=2)}
+    # An epoch has 7 micro-batches: windows of 3, 3 and 1.
+    for (name, event), at, who, known in itertools.product(events.items(), (5, 7, 13, 14, 21), (0, 1), (True, False)):
+        case = f"{name}, {at}, {who}, {known}"
+        first = Training(f"{folder}/{case}")
+        first.checkpoint.attach(first.trainer, event)
+        ended: list[int] = []
+        first.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e, ended=ended: ended.append(e.state.epoch))
+        if dist.get_rank() == who:
+            first.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=at), first.trainer.terminate)
+        if not known:
+            first.data = Endless(first.data)
+        steps = first.run()[2]
+        dist.barrier()
+        files = sorted(int(path.stem.split("_")[1]) for path in Path(folder, case).glob("*.pt"))
+        second = Training(f"{folder}/{case}")
+        second.checkpoint.resume(second.trainer)
+        began = second.optimizer.clocks["step"]
+        parameters = second.run()[1]
+        found.append((case, steps, ended, files, began, parameters))
+        dist.barrier()
+    return found
+
+
+class Endless:
+    """Data whose length nobody knows."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+
+def test_a_rank_that_stops_anywhere_stops_all_and_the_last_save_is_taken(tmp_path):
+    (whole, *found), (_, *others) = launch(_stopped_by_one, 2, str(tmp_path))
+    for first, second in zip(found, others, strict=True):
+        case, steps, ended, files, began, parameters = first
+        name, at, _, known = case.split(", ")
+        assert second[:2] == (case, steps)
+        assert steps == {"5": 2, "7": 3, "13": 5, "14": 6, "21": 9}[at], case
+        if known == "True":
+            assert ended == second[2] == [*range(1, 1 + (int(at) - 1) // 7)], case
+        if name == "step":
+            assert files == [*range(1, steps + 1)], case
+            assert began == steps, case
+        assert parameters == second[-1], case
+        if name != "epoch" and known == "True" and at in {"7", "14"}:
+            assert parameters == whole, case  # to the bit, as if it had never stopped
+
+
+def _uneven(folder: str, how: str) -> list[Any]:
+    def made(name: str) -> Training:
+        training = Training(f"{folder}/{name}")
+        sizes = (2, 1, 2, 2, 1, 2, 1)[: 7 if dist.get_rank() == 0 or how == "terminate_epoch()" else 5]
+        torch.manual_seed(7 + dist.get_rank())
+        data = [(torch.randn(size, 6), torch.randint(3, (size,))) for size in sizes]
+        training.data = Endless(data) if how == "unknown" else data
+
+        def stop(engine: Engine) -> None:
+            if engine.state.batch is data[4]:
+                engine.terminate_epoch()
+
+        if how == "terminate_epoch()" and dist.get_rank() == 1:
+            training.trainer.add_event_handler(Events.ITERATION_COMPLETED, stop)
+        return training
+
+    first = made("run")
+    first.checkpoint.attach(first.trainer, ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED)
+    _, whole, steps = first.run()
+    found = []
+    for step in range(1, steps):
+        second = made("run")
+        second.checkpoint._find = functools.partial(_only, f"checkpoint_{step}.pt")
+        second.checkpoint.resume(second.trainer)
+        _, parameters, ended = second.run()
+        found.append((step, ended == steps, parameters == whole))
+        dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("how", ["known", "unknown", "terminate_epoch()"])
+def test_a_run_whose_ranks_have_different_numbers_of_micro_batches_goes_on_from_each_of_its_steps(tmp_path, how):
+    first, second = launch(_uneven, 2, str(tmp_path), how)
+    assert first == second == [(step, True, True) for step in range(1, 9)]
 
 
 def _preempted(folder: str) -> None:

@@ -1,6 +1,7 @@
 """Ranks that come and go: torchrun starts them anew, and the run goes on as if nothing had been."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -41,11 +42,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def curve(folder: Path) -> dict[int, float]:
-    """Return the loss by step; steps that were taken twice have the same one, to the last bit."""
+def curve(folder: Path, rounding: float = 0.0) -> dict[int, float]:
+    """Return the loss by step; steps that were taken twice, by as many ranks, have the same one to the last bit."""
     lines = [json.loads(line) for line in (folder / "curve").read_text().splitlines()]
     found = {line["step"]: line["loss"] for line in lines}
-    assert all(found[line["step"]] == line["loss"] for line in lines), lines
+    assert all(math.isclose(found[line["step"]], line["loss"], rel_tol=rounding) for line in lines), lines
     return found
 
 
@@ -61,7 +62,7 @@ def assert_same_bits(folder: Path, whole: Path) -> None:
 
 
 def assert_same_but_for_rounding(folder: Path, whole: Path) -> None:
-    torch.testing.assert_close(curve(folder), curve(whole), rtol=1e-5, atol=0)
+    torch.testing.assert_close(curve(folder, rounding=1e-5), curve(whole), rtol=1e-5, atol=0)
     torch.testing.assert_close(end(folder), end(whole), rtol=1e-3, atol=1e-6)
 
 
@@ -204,5 +205,5 @@ def test_a_host_that_is_lost_leaves_the_run_to_the_other(tmp_path, undisturbed, 
             host.kill()
 
     assert code == 0, said
-    assert "2 ranks go on where 3 were" in said
+    assert said.count("the run of 3 ranks goes on with 2") == 1
     assert_same_but_for_rounding(tmp_path, undisturbed / "plain")

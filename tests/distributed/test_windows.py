@@ -6,6 +6,7 @@ way it can: sizes of micro-batches, their number, ranks without any, epochs whos
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -337,6 +338,8 @@ def test_two_optimizers_each_have_windows_of_their_own():
 
 
 def _stopped(how: str) -> Any:
+    said: list[str] = []
+    logging.getLogger("ice_engine.peers").addFilter(lambda record: said.append(record.getMessage()) or True)
     model = DistributedDataParallel(network())
     optimizer = ice.Optimizer(sgd(model), accumulation_steps=3)
     trainer = Engine(lambda _, batch: _plain(model, optimizer, batch))
@@ -344,14 +347,17 @@ def _stopped(how: str) -> Any:
     if dist.get_rank() == 1:
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=4), lambda: getattr(trainer, how)())
     trainer.run(batches(dist.get_rank(), RAGGED), max_epochs=EPOCHS)
-    return [[p.flatten().tolist() for p in model.module.parameters()], optimizer.clocks["step"], trainer.state.epoch]
+    parameters = [p.flatten().tolist() for p in model.module.parameters()]
+    return [parameters, said, optimizer.clocks["step"], trainer.state.epoch]
 
 
 @pytest.mark.soak
 def test_terminate_on_one_rank_stops_all_and_loses_no_micro_batch():
-    (first, *rest), (second, *others) = launch(_stopped, 2, "terminate")
+    (first, said, *rest), (second, quiet, *others) = launch(_stopped, 2, "terminate")
     assert first == second
     assert rest == others == [2, 1]
+    assert said == ["rank 1 ended the run in epoch 1, as by terminate(), and so do all"]
+    assert quiet == []
     model = network()
     optimizer = sgd(model)
     data = [batches(rank, RAGGED) for rank in range(2)]
@@ -366,8 +372,9 @@ def test_terminate_on_one_rank_stops_all_and_loses_no_micro_batch():
 
 @pytest.mark.soak
 def test_terminate_epoch_on_one_rank_ends_its_data_only():
-    (first, *rest), (second, *others) = launch(_stopped, 2, "terminate_epoch")
+    (first, said, *rest), (second, quiet, *others) = launch(_stopped, 2, "terminate_epoch")
     assert first == second
+    assert said == quiet == []
     assert rest == others == [6, 2]
 
 
