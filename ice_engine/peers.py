@@ -12,61 +12,43 @@ whoever stops or raises, stops all.
     rank 1   1 2 3 [gate] 4 [close]   5  [end:  gate] [close]       [end: close]      a shorter epoch
 """
 
-import functools
-import json
 import logging
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ignite import distributed as idist
 from ignite.engine import Engine, Events
 
-from ice_engine.alike import agree, check_close, check_gate, check_lengths
-from ice_engine.distributed.rounds import Kind, Row, is_from_others, rounds
-from ice_engine.distributed.sync import Synchroniser, release
-from ice_engine.distributed.world import listed, rank, world_size
+from ice_engine.alike import agree, check_lengths
+from ice_engine.distributed.rounds import Kind, Row, is_from_others
+from ice_engine.distributed.sync import release
+from ice_engine.distributed.world import listed, rank
 from ice_engine.endings import when_left
-from ice_engine.errors import ArgumentValueError, AttachError, RankError
+from ice_engine.errors import RankError
 from ice_engine.hooks import HookRegistry
+from ice_engine.meeting import Meeting
 from ice_engine.member import Member
 from ice_engine.of_engine import of_engine
 from ice_engine.orders import LAST, PEERS
 
 logger = logging.getLogger(__name__)
 
-_MANY = 32  # optimizers on one engine: what a row has room for
 
-
-class Peers:
+class Peers(Meeting):
     """Keeps the runs of one engine on all ranks together.
 
     Args:
         engine: The engine of this rank.
 
     Attributes:
-        wants_stop: Returns whether this rank wants the run to stop at the next window's edge.
-        stop_wanted: Whether a rank does; known to all of them before the micro-batch in which a window closes.
         ending: Whether another rank is at the end of its run already, and waits there for what needs all ranks.
-        edges: What is to be called where this rank, at the end of its data, has closed windows with others; by owner.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._rounds = rounds()
-        # Ignite's first question for the rank is a collective; asked later, in a handler on one rank, it would hang.
-        idist.sync()
-        self._members: list[Member] = []
-        self._length: int | None = None  # of an epoch, if all ranks end it at the same micro-batch
-        self._resumed = self._position = 0
-        self._closing: list[Member] = []
-        self._reducing = False
-        self._before: list[int] = []
+        super().__init__(engine)
+        self._resumed = 0
         self._layouts: Sequence[Sequence[int]] = ()
         self._epoch_over = self._run_over = True
-        self.wants_stop: Callable[[], bool] = bool
-        self.edges: dict[int, Callable[[], object]] = {}
-        self.stop_wanted = self.ending = False
+        self.ending = False
         registry = HookRegistry(engine)
         for event, handler, order in (
             (Events.STARTED, self._on_started, PEERS),
@@ -79,35 +61,6 @@ class Peers:
         ):
             registry.add(event, handler, name=f"peers.{handler.__name__.removeprefix('_on_')}", order=order)
         self._forget_ending = when_left(engine, self._on_left)
-
-    @property
-    def in_step(self) -> bool:
-        """Whether all ranks come to the end of their epoch with the same micro-batch."""
-        return self._length is not None
-
-    def join(self, member: Member) -> None:
-        """Take an optimizer in.
-
-        Raises:
-            ArgumentValueError: If there are too many.
-        """
-        if len(self._members) == _MANY:
-            message = f"at most {_MANY} optimizers on one engine in many processes; this would be one more"
-            raise ArgumentValueError(message)
-        for other in self._members:
-            if other.sync.model is member.sync.model:
-                if getattr(member.sync.model, "gradient_as_bucket_view", False):
-                    message = (
-                        f"optimizers {other.name!r} and {member.name!r} train one DistributedDataParallel whose "
-                        "gradients are views of its buckets, into which each one's loss would write; make it without "
-                        "gradient_as_bucket_view"
-                    )
-                    raise AttachError(message)
-                member.sync = other.sync  # one switch for one model
-        self._members.append(member)
-        member.sync.again = functools.partial(self._reduce_again, member.sync)
-        member.window.unit_of = functools.partial(self._common_unit, member)
-        member.window.ranks = world_size()
 
     def leave(self, member: Member) -> None:
         """Let an optimizer go; with the last one, the engine is as it was."""
@@ -260,125 +213,6 @@ class Peers:
     def lay_out(self, layouts: Sequence[Sequence[int]]) -> None:
         """Let the next run begin with *layouts*, from :meth:`layouts`."""
         self._layouts = layouts
-
-    # -- rounds --------------------------------------------------------------------------------------------
-
-    def _gate(self, kind: Kind) -> list[Row]:
-        """Say where this rank is, until all say something that a window can close at."""
-        while True:
-            length = self._engine.state.epoch_length
-            closing = [float(m in self._closing and kind is Kind.GATE) for m in self._members]
-            is_open = [float(m.window.is_open) for m in self._members]
-            flags = [flag for pair in zip(closing, is_open, strict=True) for flag in pair]
-            row = [-1 if length is None else length, *flags, float(self.wants_stop())]
-            rows = self._rounds.exchange(kind, row, self._place(kind))
-            if not self._take_unit(rows):
-                break
-        self.stop_wanted = any(row[2 + 2 * len(self._members)] for row in rows)
-        if {Kind.GATE, Kind.EPOCH_END} <= {row[0] for row in rows}:
-            self._length = None
-        check_gate(rows, self._members, self._engine.state.epoch)
-        return rows
-
-    def _go_along(self, kind: Kind, going: set[Kind]) -> list[Row]:
-        """Say at *kind* that this rank has no more data, and close windows of ranks that have, while any is *going*."""
-        rows = self._gate(kind)
-        while (kinds := {row[0] for row in rows}) & going and Kind.RUN_END not in kinds:
-            for member in self._members_of(rows, 2):
-                self._close(member)
-            for edge in [*self.edges.values()]:
-                edge()
-            rows = self._gate(kind)
-        return rows
-
-    def _common_unit(self, member: Member, weight: float) -> float:
-        """Return the unit of *member*'s weights: the largest of the ranks' first ones, one and the same for all."""
-        self._take_unit(
-            self._rounds.exchange(
-                Kind.UNIT, [self._members.index(member), weight], f"the first loss of {member.name!r}"
-            )
-        )
-        return member.window.common
-
-    def _reduce_again(self, sync: Synchroniser) -> None:
-        """Meet all ranks before one more backward of the micro-batch that reduces, which others may not have."""
-        if self._reducing and not sync.always:
-            row = [self._syncs().index(sync)]
-            while self._take_unit(self._rounds.exchange(Kind.AGAIN, row, "one more loss of a micro-batch")):
-                pass
-
-    def _take_part_again(self, rows: Sequence[Row]) -> bool:
-        """Reduce zeros, where other ranks reduce one more loss of the micro-batch that this one is through with."""
-        again = {int(row[1]) for row in rows if row[0] == Kind.AGAIN}
-        for index in sorted(again):
-            sync = self._syncs()[index]
-            sync.settle()  # as they do
-            sync.take_part()
-        return bool(again)
-
-    def _take_unit(self, rows: Sequence[Row]) -> bool:
-        said = [row for row in rows if row[0] == Kind.UNIT]
-        for index in {int(row[1]) for row in said}:
-            window = self._members[index].window
-            window.common = max(row[2] for row in said if row[1] == index)
-            window.unit = window.unit or window.common
-            window.decide(window.common)
-        return bool(said)
-
-    def _close(self, member: Member, *, reduced: bool = False, at_end: bool = False) -> None:
-        window = member.window
-        last = self._position == self._length and window.tail == "step" and window.is_open
-        values = member.values()
-        digest = zlib.crc32(json.dumps(values).encode())
-        weighted = -1.0 if window.weighted is None else float(window.weighted)
-        while True:
-            row = [self._members.index(member), float(window.is_full or last), window.weight, weighted, digest]
-            rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
-            if not (self._take_unit(rows) or self._take_part_again(rows)):
-                break  # else a rank without data is here, and the others at their first loss, or at one more
-        check_close(rows, member, self._members, self._rounds, values)
-        if not (at_end or any(row[2] for row in rows)):
-            # No rank had a loss for it in this iteration, or the first loss has told that its windows are longer.
-            member.touched()
-            if reduced:
-                member.sync.settle()
-            return
-        window.share(sum(row[3] for row in rows), world_size())
-        if reduced:
-            member.sync.complete(member.parameters())
-        whole = reduced or member.sync.reduce(member.parameters())
-        member.sync.settle()  # before the handlers of the step, which may keep a rank
-        if whole:
-            member.close()
-        else:
-            member.discard("a stop")
-
-    # -- what is where -------------------------------------------------------------------------------------
-
-    def _members_of(self, rows: Sequence[Row], column: int) -> list[Member]:
-        """The members with a flag on some rank: column 2 those that close, 3 those with an open window."""
-        return [m for i, m in enumerate(self._members) if any(row[column + 2 * i] for row in rows)]
-
-    def _waiting(self) -> list[Synchroniser]:
-        """What the other ranks reduce with in this micro-batch, and this one has not had a backward for."""
-        done = {id(m.sync) for m, n in zip(self._members, self._before, strict=False) if m.differentiated > n}
-        return list({id(m.sync): m.sync for m in self._closing if id(m.sync) not in done}.values())
-
-    def _syncs(self) -> list[Synchroniser]:
-        return list({id(m.sync): m.sync for m in self._members}.values())
-
-    def _switch(self, *, last: bool, closing: Sequence[Member] = ()) -> None:
-        on = {id(m.sync) for m in closing}
-        for sync in self._syncs():
-            sync.on(last or id(sync) in on)
-
-    def _place(self, kind: Kind) -> str:
-        state = self._engine.state
-        if kind is Kind.RUN_END:
-            return "the end of the run"
-        if kind in {Kind.EPOCH_START, Kind.EPOCH_END}:
-            return f"the {'end' if kind is Kind.EPOCH_END else 'beginning'} of epoch {state.epoch}"
-        return f"iteration {state.iteration} (epoch {state.epoch})"
 
 
 def peers(engine: Engine) -> Peers:

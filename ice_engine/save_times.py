@@ -1,6 +1,5 @@
 """When a save is taken: after all handlers of its iteration, else where its window, epoch or run ends; at a signal."""
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,16 @@ _AFTER_EDGES = frozenset(
         Events.COMPLETED,
         Events.INTERRUPT,
         Events.EXCEPTION_RAISED,
+    }
+)
+# Events of which a rank with more data has more.
+_OF_ITERATIONS = frozenset(
+    {
+        Events.GET_BATCH_STARTED,
+        Events.GET_BATCH_COMPLETED,
+        Events.ITERATION_STARTED,
+        Events.ITERATION_COMPLETED,
+        Events.DATALOADER_STOP_ITERATION,
     }
 )
 
@@ -59,6 +68,7 @@ class SaveTimes:
 
     Attributes:
         attached: Whether saves are asked for; on all ranks, or on none.
+        agreed: Whether a rank of many has asked for a save, as all know.
         clock: By which a save at a signal is numbered, as the others are.
     """
 
@@ -77,7 +87,7 @@ class SaveTimes:
         self._run: Engine | None = None
         self._preemption: Preemption | None = None
         self._stopped = False
-        self.attached = False
+        self.attached = self.agreed = False
         self.clock = "iteration"
 
     @property
@@ -93,7 +103,7 @@ class SaveTimes:
         registry = HookRegistry(run)
         name = registry.free_name("checkpoint", ".edges") + "."
         edges = Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED
-        registry.add(edges, self._on_edge, name=f"{name}edges", order=LAST)
+        registry.add(edges, self.on_edge, name=f"{name}edges", order=LAST)
         # Handlers of the run's end may look for the last file.
         registry.add(Events.TERMINATE, self._on_terminated, name=f"{name}terminated", order=FIRST)
         registry.add(Events.COMPLETED, self._on_completed, name=f"{name}completed", order=FIRST)
@@ -104,11 +114,9 @@ class SaveTimes:
 
     def ask(self, request: Request, *, at_once: bool) -> None:
         """Take a save as soon as it may be taken; before the event's other handlers, if *at_once*."""
-        self.attached = True
-        if self._must_wait() or not (at_once or self._edge_has_passed()):
-            self._wanted = request
-        else:
-            self._take(request)
+        self.attached, self._wanted = True, request
+        if not self._must_wait() and (at_once or self._edge_has_passed()):
+            self._take_wanted()
 
     def take_wanted(self) -> None:
         """Take the save that waits for the event's other handlers, of which one asks for it; in one process."""
@@ -117,7 +125,11 @@ class SaveTimes:
             Events.EPOCH_COMPLETED,
         }
         if self._wanted is not None and at_edge and world.world_size() == 1 and not self._must_wait():
-            request, self._wanted = self._wanted, None
+            self._take_wanted()
+
+    def _take_wanted(self) -> None:
+        request, self._wanted, self.agreed = self._wanted, None, False
+        if request is not None:
             self._take(request)
 
     def _on_started(self, engine: Engine) -> None:
@@ -126,19 +138,25 @@ class SaveTimes:
         if world.world_size() > 1:
             if self._preemption is not None:
                 peers(engine).wants_stop = self._preemption.is_asked
-            edge = functools.partial(self._on_edge, engine)
-            peers(engine).edges[id(self)] = edge
+            if self not in peers(engine).savers:
+                peers(engine).savers.append(self)
 
-    def _on_edge(self, engine: Engine) -> None:
+    @property
+    def asks(self) -> bool:
+        """Whether this rank has been asked for a save."""
+        return self._wanted is not None
+
+    def on_edge(self, engine: Engine) -> None:
+        """Take the save that waits, where it can be gone on from exactly."""
         self._settle()
         stops = self._is_preempted(engine) and not self._is_done(engine)
-        if stops and self._wanted is None:
+        self.agreed |= stops
+        if self.agreed and self._wanted is None:
             self._wanted = Request(engine, engine.last_event_name, self.clock)
         if self._wanted is None:
             return
         if not self._must_wait():
-            request, self._wanted = self._wanted, None
-            self._take(request)
+            self._take_wanted()
             if stops:
                 self._stopped = True
                 engine.terminate(skip_completed=True)
@@ -158,7 +176,11 @@ class SaveTimes:
             return self._position.at_last_iteration
         optimizers, together = vars(self._run).get("_ice_optimizers", ()), peers(self._run)
         inside = any(optimizer.in_window for optimizer in optimizers)
-        return inside or together.ending or (together.in_step and self._position.at_last_iteration)
+        if together.in_step:
+            return inside or self._position.at_last_iteration
+        # Some may have no such iteration: all save where all have heard that one wants to.
+        alone = self._wanted is not None and self._wanted.event_name in _OF_ITERATIONS and not self.agreed
+        return inside or together.ending or alone
 
     def _edge_has_passed(self) -> bool:
         if self._position is None or self._run is None:
@@ -197,7 +219,7 @@ class SaveTimes:
 
     def _on_left(self, error: BaseException | None) -> None:
         try:
-            self._wanted = None
+            self._wanted, self.agreed = None, False
             self._finish(raises=error is None)
         finally:
             if self._preemption is not None and self._run is not None and not is_running(self._run):
