@@ -107,19 +107,25 @@ class RunPosition:
             # What the engine has is of the rank that saved; where some have more data, each counts its own.
             self._engine.state.iteration = state["iteration"]
             self._engine.state.epoch_length = state["epoch_length"]
+        if state["in_epoch"] and self._engine._is_done(self._engine.state):  # noqa: SLF001 - no public way to it
+            self._engine.state.epoch_length = None  # else Ignite would start over; the run's beginning gives it back
         self._engine.state.metrics.update(state["metrics"])
         self._resumed, self._reload = state, reload
 
     def _on_starting(self, engine: Engine) -> None:
         """Count iterations as this many ranks do, if another number of them has made the checkpoint."""
         state = self._resumed
-        if state is None or state["data"] is None or self._ranks == world.world_size():
+        if state is None:
             return
-        before, taken, now = engine.state.epoch_length, state["data"]["taken"], length(engine.state.dataloader)
-        if now is None or before != state["data"].get("length"):
+        before, now = state["epoch_length"], length(engine.state.dataloader)
+        if before is not None:
+            engine.state.epoch_length = before
+        if self._ranks == world.world_size() or state["data"] is None or now is None:
+            return
+        if before != state["data"].get("length"):
             return  # an epoch is as long as the run says, not its data
         engine.state.epoch_length, state["began"] = now, engine.state.epoch * now
-        engine.state.iteration = state["began"] + (taken if state["in_epoch"] else 0)
+        engine.state.iteration = state["began"] + (state["data"]["taken"] if state["in_epoch"] else 0)
         if world.rank() == 0:
             logger.warning(
                 "the run of %d rank%s goes on with %d after iteration %d: an epoch has %d micro-batches instead of %d",

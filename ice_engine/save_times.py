@@ -29,9 +29,10 @@ _AFTER_EDGES = frozenset(
         Events.EXCEPTION_RAISED,
     }
 )
-# Events of which a rank with more data has more.
+# Events after which ranks of different data come to an iteration's end at different times, or to none.
 _OF_ITERATIONS = frozenset(
     {
+        Events.EPOCH_STARTED,
         Events.GET_BATCH_STARTED,
         Events.GET_BATCH_COMPLETED,
         Events.ITERATION_STARTED,
