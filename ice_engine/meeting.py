@@ -165,7 +165,8 @@ class Meeting:
         digest = zlib.crc32(json.dumps(values).encode())
         weighted = -1.0 if window.weighted is None else float(window.weighted)
         while True:
-            row = [self._members.index(member), float(window.is_full or last), window.weight, weighted, digest]
+            full = float(window.is_full or last)
+            row = [self._members.index(member), full, window.weight, weighted, digest, window.unit]
             rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
             if not (self._take_unit(rows) or self._take_part_again(rows)):
                 break  # else a rank without data is here, and the others at their first loss, or at one more
@@ -176,6 +177,8 @@ class Meeting:
             if reduced:
                 member.sync.settle()
             return
+        # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.
+        window.unit = window.unit or max(row[6] for row in rows)
         window.share(sum(row[3] for row in rows), world_size())
         if reduced:
             member.sync.complete(member.parameters())

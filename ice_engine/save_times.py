@@ -87,7 +87,7 @@ class SaveTimes:
         self._wanted: Request | None = None
         self._run: Engine | None = None
         self._preemption: Preemption | None = None
-        self._stopped = False
+        self._stopped, self._over = False, True
         self.attached = self.agreed = False
         self.clock = "iteration"
 
@@ -107,7 +107,7 @@ class SaveTimes:
         registry.add(edges, self.on_edge, name=f"{name}edges", order=LAST)
         # Handlers of the run's end may look for the last file.
         registry.add(Events.TERMINATE, self._on_terminated, name=f"{name}terminated", order=FIRST)
-        registry.add(Events.COMPLETED, self._on_completed, name=f"{name}completed", order=FIRST)
+        registry.add(Events.COMPLETED, self._on_ended, name=f"{name}completed", order=FIRST)
         registry.add(Events.STARTED, self._on_started, name=f"{name}started", order=LAST)
         if self._signals:
             self._preemption = preemption(run, self._signals)
@@ -134,6 +134,7 @@ class SaveTimes:
             self._take(request)
 
     def _on_started(self, engine: Engine) -> None:
+        self._over = False
         if self._preemption is not None:
             self._preemption.listen()
         if world.world_size() > 1:
@@ -202,11 +203,10 @@ class SaveTimes:
             self._position.in_epoch = False  # Ignite, too, would go on with the next one
         self._on_ended(engine)
 
-    def _on_completed(self, engine: Engine) -> None:
-        if not engine.should_terminate:  # else TERMINATE came before
-            self._on_ended(engine)
-
     def _on_ended(self, engine: Engine) -> None:
+        if self._over:
+            return  # TERMINATE came before COMPLETED
+        self._over = True
         request, self._wanted = self._wanted, None
         if not self._stopped and self._is_wanted(request):
             self._take(request or Request(engine, engine.last_event_name, self.clock))

@@ -337,6 +337,47 @@ def test_two_optimizers_each_have_windows_of_their_own():
         torch.testing.assert_close(flat(found), expected, rtol=1e-12, atol=1e-12)
 
 
+UNWEIGHTED = {"SGD": sgd, "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)}
+
+
+def _unweighted() -> list[Any]:
+    found = []
+    for (name, made), k, clipped, unknown in itertools.product(
+        UNWEIGHTED.items(), (1, 3), (False, True), (False, True)
+    ):
+        model = DistributedDataParallel(network())
+        clip = ice.clip_norm(0.1) if clipped else None
+        optimizer = ice.Optimizer(made(model), accumulation_steps=k, clip=clip)
+
+        def step(_: Engine, batch: Batch, model: Any = model, optimizer: ice.Optimizer = optimizer) -> None:
+            optimizer.backward(torch.nn.functional.mse_loss(model(batch[0]), batch[1]))
+
+        trainer = Engine(step)
+        optimizer.attach(trainer, model=model)
+        data = batches(dist.get_rank(), SHORT)
+        trainer.run(Loader(data) if unknown else data, max_epochs=EPOCHS)
+        found.append((name, k, clipped, [p.flatten().tolist() for p in model.module.parameters()]))
+    return found
+
+
+def test_without_weights_every_micro_batch_weighs_the_same_also_where_ranks_have_different_numbers_of_them():
+    first, second = launch(_unweighted, 2)
+    assert first == second
+    data = [batches(rank, SHORT) for rank in range(2)]
+    for name, k, clipped, parameters in first:
+        model = network()
+        optimizer = UNWEIGHTED[name](model)
+        for begin in [*range(0, 10, k)] * EPOCHS:
+            window = [batch for own in data for batch in own[begin : begin + k]]
+            optimizer.zero_grad()
+            (sum(torch.nn.functional.mse_loss(model(x), y) for x, y in window) / len(window)).backward()
+            if clipped:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+        expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+        torch.testing.assert_close(flat(parameters), expected, rtol=1e-10, atol=1e-10)
+
+
 def _stopped(how: str) -> Any:
     said: list[str] = []
     logging.getLogger("ice_engine.peers").addFilter(lambda record: said.append(record.getMessage()) or True)
