@@ -39,7 +39,6 @@ class EmptyEpoch:
     def _on_ended(self, engine: Engine) -> None:
         HookRegistry(engine).remove_of(self)
         engine._dataloader_iter = self._data  # noqa: SLF001 - likewise
-        if self._length is not None:
-            engine.state.epoch_length, engine.state.max_epochs = self._length, self._epochs
+        engine.state.epoch_length, engine.state.max_epochs = self._length, self._epochs
         if self._cut:
             engine._setup_dataloader_iter()  # noqa: SLF001 - as Ignite does after terminate_epoch()

@@ -47,6 +47,7 @@ class Meeting:
         savers: What all ranks save together, in the same order on each.
         wants_stop: Returns whether this rank wants the run to stop at the next window's edge.
         stop_wanted: Whether a rank does; known to all of them before the micro-batch in which a window closes.
+        inside: Whether, out of step, a window may be open on some rank until the next gate.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -62,7 +63,7 @@ class Meeting:
         self._before: list[int] = []
         self.savers: list[Saver] = []
         self.wants_stop: Callable[[], bool] = bool
-        self.stop_wanted = False
+        self.stop_wanted = self.inside = False
 
     @property
     def in_step(self) -> bool:
@@ -108,10 +109,18 @@ class Meeting:
         self.stop_wanted = any(row[2 + 2 * len(self._members)] for row in rows)
         for i, saver in enumerate(self.savers):
             saver.agreed |= any(int(row[3 + 2 * len(self._members)]) >> i & 1 for row in rows)
-        if {Kind.GATE, Kind.EPOCH_END} <= {row[0] for row in rows}:
+        kinds = {row[0] for row in rows}
+        if {Kind.GATE, Kind.EPOCH_END} <= kinds:
             self._length = None
+        self.inside = self._length is None and self._may_be_open(rows, kinds)
         check_gate(rows, self._members, self._engine.state.epoch)
         return rows
+
+    def _may_be_open(self, rows: Sequence[Row], kinds: set[float]) -> bool:
+        """Whether a window may be open on some rank between the step that comes now, if any, and the next gate."""
+        if Kind.GATE in kinds:
+            return len(self._members_of(rows, 2)) < len(self._members)
+        return Kind.RUN_END not in kinds and any(m.window.tail == "carry" for m in self._members_of(rows, 3))
 
     def _go_along(self, kind: Kind, going: set[Kind]) -> list[Row]:
         """Say at *kind* that this rank has no more data, and close windows of ranks that have, while any is *going*."""

@@ -153,6 +153,13 @@ class Peers(Meeting):
         for member in closing:
             self._close(member, reduced=reducing)
 
+    def _keep_promise(self, engine: Engine) -> None:
+        """Do with the others what this rank said at a gate that it would, if a handler has stopped it since."""
+        if self._closing:
+            self._on_iteration_completed(engine)
+            for saver in self.savers:
+                saver.on_edge(engine)
+
     def _on_iteration_over(self, engine: Engine) -> None:
         # If a handler has stopped a rank now, its epoch is not completed, and so is nobody's: what is done then, such
         # as a validation, may need all ranks.
@@ -163,7 +170,7 @@ class Peers(Meeting):
     def _on_epoch_ended(self, engine: Engine, *_: Any, **__: Any) -> None:
         if self._epoch_over:
             return  # TERMINATE_SINGLE_EPOCH came before EPOCH_COMPLETED
-        self._on_iteration_completed(engine)  # what was promised at a gate, if a handler stopped this rank after it
+        self._keep_promise(engine)
         self._epoch_over = True
         if engine.state.epoch_length == 0:
             engine.state.epoch_length = None  # Ignite takes a rank without data to be at the end of its run
@@ -185,7 +192,7 @@ class Peers(Meeting):
     def _on_run_ended(self, engine: Engine) -> None:
         if self._run_over:
             return  # TERMINATE came before COMPLETED
-        self._on_iteration_completed(engine)  # likewise
+        self._keep_promise(engine)
         self._run_over = True
         rows = self._gate(Kind.RUN_END)
         while any(row[0] != Kind.RUN_END for row in rows):

@@ -77,7 +77,7 @@ class RunPosition:
             "epoch_length": state.epoch_length,
             "iteration": state.iteration,
             "in_epoch": self.in_epoch,
-            "through": self._through,
+            "through": self._through or bool(self._engine.should_terminate_single_epoch),
             "began": self._began,
             "data": None if self._data is None else self._data.position(),
             "random": random_state.capture(),
@@ -146,7 +146,7 @@ class RunPosition:
         self._reload()
         whole = done == engine.state.epoch_length
         if state["in_epoch"] and (state["through"] or whole):
-            EmptyEpoch(engine, cut=not whole and engine.state.epoch_length is not None)
+            EmptyEpoch(engine, cut=not whole)
         if self._data is not None and state["data"] is not None:
             self._data.go_on(state["data"], functools.partial(self._arrived, state))
         else:
@@ -166,6 +166,8 @@ class RunPosition:
         self._resumed = None
 
     def _on_epoch_started(self, engine: Engine) -> None:
+        if engine.should_terminate:
+            return  # another rank has ended the run with the epoch before
         self._began, self.in_epoch, self._through = engine.state.iteration, True, False
         if self._resumed is None:
             return

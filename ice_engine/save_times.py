@@ -106,8 +106,7 @@ class SaveTimes:
         edges = Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED
         registry.add(edges, self.on_edge, name=f"{name}edges", order=LAST)
         # Handlers of the run's end may look for the last file.
-        registry.add(Events.TERMINATE, self._on_terminated, name=f"{name}terminated", order=FIRST)
-        registry.add(Events.COMPLETED, self._on_ended, name=f"{name}completed", order=FIRST)
+        registry.add(Events.TERMINATE | Events.COMPLETED, self._on_ended, name=f"{name}ended", order=FIRST)
         registry.add(Events.STARTED, self._on_started, name=f"{name}started", order=LAST)
         if self._signals:
             self._preemption = preemption(run, self._signals)
@@ -177,7 +176,7 @@ class SaveTimes:
         if world.world_size() == 1 or self._run is None:
             return self._position.at_last_iteration
         optimizers, together = vars(self._run).get("_ice_optimizers", ()), peers(self._run)
-        inside = any(optimizer.in_window for optimizer in optimizers)
+        inside = together.inside or any(optimizer.in_window for optimizer in optimizers)
         if together.in_step:
             return inside or self._position.at_last_iteration
         # Some may have no such iteration: all save where all have heard that one wants to.
@@ -196,12 +195,6 @@ class SaveTimes:
         state = engine.state
         last = state.max_epochs is not None and state.epoch >= state.max_epochs
         return last and self._position is not None and not self._position.in_epoch
-
-    def _on_terminated(self, engine: Engine) -> None:
-        alone = world.world_size() == 1
-        if self._position is not None and self._position.at_last_iteration and (alone or peers(engine).in_step):
-            self._position.in_epoch = False  # Ignite, too, would go on with the next one
-        self._on_ended(engine)
 
     def _on_ended(self, engine: Engine) -> None:
         if self._over:
