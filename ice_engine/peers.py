@@ -118,7 +118,7 @@ class Peers(Meeting):
         # A handler may have stopped one rank when the last epoch was over.
         if self._stopped_by(self._gate(Kind.EPOCH_START)):
             engine.state.epoch -= 1
-            self._epoch_over = True
+            self._epoch_over = self.ending = True
             engine.terminate()
 
     def _on_iteration_started(self, engine: Engine) -> None:

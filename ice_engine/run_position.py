@@ -40,6 +40,7 @@ class RunPosition:
 
     Attributes:
         in_epoch: Whether an epoch is under way.
+        is_ended: Whether another rank has ended the run before this one came to the epoch's end.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -51,6 +52,7 @@ class RunPosition:
         self._reload: Callable[[], object] = bool
         self._through = False  # with this epoch's data, if other ranks have more
         self.in_epoch = False
+        self.is_ended: Callable[[], bool] = bool
         registry = HookRegistry(engine)
         for event, handler, order in (
             (Events.STARTED, self._on_starting, BEFORE),
@@ -166,8 +168,8 @@ class RunPosition:
         self._resumed = None
 
     def _on_epoch_started(self, engine: Engine) -> None:
-        if engine.should_terminate:
-            return  # another rank has ended the run with the epoch before
+        if self.is_ended():
+            return  # with the epoch before, and this one is undone
         self._began, self.in_epoch, self._through = engine.state.iteration, True, False
         if self._resumed is None:
             return
@@ -179,9 +181,8 @@ class RunPosition:
     def _on_epoch_ending(self, _: Engine, **__: Any) -> None:
         self._through = True
 
-    def _on_epoch_ended(self, engine: Engine, **_: Any) -> None:
-        # Stopped already, by another rank, for which it is not over.
-        self.in_epoch = bool(engine.should_terminate)
+    def _on_epoch_ended(self, _: Engine, **__: Any) -> None:
+        self.in_epoch = self.is_ended()  # in the epoch, where that rank is
 
     def _on_run_ended(self, engine: Engine) -> None:
         if isinstance(engine.state.dataloader, TrackedData):

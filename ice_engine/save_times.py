@@ -141,6 +141,8 @@ class SaveTimes:
                 peers(engine).wants_stop = self._preemption.is_asked
             if self not in peers(engine).savers:
                 peers(engine).savers.append(self)
+            if self._position is not None:
+                self._position.is_ended = lambda: peers(engine).ending
 
     @property
     def asks(self) -> bool:
