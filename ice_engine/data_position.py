@@ -123,8 +123,9 @@ class _Counting:
 def _pass_over(data: Any, iterator: Any, count: int) -> None:
     batches = iterator.batches
     logger.info("passing over the %d batches that were trained on already", count)
-    if isinstance(batches, _SingleProcessDataLoaderIter) and not isinstance(data.dataset, IterableDataset):
-        batches = batches._sampler_iter  # noqa: SLF001 - what draws them; loading them changes no generator that matters
+    # Of a loader, which data may be or wrap: its sampler draws them; loading them changes no generator that matters.
+    if isinstance(batches, _SingleProcessDataLoaderIter) and not isinstance(batches._dataset, IterableDataset):  # noqa: SLF001 - not public
+        batches = batches._sampler_iter  # noqa: SLF001 - likewise
     done = sum(1 for _ in itertools.islice(batches, count))
     if done < count:
         message = (

@@ -202,6 +202,8 @@ class SaveTimes:
         if self._over:
             return  # TERMINATE came before COMPLETED
         self._over = True
+        if world.world_size() == 1 and self._position is not None and self._position.at_last_iteration:
+            self._position.in_epoch = False  # Ignite, too, goes on with the next one; of many, others may be in it
         request, self._wanted = self._wanted, None
         if not self._stopped and self._is_wanted(request):
             self._take(request or Request(engine, engine.last_event_name, self.clock))

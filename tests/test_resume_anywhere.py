@@ -285,3 +285,27 @@ def test_a_run_without_data(tmp_path, at):
     began = second.trainer.state.iteration
     second.train(**run)
     assert_same_run(whole, second, began)
+
+
+class Wrapped:
+    """Data of unknown length that hands out a loader's own iterator."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+@pytest.mark.parametrize("at", [4, 9])
+def test_an_iterator_of_a_loader_inside_of_other_data(tmp_path, at):
+    made = lambda: Wrapped(DataLoader(Noisy(), 4, shuffle=True))  # noqa: E731 - made anew for each run
+    run = {"max_epochs": 2}
+    whole = Training(tmp_path / "whole", data=made()).train(**run)
+    with pytest.raises(Stops):
+        Training(tmp_path / "run", data=made()).train(until=at, **run)
+    second = Training(tmp_path / "run", data=made())
+    Training.scramble(99)
+    second.checkpoint.resume(second.trainer)
+    second.train(**run)
+    assert_same_run(whole, second, at)

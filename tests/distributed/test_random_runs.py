@@ -1,0 +1,179 @@
+"""Runs drawn at random, saved, stopped and resumed: whatever each rank has, what goes on is the run that never stopped.
+
+Each case is a seed, and fails with what was drawn. The oracle of a resumed run is one that was never stopped.
+"""
+
+import functools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from torch.nn.parallel import DistributedDataParallel
+
+import ice_engine as ice
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.distributed
+
+STEP = ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED
+PLACES = {
+    "iteration started": Events.ITERATION_STARTED,
+    "iteration": Events.ITERATION_COMPLETED,
+    "step": STEP,
+    "epoch": Events.EPOCH_COMPLETED,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What was drawn from *seed*."""
+
+    seed: int
+    lengths: list[int]
+    known: bool
+    epochs: int
+    steps: int
+    tail: Any
+    weighted: bool
+    sharding: Any
+    saves: str
+    every: int
+    stop: str
+    where: str
+    at: int
+    who: set[int]
+
+    @classmethod
+    def of(cls, seed: int, world: int) -> "Case":
+        draw = random.Random(seed)  # noqa: S311
+        known, epochs = draw.random() < 0.5, draw.randint(1, 3)
+        lengths = [draw.randint(known, 6) for _ in range(world)]
+        lengths = [max(lengths)] * world if draw.random() < 0.3 or not any(lengths) else lengths
+        return cls(
+            seed=seed,
+            lengths=[length or known for length in lengths],
+            known=known,
+            epochs=epochs,
+            steps=draw.randint(1, 4),
+            tail=draw.choice(["step", "carry", "drop"]),
+            weighted=draw.random() < 0.5,
+            sharding=draw.choice([None, "zero1"]),
+            saves=draw.choice(["step", "step", "iteration", "epoch"]),
+            every=draw.randint(1, 3),
+            stop=draw.choice(["terminate", "terminate", "terminate_epoch"]),
+            where=draw.choice([*PLACES]),
+            at=draw.randint(1, max(lengths) * epochs or 1),
+            who=draw.choice([{*range(world)}, {draw.randrange(world)}]),
+        )
+
+
+class Endless:
+    """Data whose length nobody knows."""
+
+    def __init__(self, data: list[Any]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+
+class Training:
+    """Dropout that differs between ranks, and micro-batches of one or two samples."""
+
+    def __init__(self, case: Case, folder: Path, *, stops: bool) -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
+        torch.manual_seed(100 + dist.get_rank())
+        ddp = DistributedDataParallel(model)
+        factory = functools.partial(torch.optim.AdamW, lr=0.05)
+        self.optimizer = ice.Optimizer(
+            factory,
+            ddp.parameters(),
+            accumulation_steps=case.steps,
+            tail=case.tail,
+            clip=ice.clip_norm(1.0),
+            sharding=case.sharding,
+        )
+
+        def step(_: Engine, batch: Any) -> None:
+            loss = torch.nn.functional.cross_entropy(ddp(batch[0]), batch[1])
+            self.optimizer.backward(loss, len(batch[1]) if case.weighted else None)
+
+        self.model, self.case, self.trainer = model, case, Engine(step)
+        self.optimizer.attach(self.trainer, model=ddp)
+        generator = torch.Generator().manual_seed(7 + dist.get_rank())
+        length = case.lengths[dist.get_rank()]
+        draw = functools.partial(torch.randn, generator=generator)
+        data = [(draw(1 + i % 2, 6), torch.arange(i, i + 1 + i % 2) % 3) for i in range(length)]
+        self.data = data if case.known else Endless(data)
+        to_save = {"trainer": self.trainer, "model": ddp, "optimizer": self.optimizer}
+        self.checkpoint = ice.Checkpoint(to_save, folder, n_saved=None)
+        event = Events.ITERATION_COMPLETED(every=case.every) if case.saves == "iteration" else PLACES[case.saves]
+        self.checkpoint.attach(self.trainer, event)
+        if dist.get_rank() in case.who and (stops or case.stop == "terminate_epoch"):
+            self.trainer.add_event_handler(PLACES[case.where], self._stop)
+
+    def _stop(self, engine: Engine) -> None:
+        counted = {"step": "optimizer_step", "epoch": "epoch"}.get(self.case.where, "iteration")
+        if getattr(engine.state, counted) == self.case.at:
+            getattr(engine, self.case.stop)()
+
+    def run(self) -> list[float]:
+        self.trainer.run(self.data, max_epochs=self.case.epochs)
+        dist.barrier()
+        return [number for p in self.model.parameters() for number in p.detach().flatten().tolist()]
+
+
+def _resumed(case: Case, folder: Path, file: Path) -> tuple[Training, list[float] | None]:
+    """Return the training that goes on from *file*, and what it comes to; None if it was at its end."""
+    training = Training(case, folder, stops=False)
+    number = int(file.stem.split("_")[1])
+    training.checkpoint._find = lambda _: [ice.Checkpoint.Item(number, file.name)]
+    torch.manual_seed(999)
+    training.checkpoint.resume(training.trainer)
+    return training, training.run() if training.trainer.state.epoch < case.epochs else None
+
+
+def _cases(folder: str, seeds: range) -> dict[str, tuple[list[str], Any]]:
+    """Return, for each case, what is wrong on this rank, and what must be the same on all."""
+    found = {}
+    for seed in seeds:
+        case = Case.of(seed, dist.get_world_size())
+        wrong, same = [], []
+        whole = Training(case, Path(folder, f"whole {seed}"), stops=False).run()
+        for file in sorted(Path(folder, f"whole {seed}").iterdir()):
+            _, end = _resumed(case, file.parent, file)
+            if end is not None and not _equal(end, whole):
+                wrong.append(f"{file.name} of the run that was never stopped comes to something else")
+            same.append(end)
+        if case.stop == "terminate":
+            training = Training(case, Path(folder, f"stopped {seed}"), stops=True)
+            same.append(training.run())
+            files = sorted(Path(folder, f"stopped {seed}").iterdir())
+            steps = {f"checkpoint_{step}.pt" for step in range(1, training.optimizer.clocks["step"] + 1)}
+            if case.saves == "step" and {file.name for file in files} != steps:
+                wrong.append(f"of steps {sorted(steps)}, saved are {[file.name for file in files]}")
+            same += [_resumed(case, file.parent, file)[1] for file in files]
+        found[str(case)] = wrong, same
+    return found
+
+
+def _equal(one: list[float], other: list[float]) -> bool:
+    # From three ranks on, DDP may round its first reduction in another order than those after it.
+    tolerance = 0.0 if dist.get_world_size() == 2 else 1e-5
+    return max(abs(a - b) for a, b in zip(one, other, strict=True)) <= tolerance
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("world", "count"), [(2, 40), (3, 15)])
+def test_whatever_was_drawn_goes_on_from_wherever_it_was_saved(tmp_path, world, count):
+    first, *others = launch(_cases, world, str(tmp_path), range(count), timeout=280)
+    assert {case: wrong for case, (wrong, _) in first.items() if wrong} == {}
+    for other in others:
+        assert [case for case in first if first[case][1] != other[case][1]] == []
