@@ -143,8 +143,8 @@ class DDPSync:
     def settle(self) -> None:
         """Let DDP agree on its buckets now; it would in the next forward, where a rank may be missing."""
         if not self._settled:
-            self.model.reducer._rebuild_buckets()  # noqa: SLF001 - no public way to it
-            self._settled = True
+            # Not before it has reduced, which may be late, if the first windows were reduced here.
+            self._settled = self.model.reducer._rebuild_buckets()  # noqa: SLF001 - no public way to it
 
     def layout(self) -> list[int]:
         """Return the parameters, by number, in the order of the buckets that DDP made of its first reduction.

@@ -378,6 +378,22 @@ def test_without_weights_every_micro_batch_weighs_the_same_also_where_ranks_have
         torch.testing.assert_close(flat(parameters), expected, rtol=1e-10, atol=1e-10)
 
 
+def _first_reduced_late() -> int:
+    model = DistributedDataParallel(network())
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
+    trainer = Engine(lambda _, batch: _plain(model, optimizer, batch))
+    optimizer.attach(trainer, model=model)
+    if dist.get_rank() == 1:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: trainer.terminate_epoch())
+    trainer.run(batches(dist.get_rank(), [[4] * 6, [4] * 2]), max_epochs=2)
+    return optimizer.clocks["step"]
+
+
+def test_buckets_are_made_where_all_ranks_are_when_the_first_windows_were_not_reduced_by_ddp():
+    # In the first epoch, rank 1 has one micro-batch: DDP reduces for the first time in the second one.
+    assert launch(_first_reduced_late, 2, timeout=30) == [6, 6]
+
+
 def _stopped(how: str) -> Any:
     said: list[str] = []
     logging.getLogger("ice_engine.peers").addFilter(lambda record: said.append(record.getMessage()) or True)
