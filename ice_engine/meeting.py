@@ -110,7 +110,7 @@ class Meeting:
         for i, saver in enumerate(self.savers):
             saver.agreed |= any(int(row[3 + 2 * len(self._members)]) >> i & 1 for row in rows)
         kinds = {row[0] for row in rows}
-        if {Kind.GATE, Kind.EPOCH_END} <= kinds:
+        if Kind.EPOCH_END in kinds and kinds & {Kind.GATE, Kind.EPOCH_LAST}:
             self._length = None
         self.inside = self._length is None and self._may_be_open(rows, kinds)
         check_gate(rows, self._members, self._engine.state.epoch)

@@ -99,6 +99,8 @@ class Peers(Meeting):
         self._run_over = self.stop_wanted = self.ending = False
         state = engine.state
         self._resumed = state.iteration % state.epoch_length if state.iteration and state.epoch_length else 0
+        if engine._init_iter is not None:  # noqa: SLF001 - no public way to it
+            self._resumed = engine._init_iter  # noqa: SLF001 - likewise
         facts = {"max_epochs": state.max_epochs, "max_iters": state.max_iters}
         for member in self._members:
             facts |= {f"{key} of optimizer {member.name!r}": value for key, value in member.facts().items()}
@@ -181,7 +183,10 @@ class Peers(Meeting):
                 engine.terminate()  # what is open closes with the run
             return
         lengths = {row[1] for row in rows}
-        self._length = int(lengths.pop()) if len(lengths) == 1 and lengths != {-1.0} else None
+        # With windows that go on in the next epoch, ranks that were out of step close them at different micro-batches.
+        carried = any(m.window.tail == "carry" and not m.sync.together for m in self._members_of(rows, 3))
+        in_step = len(lengths) == 1 and lengths != {-1.0} and (self.in_step or not carried)
+        self._length = int(lengths.pop()) if in_step else None
         for member in self._members_of(rows, 3):
             if member.window.tail == "step":
                 self._close(member, at_end=True)

@@ -122,12 +122,14 @@ class RunPosition:
         before, now = state["epoch_length"], length(engine.state.dataloader)
         if before is not None:
             engine.state.epoch_length = before
+        self._count_from(engine, state)
         if self._ranks == world.world_size() or state["data"] is None or now is None:
             return
         if before != state["data"].get("length"):
             return  # an epoch is as long as the run says, not its data
         engine.state.epoch_length, state["began"] = now, engine.state.epoch * now
         engine.state.iteration = state["began"] + (state["data"]["taken"] if state["in_epoch"] else 0)
+        self._count_from(engine, state)
         if world.rank() == 0:
             logger.warning(
                 "the run of %d rank%s goes on with %d after iteration %d: an epoch has %d micro-batches instead of %d",
@@ -143,8 +145,7 @@ class RunPosition:
             self.in_epoch, self._began = False, engine.state.iteration
             return
         state = self._resumed
-        done = engine.state.iteration - state["began"] if state["in_epoch"] else 0
-        engine._init_iter = done  # noqa: SLF001 - likewise
+        done = self._count_from(engine, state)
         self._reload()
         whole = done == engine.state.epoch_length
         if state["in_epoch"] and (state["through"] or whole):
@@ -159,6 +160,13 @@ class RunPosition:
                 self._arrived(state)
 
             registry.add(Events.ITERATION_STARTED, arrive, name=name, order=FIRST)
+
+    @staticmethod
+    def _count_from(engine: Engine, state: Mapping[str, Any]) -> int:
+        """Let Ignite count the first epoch's micro-batches from where it was; it would go by the iteration alone."""
+        done: int = engine.state.iteration - state["began"] if state["in_epoch"] else 0
+        engine._init_iter = done  # noqa: SLF001 - no public way to it
+        return done
 
     def _arrived(self, state: dict[str, Any]) -> None:
         if state["in_epoch"]:
