@@ -136,13 +136,13 @@ class SaveTimes:
         self._over = False
         if self._preemption is not None:
             self._preemption.listen()
-        if world.world_size() > 1:
+        if world.world_size() > 1 and self._position is not None:
+            together = peers(engine)
             if self._preemption is not None:
-                peers(engine).wants_stop = self._preemption.is_asked
-            if self not in peers(engine).savers:
-                peers(engine).savers.append(self)
-            if self._position is not None:
-                self._position.is_ended = lambda: peers(engine).ending
+                together.wants_stop = self._preemption.is_asked
+            if self not in together.savers:
+                together.savers.append(self)
+            self._position.is_ended = lambda: together.ending
 
     @property
     def asks(self) -> bool:
