@@ -87,7 +87,7 @@ class SaveTimes:
         self._wanted: Request | None = None
         self._run: Engine | None = None
         self._preemption: Preemption | None = None
-        self._stopped, self._over = False, True
+        self._stopped = self._over = False
         self.attached = self.agreed = False
         self.clock = "iteration"
 
