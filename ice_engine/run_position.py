@@ -115,21 +115,24 @@ class RunPosition:
         self._resumed, self._reload = state, reload
 
     def _on_starting(self, engine: Engine) -> None:
-        """Count iterations as this many ranks do, if another number of them has made the checkpoint."""
+        """Count as this rank did, or as this many ranks do; Ignite would go by what the rank that saved had."""
         state = self._resumed
         if state is None:
             return
+        if state["epoch_length"] is not None:
+            engine.state.epoch_length = state["epoch_length"]
+        if self._ranks != world.world_size() and state["data"] is not None:
+            self._recount(engine, state)
+        done = engine.state.iteration - state["began"] if state["in_epoch"] else 0
+        engine._init_iter = done  # noqa: SLF001 - no public way to it
+
+    def _recount(self, engine: Engine, state: dict[str, Any]) -> None:
+        """Count iterations as this many ranks do, where another number of them has made the checkpoint."""
         before, now = state["epoch_length"], length(engine.state.dataloader)
-        if before is not None:
-            engine.state.epoch_length = before
-        self._count_from(engine, state)
-        if self._ranks == world.world_size() or state["data"] is None or now is None:
-            return
-        if before != state["data"].get("length"):
+        if now is None or before != state["data"].get("length"):
             return  # an epoch is as long as the run says, not its data
         engine.state.epoch_length, state["began"] = now, engine.state.epoch * now
         engine.state.iteration = state["began"] + (state["data"]["taken"] if state["in_epoch"] else 0)
-        self._count_from(engine, state)
         if world.rank() == 0:
             logger.warning(
                 "the run of %d rank%s goes on with %d after iteration %d: an epoch has %d micro-batches instead of %d",
@@ -145,9 +148,8 @@ class RunPosition:
             self.in_epoch, self._began = False, engine.state.iteration
             return
         state = self._resumed
-        done = self._count_from(engine, state)
         self._reload()
-        whole = done == engine.state.epoch_length
+        whole = engine._init_iter == engine.state.epoch_length  # noqa: SLF001 - as above
         if state["in_epoch"] and (state["through"] or whole):
             EmptyEpoch(engine, cut=not whole)
         if self._data is not None and state["data"] is not None:
@@ -160,13 +162,6 @@ class RunPosition:
                 self._arrived(state)
 
             registry.add(Events.ITERATION_STARTED, arrive, name=name, order=FIRST)
-
-    @staticmethod
-    def _count_from(engine: Engine, state: Mapping[str, Any]) -> int:
-        """Let Ignite count the first epoch's micro-batches from where it was; it would go by the iteration alone."""
-        done: int = engine.state.iteration - state["began"] if state["in_epoch"] else 0
-        engine._init_iter = done  # noqa: SLF001 - no public way to it
-        return done
 
     def _arrived(self, state: dict[str, Any]) -> None:
         if state["in_epoch"]:

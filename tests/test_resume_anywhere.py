@@ -299,7 +299,9 @@ class Wrapped:
 
 @pytest.mark.parametrize("at", [4, 9])
 def test_an_iterator_of_a_loader_inside_of_other_data(tmp_path, at):
-    made = lambda: Wrapped(DataLoader(Noisy(), 4, shuffle=True))  # noqa: E731 - made anew for each run
+    def made():
+        return Wrapped(DataLoader(Noisy(), 4, shuffle=True))
+
     run = {"max_epochs": 2}
     whole = Training(tmp_path / "whole", data=made()).train(**run)
     with pytest.raises(Stops):

@@ -5,7 +5,6 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import ice_engine as ice
 from ice_engine.errors import CheckpointError
 from tests.distributed.launch import launch, watch
+from tests.distributed.test_windows import Loader
 from tests.test_resume import Noisy
 
 pytestmark = pytest.mark.distributed
@@ -136,7 +136,7 @@ def _stopped_by_one(folder: str) -> list[Any]:
         if dist.get_rank() == who:
             first.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=at), first.trainer.terminate)
         if not known:
-            first.data = Endless(first.data)
+            first.data = Loader(first.data)
         steps = first.run()[2]
         dist.barrier()
         files = sorted(int(path.stem.split("_")[1]) for path in Path(folder, case).glob("*.pt"))
@@ -147,16 +147,6 @@ def _stopped_by_one(folder: str) -> list[Any]:
         found.append((case, steps, ended, files, began, parameters))
         dist.barrier()
     return found
-
-
-class Endless:
-    """Data whose length nobody knows."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.data)
 
 
 def test_a_rank_that_stops_anywhere_stops_all_and_the_last_save_is_taken(tmp_path):
@@ -182,7 +172,7 @@ def _uneven(folder: str, how: str, by_step: bool) -> list[Any]:
         sizes = (2, 1, 2, 2, 1, 2, 1)[: 7 if dist.get_rank() == 0 or how == "terminate_epoch()" else 5]
         torch.manual_seed(7 + dist.get_rank())
         data = [(torch.randn(size, 6), torch.randint(3, (size,))) for size in sizes]
-        training.data = Endless(data) if how == "unknown" else data
+        training.data = Loader(data) if how == "unknown" else data
 
         def stop(engine: Engine) -> None:
             if engine.state.batch is data[4]:

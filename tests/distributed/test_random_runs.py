@@ -5,7 +5,6 @@ Each case is a seed, and fails with what was drawn. The oracle of a resumed run 
 
 import functools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
 from tests.distributed.launch import launch
+from tests.distributed.test_windows import Loader
 
 pytestmark = pytest.mark.distributed
 
@@ -51,7 +51,7 @@ class Case:
 
     @classmethod
     def of(cls, seed: int, world: int) -> "Case":
-        draw = random.Random(seed)  # noqa: S311
+        draw = random.Random(seed)  # noqa: S311 - the same for everybody
         known, epochs = draw.random() < 0.5, draw.randint(1, 3)
         lengths = [draw.randint(known, 6) for _ in range(world)]
         lengths = [max(lengths)] * world if draw.random() < 0.3 or not any(lengths) else lengths
@@ -71,16 +71,6 @@ class Case:
             at=draw.randint(1, max(lengths) * epochs or 1),
             who=draw.choice([{*range(world)}, {draw.randrange(world)}]),
         )
-
-
-class Endless:
-    """Data whose length nobody knows."""
-
-    def __init__(self, data: list[Any]) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.data)
 
 
 class Training:
@@ -111,7 +101,7 @@ class Training:
         length = case.lengths[dist.get_rank()]
         draw = functools.partial(torch.randn, generator=generator)
         data = [(draw(1 + i % 2, 6), torch.arange(i, i + 1 + i % 2) % 3) for i in range(length)]
-        self.data = data if case.known else Endless(data)
+        self.data = data if case.known else Loader(data)
         to_save = {"trainer": self.trainer, "model": ddp, "optimizer": self.optimizer}
         self.checkpoint = ice.Checkpoint(to_save, folder, n_saved=None)
         event = Events.ITERATION_COMPLETED(every=case.every) if case.saves == "iteration" else PLACES[case.saves]
@@ -130,14 +120,14 @@ class Training:
         return [number for p in self.model.parameters() for number in p.detach().flatten().tolist()]
 
 
-def _resumed(case: Case, folder: Path, file: Path) -> tuple[Training, list[float] | None]:
-    """Return the training that goes on from *file*, and what it comes to; None if it was at its end."""
-    training = Training(case, folder, stops=False)
+def _resumed(case: Case, file: Path) -> list[float] | None:
+    """Return what a training comes to that goes on from *file*; None if it was at its end."""
+    training = Training(case, file.parent, stops=False)
     number = int(file.stem.split("_")[1])
     training.checkpoint._find = lambda _: [ice.Checkpoint.Item(number, file.name)]
     torch.manual_seed(999)
     training.checkpoint.resume(training.trainer)
-    return training, training.run() if training.trainer.state.epoch < case.epochs else None
+    return training.run() if training.trainer.state.epoch < case.epochs else None
 
 
 def _cases(folder: str, seeds: list[int]) -> dict[str, tuple[list[str], Any]]:
@@ -148,7 +138,7 @@ def _cases(folder: str, seeds: list[int]) -> dict[str, tuple[list[str], Any]]:
         wrong, same = [], []
         whole = Training(case, Path(folder, f"whole {seed}"), stops=False).run()
         for file in sorted(Path(folder, f"whole {seed}").iterdir()):
-            _, end = _resumed(case, file.parent, file)
+            end = _resumed(case, file)
             if end is not None and not _equal(end, whole):
                 wrong.append(f"{file.name} of the run that was never stopped comes to something else")
             same.append(end)
@@ -159,7 +149,7 @@ def _cases(folder: str, seeds: list[int]) -> dict[str, tuple[list[str], Any]]:
             steps = {f"checkpoint_{step}.pt" for step in range(1, training.optimizer.clocks["step"] + 1)}
             if case.saves == "step" and {file.name for file in files} != steps:
                 wrong.append(f"of steps {sorted(steps)}, saved are {[file.name for file in files]}")
-            same += [_resumed(case, file.parent, file)[1] for file in files]
+            same += [_resumed(case, file) for file in files]
         found[str(case)] = wrong, same
     return found
 
