@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRa
 import ice_engine as ice
 from tests.test_checkpoint import assert_equal
 from tests.test_resume import LENGTH, Noisy, Stops, Training, assert_same_run, resumed
+from tests.unsized import Unsized
 
 EVENTS = [
     Events.STARTED,
@@ -287,20 +288,10 @@ def test_a_run_without_data(tmp_path, at):
     assert_same_run(whole, second, began)
 
 
-class Wrapped:
-    """Data of unknown length that hands out a loader's own iterator."""
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __iter__(self):
-        return iter(self.loader)
-
-
 @pytest.mark.parametrize("at", [4, 9])
 def test_an_iterator_of_a_loader_inside_of_other_data(tmp_path, at):
     def made():
-        return Wrapped(DataLoader(Noisy(), 4, shuffle=True))
+        return Unsized(DataLoader(Noisy(), 4, shuffle=True))
 
     run = {"max_epochs": 2}
     whole = Training(tmp_path / "whole", data=made()).train(**run)

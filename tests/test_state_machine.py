@@ -36,6 +36,7 @@ from ice_engine.errors import (
     NoGradientsError,
     NonFiniteGradientError,
 )
+from tests.unsized import Unsized
 
 WEIGHT_DECAY, MOMENTUM, BETAS, EPS = 0.05, 0.75, (0.8, 0.9), 0.01
 RATES = (0.125, 0.02)
@@ -755,16 +756,6 @@ def moments(attempt):
     """Draw an event and which attempt's; mostly none."""
     soon = st.one_of(st.integers(1, 4), st.integers(attempt, attempt + 4))
     return st.one_of(st.none(), st.none(), st.none(), st.tuples(st.sampled_from(KINDS), soon))
-
-
-class Unsized:
-    """A data set that does not know its length."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
 
 
 ACTIONS = {

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 import ice_engine as ice
 from ice_engine.errors import CheckpointError
 from tests.distributed.launch import launch, watch
-from tests.distributed.test_windows import Loader
 from tests.test_resume import Noisy
+from tests.unsized import Unsized
 
 pytestmark = pytest.mark.distributed
 
@@ -136,7 +136,7 @@ def _stopped_by_one(folder: str) -> list[Any]:
         if dist.get_rank() == who:
             first.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=at), first.trainer.terminate)
         if not known:
-            first.data = Loader(first.data)
+            first.data = Unsized(first.data)
         steps = first.run()[2]
         dist.barrier()
         files = sorted(int(path.stem.split("_")[1]) for path in Path(folder, case).glob("*.pt"))
@@ -172,7 +172,7 @@ def _uneven(folder: str, how: str, by_step: bool) -> list[Any]:
         sizes = (2, 1, 2, 2, 1, 2, 1)[: 7 if dist.get_rank() == 0 or how == "terminate_epoch()" else 5]
         torch.manual_seed(7 + dist.get_rank())
         data = [(torch.randn(size, 6), torch.randint(3, (size,))) for size in sizes]
-        training.data = Loader(data) if how == "unknown" else data
+        training.data = Unsized(data) if how == "unknown" else data
 
         def stop(engine: Engine) -> None:
             if engine.state.batch is data[4]:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
 from tests.distributed.launch import launch
-from tests.distributed.test_windows import Loader
+from tests.unsized import Unsized
 
 pytestmark = pytest.mark.distributed
 
@@ -101,7 +101,7 @@ class Training:
         length = case.lengths[dist.get_rank()]
         draw = functools.partial(torch.randn, generator=generator)
         data = [(draw(1 + i % 2, 6), torch.arange(i, i + 1 + i % 2) % 3) for i in range(length)]
-        self.data = data if case.known else Loader(data)
+        self.data = data if case.known else Unsized(data)
         to_save = {"trainer": self.trainer, "model": ddp, "optimizer": self.optimizer}
         self.checkpoint = ice.Checkpoint(to_save, folder, n_saved=None)
         event = Events.ITERATION_COMPLETED(every=case.every) if case.saves == "iteration" else PLACES[case.saves]

@@ -7,7 +7,7 @@ way it can: sizes of micro-batches, their number, ranks without any, epochs whos
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ import ice_engine as ice
 from ice_engine.distributed.rounds import WIDTH, Kind, rounds
 from ice_engine.errors import RankError
 from tests.distributed.launch import launch
+from tests.unsized import Unsized
 
 pytestmark = pytest.mark.distributed
 
@@ -34,16 +35,6 @@ SHORT = [[7, 3, 11, 2, 5, 6, 1, 9, 4, 4], [2, 13, 5, 8, 6]]
 NONE = [[7, 3, 11, 2, 5], []]
 EPOCHS = 2
 WORLDS = [2, *(pytest.param(world, marks=pytest.mark.soak) for world in (3, 4))]
-
-
-class Loader:
-    """Data whose length nobody knows."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
 
 
 def batches(rank: int, sizes: list[list[int]], dtype: torch.dtype = torch.float64) -> list[Batch]:
@@ -124,7 +115,7 @@ def trained(
     trainer = Engine(step)
     optimizer.attach(trainer, model=model)
     data = batches(dist.get_rank(), sizes)
-    trainer.run(Loader(data) if unknown else data, max_epochs=EPOCHS)
+    trainer.run(Unsized(data) if unknown else data, max_epochs=EPOCHS)
     assert all(p.grad is None for p in model.parameters())
     return {
         "parameters": [p.flatten().tolist() for p in model.module.parameters()],
@@ -355,7 +346,7 @@ def _unweighted() -> list[Any]:
         trainer = Engine(step)
         optimizer.attach(trainer, model=model)
         data = batches(dist.get_rank(), SHORT)
-        trainer.run(Loader(data) if unknown else data, max_epochs=EPOCHS)
+        trainer.run(Unsized(data) if unknown else data, max_epochs=EPOCHS)
         found.append((name, k, clipped, [p.flatten().tolist() for p in model.module.parameters()]))
     return found
 
@@ -459,7 +450,7 @@ def _fully_sharded() -> dict[str, Any]:
         trainer = Engine(functools.partial(_fully_sharded_step, model=model, optimizer=optimizer))
         optimizer.attach(trainer, model=model, sync=sync)
         data = batches(dist.get_rank(), sizes)
-        trainer.run(Loader(data) if unknown else data, max_epochs=EPOCHS)
+        trainer.run(Unsized(data) if unknown else data, max_epochs=EPOCHS)
         parameters = [p.full_tensor().flatten().tolist() for p in model.parameters()]
         found[name] = (sizes, k, parameters, optimizer.clocks["step"])
     return found
@@ -475,7 +466,7 @@ def test_a_fully_sharded_model_takes_the_same_steps():
 
 def _uneven() -> str:
     said = []
-    for loader in (list, Loader):
+    for loader in (list, Unsized):
         model = network()
         fully_shard(model)
         optimizer = ice.Optimizer(sgd(model), accumulation_steps=3)
