@@ -111,11 +111,14 @@ class DDPSync:
     @property
     def is_bypassed(self) -> bool:
         """Whether no forward that is to be differentiated has gone through DDP since it is to reduce."""
+        return not self._used and self._awaits_forward
+
+    @property
+    def _awaits_forward(self) -> bool:
         model = self.model
         # Of these two, which have no public names, its forward notes nothing.
-        if self._used or model._use_python_reducer or model._delay_all_reduce_all_params:  # noqa: SLF001 - as said
-            return False
-        return self.model.require_forward_param_sync is not True
+        notes = not (model._use_python_reducer or model._delay_all_reduce_all_params)  # noqa: SLF001 - as said
+        return notes and model.require_forward_param_sync is not True
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
@@ -127,6 +130,9 @@ class DDPSync:
 
     def take_part(self, loss: torch.Tensor | None = None) -> None:  # noqa: ARG002 - needs none
         """Take part with zeros in the reduction that the other ranks' backward makes."""
+        if self._awaits_forward and self.model.will_sync_module_buffers():
+            self.model._sync_buffers()  # noqa: SLF001 - no public way to what their forward does first
+            self.model.require_forward_param_sync = True
         self._differentiate_zeros([p for p in self.model.module.parameters() if p.requires_grad])
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
