@@ -82,6 +82,7 @@ class Peers(Meeting):
             else:
                 self._on_raised(error)
         finally:
+            self._rounds.guard.leave()
             self._switch(last=True)
 
     def _on_raised(self, error: BaseException) -> None:
@@ -142,14 +143,17 @@ class Peers(Meeting):
             member.broken = False
         # Where even the forward needs all ranks, a window whose end nobody knows cannot be reduced after the fact.
         self._switch(last=False, closing=self._members if alone else self._closing if self._reducing else [])
+        if self._reducing or any(m.sync.together for m in self._members):
+            self._rounds.guard.enter(f"the reduction of {self._place(Kind.GATE)}")
 
     def _on_iteration_completed(self, _: Engine) -> None:
-        if not self._closing:
-            return
         closing, reducing = self._closing, self._reducing
         if reducing:
             for sync in self._waiting():
                 sync.take_part()
+        self._rounds.guard.leave()
+        if not closing:
+            return
         self._reducing, self._closing = False, []
         self._switch(last=False)
         for member in closing:

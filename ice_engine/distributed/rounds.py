@@ -19,7 +19,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from ice_engine.distributed.watch import Answer, Watch, describe, others
+from ice_engine.distributed.guard import Guard
+from ice_engine.distributed.suspects import Suspects
+from ice_engine.distributed.watch import Watch, describe, others
 from ice_engine.distributed.world import PATIENCE, listed, own_group, rank, world_size
 from ice_engine.errors import RankError
 
@@ -29,9 +31,6 @@ WIDTH = 128  # numbers in a row, the kind included
 _ZEROS = array.array("d", bytes(8 * WIDTH))
 _PAIR = 2  # ranks, for which an all-gather is one hop
 _SOON = datetime.timedelta(seconds=4)  # after which it is asked who is missing
-_STUCK = 60.0  # seconds after which several ranks in one collective of their own count as stuck
-_ALL_STUCK = 15.0  # the same, of all ranks but this one: then nobody computes what the others wait for
-_SILENT = 30.0  # the same, of a rank on another host without an answer: a call into C may keep its interpreter
 _LOST = "lost the connection"
 _LOST_IN_GLOO = ("Connection reset by peer", "Connection closed by peer")  # in a collective of the model's
 _LEAVING = datetime.timedelta(seconds=5)  # what a rank that raised waits for the others
@@ -83,11 +82,16 @@ Row = list[float]
 
 
 class Rounds:
-    """The rounds of all ranks; one object for one process group, see :func:`rounds`."""
+    """The rounds of all ranks; one object for one process group, see :func:`rounds`.
+
+    Attributes:
+        guard: Watches over what comes between two rounds.
+    """
 
     def __init__(self) -> None:
         self._watch = Watch(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - no public way to it
         self._watch.meet()
+        self.guard = Guard(self._watch)
         self._group = own_group()
         self._doing = ""
         # Made once: between forward and backward passes, which take the cache, five small tensors are 0.2 ms a round.
@@ -99,6 +103,7 @@ class Rounds:
 
     def close(self) -> None:
         """Stop answering the other ranks."""
+        self.guard.close()
         self._watch.close()
 
     def exchange(self, kind: Kind, values: Sequence[float] = (), doing: str = "") -> list[Row]:
@@ -210,7 +215,7 @@ class Rounds:
         # Kept for a round: freed by the last to let go of it, which may be gloo's own thread, it would need the
         # interpreter there, and one that is about to end aborts the process.
         self._kept.append(work)
-        begin, suspects = time.monotonic(), _Suspects()
+        begin, suspects = time.monotonic(), Suspects(in_round=True)
         while True:
             try:
                 work.wait(patience or _SOON)
@@ -253,42 +258,6 @@ class Rounds:
             f"{_LOST} at {self._doing}: {why}{'' if why.endswith('?') else '.'} Look for the first error in the output "
             "of that rank"
         )
-
-
-class _Suspects:
-    """Who is waited for, from one look to the next."""
-
-    def __init__(self) -> None:
-        self._before: dict[int, Answer | None] = {}
-        self._said: set[str] = set()
-
-    def look(self, answers: dict[int, Answer | None], fates: dict[int, str], waited: float, doing: str) -> None:
-        """Raise RankError if somebody will never come; log whom we wait for otherwise."""
-        for r, fate in fates.items():
-            if fate in {"is stopped", "is gone"}:
-                why = "by SIGSTOP or Ctrl-Z?" if fate == "is stopped" else "it does not answer any more: killed?"
-                message = f"rank {r} {fate}, {why} The others wait for it at {doing}, and nobody goes on without it"
-                raise RankError(message)
-        silent = [r for r, fate in fates.items() if fate == "unknown"]
-        if silent and waited > _SILENT:
-            message = f"{listed(silent)} did not answer for {waited:.0f} s at {doing}: stopped, dead or out of reach"
-            raise RankError(message)
-        away = {r: a for r, a in answers.items() if a is not None and a.collective}
-        same = {r: a for r, a in away.items() if self._before.get(r) == a}
-        enough = _ALL_STUCK if len(same) == len(answers) else _STUCK
-        if same and (len(away) == 1 or waited > enough):
-            where = "; ".join(f"rank {r} waits in {a.collective}(), called at {a.place}" for r, a in same.items())
-            message = (
-                f"{where}, and nobody else comes there: the others are at {doing}. "
-                "Call it on every rank, or on none: a handler on one rank only must not communicate"
-            )
-            raise RankError(message)
-        for r, answer in answers.items():
-            text = f"rank {r}, which is at {answer.place}" if answer else f"rank {r}, which does not answer"
-            if text not in self._said and not (answer and answer.with_us):
-                self._said.add(text)
-                logger.warning("rank %d waits at %s for %.0f s, perhaps for %s", rank(), doing, waited, text)
-        self._before = answers
 
 
 def _of_all_gather() -> Any:

@@ -33,6 +33,7 @@ _EVERY = 0.3  # seconds between two looks into the store
 _LOOK = datetime.timedelta(seconds=4)  # between two looks at who is here
 _ABSENT = 300.0  # seconds after which a rank that never was here counts as lost; it may be preparing its data
 _ANSWER = 3.0  # seconds to wait for an answer
+_AGAIN = 0.5  # seconds after which one that is stopped still is; a job that goes on does so process by process
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent.parent)
 _IGNITE = str(Path(ignite.__file__).parent)
@@ -127,7 +128,11 @@ class Watch:
 
     def fate(self, of: int) -> str:
         """Return what has become of the process of rank *of*, as far as this host knows."""
-        return self._processes[of].fate if self._processes else "unknown"
+        fate = self._processes[of].fate if self._processes else "unknown"
+        if fate == "is stopped":
+            time.sleep(_AGAIN)
+            fate = self._processes[of].fate
+        return fate
 
     def notes(self) -> dict[int, str]:
         """Return what other ranks have raised, as they left it."""

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,12 @@ def train(case, me, sharding):
         engine.add_event_handler(in_iteration, failing(lambda: dist.all_reduce(torch.ones(1))))
     elif case == "a rank that is stopped":
         engine.add_event_handler(Events.EPOCH_COMPLETED(once=1), failing(stop))
+    # After the gate: the others are in the reduction.
+    elif case == "stopped in the reduction":
+        engine.add_event_handler(Events.ITERATION_STARTED(once=4), failing(stop))
+    elif case == "another collective in the reduction":
+        other = 1 - dist.get_rank()
+        engine.add_event_handler(Events.ITERATION_STARTED(once=4), failing(lambda: dist.recv(torch.ones(1), other)))
     engine.run([torch.ones(2 + dist.get_rank(), 4)] * 4, max_epochs=2)
 
 
@@ -130,12 +137,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("world", "cases"), [(2, [*CASES][:-3]), pytest.param(3, [*CASES], marks=pytest.mark.soak)], ids=["2", "3"]
-)
-def test_every_rank_ends_and_says_which_was_the_first(tmp_path, world, cases):
+def run(folder: Path, world: int, cases: list[str]) -> list[Any]:
+    """Return, by case, its name, the rank that it is about, the exit codes, and the seconds that it took."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), str(world), *cases],
+        [sys.executable, "-c", PROGRAM, str(folder), str(world), *cases],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -144,6 +149,14 @@ def test_every_rank_ends_and_says_which_was_the_first(tmp_path, world, cases):
     )
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [case for case, *_ in found] == cases, done.stderr
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "cases"), [(2, [*CASES][:-3]), pytest.param(3, [*CASES], marks=pytest.mark.soak)], ids=["2", "3"]
+)
+def test_every_rank_ends_and_says_which_was_the_first(tmp_path, world, cases):
+    found = run(tmp_path, world, cases)
     for case, who, codes, took in found:
         said = [json.loads((tmp_path / f"{case}.{rank}").read_text()) for rank in range(world)]
         assert all(codes), (case, codes, said)
@@ -152,3 +165,21 @@ def test_every_rank_ends_and_says_which_was_the_first(tmp_path, world, cases):
             assert CASES[case].format(who=who) in said[rank], (case, rank, said)
         for file in (tmp_path / case).rglob("*.pt"):
             torch.load(file, weights_only=True)
+
+
+# Where the wait is in C, no error can be raised: the process ends, and its log says why.
+REDUCTIONS = {
+    "stopped in the reduction": "rank {who} is stopped",
+    "another collective in the reduction": "rank {who} waits in recv(), called at <string>:",
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.soak) for case in REDUCTIONS])
+def test_who_waits_in_a_reduction_for_a_rank_that_does_not_come_ends(tmp_path, case):
+    ((found, who, codes, took),) = run(tmp_path, 2, [case])
+    assert found == case
+    assert all(codes)
+    assert took < 45  # as above
+    log = (tmp_path / f"{case}.{1 - who}.log").read_text()
+    assert REDUCTIONS[case].format(who=who) in log
+    assert "the reduction of iteration 4" in log

@@ -1,0 +1,94 @@
+"""The end of a process that waits in C, in its model's own collectives, for a rank that will never come.
+
+Before a reduction all ranks meet in a round, and after it. In between a rank may be stopped, or wait in a collective of
+its own. Nothing makes gloo give up what it has begun, and no error reaches a thread that is in it; so, as NCCL's own
+watchdog does, this one ends the process, after it has said why.
+"""
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+
+from ice_engine.distributed.suspects import Suspects
+from ice_engine.distributed.watch import Watch, others
+from ice_engine.distributed.world import rank
+from ice_engine.errors import RankError
+
+logger = logging.getLogger(__name__)
+
+_EVERY = 4.0  # seconds between two looks
+_LONG = 12.0  # seconds from which on, if it does not compute, it is asked where the others are
+_IDLE = 0.05  # of its time that a thread computes at most while it waits
+
+
+class Guard:
+    """Looks, in a thread, whom the main thread waits for.
+
+    Args:
+        watch: Knows where the other ranks are.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._entered: tuple[float, str] | None = None
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def enter(self, doing: str) -> None:
+        """Begin what needs all ranks, such as ``"the reduction of iteration 4"``."""
+        self._entered = time.monotonic(), doing
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look, daemon=True, name="ice_engine.guard")
+            self._thread.start()
+            # As the watch: an interpreter that ends while the thread is in the store, in C++, would abort.
+            atexit.register(self.close)
+
+    def leave(self) -> None:
+        """End it."""
+        self._entered = None
+
+    def close(self) -> None:
+        """Look no more."""
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join(_EVERY)
+            atexit.unregister(self.close)
+
+    def _look(self) -> None:
+        before, suspects, used = None, Suspects(in_round=False), 0.0
+        while not self._done.wait(_EVERY):
+            entered, used_before, used = self._entered, used, _seconds_of_main()
+            if entered is None or entered is not before:
+                before, suspects = entered, Suspects(in_round=False)
+                continue
+            begin, doing = entered
+            waited = time.monotonic() - begin
+            waits = waited > _LONG and used - used_before < _IDLE * _EVERY
+            answers = self._watch.ask(others()) if waits else {}
+            fates = {r: self._watch.fate(r) for r in others() if answers.get(r) is None}
+            # Only who was asked can be silent.
+            known = {r: fate for r, fate in fates.items() if r in answers or fate != "unknown"}
+            try:
+                suspects.look(answers, known, waited, doing)
+            except RankError as error:
+                if self._entered is entered:
+                    self._end(error)
+
+    def _end(self, error: RankError) -> None:
+        self._watch.raised(error)
+        logger.critical("rank %d ends here, as nothing else can end its wait: %s", rank(), error)
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
+
+
+def _seconds_of_main() -> float:
+    """Return the processor time of the main thread; 0.0 where it cannot be told."""
+    main = threading.main_thread().ident
+    if main is None or not hasattr(time, "pthread_getcpuclockid"):
+        return 0.0
+    return time.clock_gettime(time.pthread_getcpuclockid(main))

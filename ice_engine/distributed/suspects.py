@@ -1,0 +1,61 @@
+"""Whether a rank that is waited for will ever come, by where it is and what has become of its process."""
+
+import logging
+
+from ice_engine.distributed.watch import Answer
+from ice_engine.distributed.world import listed, rank
+from ice_engine.errors import RankError
+
+logger = logging.getLogger(__name__)
+
+_STUCK = 60.0  # seconds after which several ranks in one collective of their own count as stuck
+_ALL_STUCK = 15.0  # the same, of all ranks but this one: then nobody computes what the others wait for
+_SILENT = 30.0  # the same, of a rank on another host without an answer: a call into C may keep its interpreter
+
+
+class Suspects:
+    """Who is waited for, from one look to the next.
+
+    Args:
+        in_round: Whether this rank waits in a round, where all that are not in a collective of their own would come.
+    """
+
+    def __init__(self, *, in_round: bool) -> None:
+        self._in_round = in_round
+        self._before: dict[int, Answer | None] = {}
+        self._said: set[str] = set()
+
+    def look(self, answers: dict[int, Answer | None], fates: dict[int, str], waited: float, doing: str) -> None:
+        """Raise RankError if somebody will never come; log whom we wait for otherwise.
+
+        Args:
+            answers: Where the other ranks are; None for one that did not answer.
+            fates: What has become of the processes of some of them.
+            waited: Seconds so far.
+            doing: Where this rank waits.
+        """
+        for r, fate in fates.items():
+            if fate in {"is stopped", "is gone"}:
+                why = "by SIGSTOP or Ctrl-Z?" if fate == "is stopped" else "it does not answer any more: killed?"
+                message = f"rank {r} {fate}, {why} The others wait for it at {doing}, and nobody goes on without it"
+                raise RankError(message)
+        silent = [r for r, fate in fates.items() if fate == "unknown"]
+        if silent and waited > _SILENT:
+            message = f"{listed(silent)} did not answer for {waited:.0f} s at {doing}: stopped, dead or out of reach"
+            raise RankError(message)
+        away = {r: a for r, a in answers.items() if a is not None and a.collective}
+        same = {r: a for r, a in away.items() if self._before.get(r) == a}
+        enough = _ALL_STUCK if len(same) == len(answers) else _STUCK
+        if same and ((len(away) == 1 and self._in_round) or waited > enough):
+            where = "; ".join(f"rank {r} waits in {a.collective}(), called at {a.place}" for r, a in same.items())
+            message = (
+                f"{where}, and nobody else comes there: the others are at {doing}. "
+                "Call it on every rank, or on none: a handler on one rank only must not communicate"
+            )
+            raise RankError(message)
+        for r, answer in answers.items():
+            text = f"rank {r}, which is at {answer.place}" if answer else f"rank {r}, which does not answer"
+            if text not in self._said and not (answer and answer.with_us):
+                self._said.add(text)
+                logger.warning("rank %d waits at %s for %.0f s, perhaps for %s", rank(), doing, waited, text)
+        self._before = answers
