@@ -47,7 +47,6 @@ class Meeting:
         savers: What all ranks save together, in the same order on each.
         wants_stop: Returns whether this rank wants the run to stop at the next window's edge.
         stop_wanted: Whether a rank does; known to all of them before the micro-batch in which a window closes.
-        inside: Whether, out of step, a window may be open on some rank until the next gate.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -63,12 +62,17 @@ class Meeting:
         self._before: list[int] = []
         self.savers: list[Saver] = []
         self.wants_stop: Callable[[], bool] = bool
-        self.stop_wanted = self.inside = False
+        self.stop_wanted = self._inside = False
 
     @property
     def in_step(self) -> bool:
         """Whether all ranks come to the end of their epoch with the same micro-batch."""
         return self._length is not None
+
+    @property
+    def inside(self) -> bool:
+        """Whether a window is open on some rank; out of step, whether one may be until the next gate."""
+        return any(m.begun for m in self._members) if self.in_step else self._inside
 
     def join(self, member: Member) -> None:
         """Take an optimizer in.
@@ -91,7 +95,7 @@ class Meeting:
                 member.sync = other.sync  # one switch for one model
         self._members.append(member)
         member.sync.again = functools.partial(self._reduce_again, member.sync)
-        member.window.unit_of = functools.partial(self._common_unit, member)
+        member.window.unit_of = functools.partial(self._unit_of, member)
         member.window.ranks = world_size()
 
     def _gate(self, kind: Kind) -> list[Row]:
@@ -112,7 +116,7 @@ class Meeting:
         kinds = {row[0] for row in rows}
         if Kind.EPOCH_END in kinds and kinds & {Kind.GATE, Kind.EPOCH_LAST}:
             self._length = None
-        self.inside = self._length is None and self._may_be_open(rows, kinds)
+        self._inside = self._may_be_open(rows, kinds)
         check_gate(rows, self._members, self._engine.state.epoch)
         return rows
 
@@ -133,14 +137,27 @@ class Meeting:
             rows = self._gate(kind)
         return rows
 
-    def _common_unit(self, member: Member, weight: float) -> float:
+    def _unit_of(self, member: Member, first: float, weighted: bool) -> float:
         """Return the unit of *member*'s weights: the largest of the ranks' first ones, one and the same for all."""
-        self._take_unit(
-            self._rounds.exchange(
-                Kind.UNIT, [self._members.index(member), weight], f"the first loss of {member.name!r}"
-            )
-        )
-        return member.window.common
+        if weighted or not member.met:
+            self._tell_unit(member, first if weighted else 0.0, unweighted=not weighted)
+        return member.window.common if weighted else first
+
+    def _tell_unit(self, member: Member, weight: float, *, unweighted: bool = False) -> list[Row]:
+        row = [self._members.index(member), weight, float(unweighted)]
+        rows = self._rounds.exchange(Kind.UNIT, row, f"the first loss of {member.name!r}")
+        self._take_unit(rows)
+        return rows
+
+    def _take_part(self, sync: Synchroniser) -> None:
+        """Do without a loss what the others do with one: send buffers, tell the unit of a first loss, reduce."""
+        sync.follow_forward()
+        for member in self._closing:
+            while member.sync is sync and not member.met:
+                rows = self._tell_unit(member, 0.0)
+                if {row[1] for row in rows if row[0] == Kind.UNIT} == {self._members.index(member)}:
+                    break  # else others were at the first loss of another optimizer
+        sync.take_part()
 
     def _reduce_again(self, sync: Synchroniser) -> None:
         """Meet all ranks before one more backward of the micro-batch that reduces, which others may not have."""
@@ -161,8 +178,9 @@ class Meeting:
     def _take_unit(self, rows: Sequence[Row]) -> bool:
         said = [row for row in rows if row[0] == Kind.UNIT]
         for index in {int(row[1]) for row in said}:
-            window = self._members[index].window
+            member, window = self._members[index], self._members[index].window
             window.common = max(row[2] for row in said if row[1] == index)
+            member.unweighted |= any(row[3] for row in said if row[1] == index)
             window.unit = window.unit or window.common
             window.decide(window.common)
         return bool(said)
@@ -175,17 +193,27 @@ class Meeting:
         weighted = -1.0 if window.weighted is None else float(window.weighted)
         while True:
             full = float(window.is_full or last)
-            row = [self._members.index(member), full, window.weight, weighted, digest, window.unit]
+            row = [
+                self._members.index(member),
+                full,
+                window.weight,
+                weighted,
+                digest,
+                window.unit,
+                window.micro_batches,
+            ]
             rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
             if not (self._take_unit(rows) or self._take_part_again(rows)):
                 break  # else a rank without data is here, and the others at their first loss, or at one more
         check_close(rows, member, self._members, self._rounds, values)
         if not (at_end or any(row[2] for row in rows)):
             # No rank had a loss for it in this iteration, or the first loss has told that its windows are longer.
+            member.begun = int(max(row[7] for row in rows))
             member.touched()
             if reduced:
                 member.sync.settle()
             return
+        member.begun = 0
         # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.
         window.unit = window.unit or max(row[6] for row in rows)
         window.share(sum(row[3] for row in rows), world_size())

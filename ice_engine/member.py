@@ -27,6 +27,8 @@ class Member:
         touched: Is told that other ranks' gradients have been averaged into this one's.
         differentiated: Backward passes so far.
         broken: Whether the last of them raised.
+        begun: Micro-batches since its window opened, on the rank that is ahead; where all are in step.
+        unweighted: Whether a first loss has told all ranks that it has no weight.
     """
 
     name: str
@@ -41,3 +43,10 @@ class Member:
     touched: Callable[[], Any]
     differentiated: int = 0
     broken: bool = False
+    begun: int = 0
+    unweighted: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether a first loss has told all ranks the unit of its weights, or that it has none."""
+        return self.unweighted or self.window.common > 0.0

@@ -12,6 +12,7 @@ whoever stops or raises, stops all.
     rank 1   1 2 3 [gate] 4 [close]   5  [end:  gate] [close]       [end: close]      a shorter epoch
 """
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,6 @@ from ignite.engine import Engine, Events
 
 from ice_engine.alike import agree, check_lengths
 from ice_engine.distributed.rounds import Kind, Row, is_from_others
-from ice_engine.distributed.sync import release
 from ice_engine.distributed.world import listed, rank
 from ice_engine.endings import when_left
 from ice_engine.errors import RankError
@@ -29,6 +29,7 @@ from ice_engine.meeting import Meeting
 from ice_engine.member import Member
 from ice_engine.of_engine import of_engine
 from ice_engine.orders import LAST, PEERS
+from ice_engine.window import by_itself
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Peers(Meeting):
     def leave(self, member: Member) -> None:
         """Let an optimizer go; with the last one, the engine is as it was."""
         member.sync.on(last=True)
-        member.window.unit_of = float
+        member.window.unit_of = by_itself
         self._members.remove(member)
         if not self._members:
             HookRegistry(self._engine).remove_of(self)
@@ -87,13 +88,21 @@ class Peers(Meeting):
 
     def _on_raised(self, error: BaseException) -> None:
         if self._reducing and not any(member.broken for member in self._closing):
-            for sync in self._waiting():
-                release(sync)
+            with contextlib.suppress(Exception):
+                self._release()
         self._reducing = False
         try:
             self._rounds.raised(error)
         except RankError as gone:
             raise gone from error
+
+    def _release(self) -> None:
+        """Let the other ranks go on that wait for this one in a forward or a reduction, up to a round."""
+        for sync in self._waiting():
+            sync.follow_forward()
+            if not all(m.met for m in self._closing if m.sync is sync):
+                return  # they come to one with their first loss
+            sync.take_part()
 
     def _on_started(self, engine: Engine) -> None:
         self._closing, self._reducing = [], False
@@ -107,11 +116,14 @@ class Peers(Meeting):
             facts |= {f"{key} of optimizer {member.name!r}": value for key, value in member.facts().items()}
         self._rounds.exchange(Kind.START, doing="the start of a run")
         self._rounds.leave_note(None)
-        places = facts | {"epoch_length": state.epoch_length, "position": self._resumed}
-        told = agree(self._rounds, places, free={"epoch_length", "position"})
+        begun = [member.window.micro_batches for member in self._members]
+        places = {"epoch_length": state.epoch_length, "position": self._resumed, "micro-batches": begun}
+        told = agree(self._rounds, facts | places, free={*places})
         lengths = told["epoch_length"]
         self._length = lengths[0] if len(set(lengths)) == len(set(told["position"])) == 1 else None
         check_lengths(lengths, self._members)
+        for member, counts in zip(self._members, zip(*told["micro-batches"], strict=True), strict=True):
+            member.begun, member.unweighted = max(counts), False
         for sync, layout in zip(self._syncs(), self._layouts, strict=False):
             sync.lay_out(layout)
         self._layouts = ()
@@ -127,7 +139,9 @@ class Peers(Meeting):
     def _on_iteration_started(self, engine: Engine) -> None:
         self._position += 1
         last = self._position == self._length
-        self._closing = [m for m in self._members if m.window.closes_next(last=last)]
+        begun = [m.begun if self.in_step else None for m in self._members]
+        closes = zip(self._members, begun, strict=True)
+        self._closing = [m for m, count in closes if m.window.closes_next(last=last, begun=count)]
         alone = self._length is None and any(m.sync.together for m in self._members)
         self._reducing = False
         if self._closing or alone:
@@ -148,9 +162,11 @@ class Peers(Meeting):
 
     def _on_iteration_completed(self, _: Engine) -> None:
         closing, reducing = self._closing, self._reducing
+        for member in self._members:
+            member.begun += 1
         if reducing:
             for sync in self._waiting():
-                sync.take_part()
+                self._take_part(sync)
         self._rounds.guard.leave()
         if not closing:
             return
@@ -189,7 +205,8 @@ class Peers(Meeting):
         lengths = {row[1] for row in rows}
         # With windows that go on in the next epoch, ranks that were out of step close them at different micro-batches.
         carried = any(m.window.tail == "carry" and not m.sync.together for m in self._members_of(rows, 3))
-        in_step = len(lengths) == 1 and lengths != {-1.0} and (self.in_step or not carried)
+        was_in_step = self.in_step
+        in_step = len(lengths) == 1 and lengths != {-1.0} and (was_in_step or not carried)
         self._length = int(lengths.pop()) if in_step else None
         for member in self._members_of(rows, 3):
             if member.window.tail == "step":
@@ -197,6 +214,8 @@ class Peers(Meeting):
         for member in self._members:
             if member.window.tail == "drop" and member.window.is_open:
                 member.drop()
+            if member.window.tail != "carry" or not was_in_step:
+                member.begun = 0
 
     def _on_run_ended(self, engine: Engine) -> None:
         if self._run_over:

@@ -178,9 +178,9 @@ class SaveTimes:
         if world.world_size() == 1 or self._run is None:
             return self._position.at_last_iteration
         optimizers, together = vars(self._run).get("_ice_optimizers", ()), peers(self._run)
-        inside = together.inside or any(optimizer.in_window for optimizer in optimizers)
         if together.in_step:
-            return inside or self._position.at_last_iteration
+            return together.inside or self._position.at_last_iteration
+        inside = together.inside or any(optimizer.in_window for optimizer in optimizers)
         # Some may have no such iteration: all save where all have heard that one wants to.
         alone = self._wanted is not None and self._wanted.event_name in _OF_ITERATIONS and not self.agreed
         return inside or together.ending or alone

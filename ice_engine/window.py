@@ -49,7 +49,8 @@ class Window:
         pending: Whether a loss has entered the micro-batch that is under way.
         losses: The losses that entered, by micro-batch, for the report on a non-finite window.
         weighted: Whether losses come with a weight; None before the first.
-        unit_of: Returns the unit that a first weight makes; the weight itself, unless other ranks have a say.
+        unit_of: Returns the unit that a first weight makes, or its lack; the weight itself, unless other ranks have a
+            say.
         common: The unit of every window, where it is the same on many ranks; 0 where each takes its own.
         shrink: What the gradients accumulated so far are to be multiplied with before the loss that entered last is
             differentiated; 1.0 nearly always.
@@ -73,7 +74,7 @@ class Window:
         choice("loss_reduction", reduction, ("mean", "sum"))
         self.tail: Tail = tail
         self.reduction: Reduction = reduction
-        self.unit_of: Callable[[float], float] = float
+        self.unit_of: Callable[[float, bool], float] = by_itself
         self.common: float = 0.0
         self.reset()
 
@@ -149,9 +150,15 @@ class Window:
             self.size = terms["accumulation_steps"] or 0 if same else 0
             self.first = 0.0
 
-    def closes_next(self, *, last: bool) -> bool:
-        """Whether one more micro-batch would or may end the window; *last* if it is its epoch's last."""
-        return self.micro_batches + 1 >= self.size or (last and self.tail == "step")
+    def closes_next(self, *, last: bool, begun: int | None = None) -> bool:
+        """Whether one more micro-batch would or may end the window.
+
+        Args:
+            last: Whether it is its epoch's last.
+            begun: Micro-batches that the window has on another rank; None for those it has here.
+        """
+        has = self.micro_batches if begun is None else begun
+        return has + 1 >= self.size or (last and self.tail == "step")
 
     def share(self, weight: float, ranks: int) -> None:
         """Take the window as a part of one of *weight*, whose gradients are averaged over *ranks*."""
@@ -207,7 +214,7 @@ class Window:
         self.losses.append((self.micro_batches + 1, loss.item() if at_hand else loss.detach()))
         self.pending = True
         # Also of one that weighs nothing: other ranks may be asking for their first weight.
-        self.unit = self.unit or (items * parts if weight is None else self.unit_of(items * parts))
+        self.unit = self.unit or self.unit_of(items * parts, self.weighted)
         if self.batch is not None:
             self.decide(self.unit / parts)
         if items == 0.0:
@@ -286,6 +293,11 @@ class Window:
             self.weight += 1.0
         self.pending = False
         self.micro_batches += 1
+
+
+def by_itself(first: float, weighted: bool) -> float:  # noqa: ARG001 - as of many ranks
+    """Return *first*: the unit of a window that no other process has a part of."""
+    return first
 
 
 def closing_windows(size: int, tail: Tail, epoch_length: int, iterations: int) -> Iterator[tuple[int, int, int]]:

@@ -13,7 +13,7 @@ import threading
 import time
 
 from ice_engine.distributed.suspects import Suspects
-from ice_engine.distributed.watch import Watch, others
+from ice_engine.distributed.watch import Watch, here, others
 from ice_engine.distributed.world import rank
 from ice_engine.errors import RankError
 
@@ -61,7 +61,7 @@ class Guard:
         before, suspects, used = None, Suspects(in_round=False), 0.0
         while not self._done.wait(_EVERY):
             entered, used_before, used = self._entered, used, _seconds_of_main()
-            if entered is None or entered is not before:
+            if entered is None or entered is not before or here().with_us:  # a round looks itself
                 before, suspects = entered, Suspects(in_round=False)
                 continue
             begin, doing = entered

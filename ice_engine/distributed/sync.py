@@ -5,7 +5,6 @@ one backward reduces the whole window, while it still computes. Where a window c
 end of data whose length nobody knew, what DDP would have done is done here.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -53,6 +52,9 @@ class Synchroniser(Protocol):
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch, that of *loss*."""
 
+    def follow_forward(self) -> None:
+        """Take part in what the other ranks' forward sends, if none of this rank has."""
+
     def take_part(self, loss: torch.Tensor | None = None) -> None:
         """Take part with zeros in the reduction that the other ranks' backward makes."""
 
@@ -89,6 +91,7 @@ class DDPSync:
         # for in between: gradients are whole on every rank, and those of a rank with fewer losses would be waited for.
         self.always = bool(self.model.static_graph)
         self._used = self._settled = False
+        self._unsent: object = None
         self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
         logged: Any = self.model._get_ddp_logging_data  # noqa: SLF001 - no public way to it
         known = logged().get("num_parameter_tensors")
@@ -102,7 +105,7 @@ class DDPSync:
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
         self.model.require_backward_grad_sync = self.reduces = last or self.always
-        self._used = False
+        self._used, self._unsent = False, self.model.modules_buffers
         # DDP sends buffers in the first forward after a reduction, when perhaps not every rank has data: here it is in
         # the forward of the reduction itself.
         # 1 is True to DDP, whose forward puts True.
@@ -111,14 +114,11 @@ class DDPSync:
     @property
     def is_bypassed(self) -> bool:
         """Whether no forward that is to be differentiated has gone through DDP since it is to reduce."""
-        return not self._used and self._awaits_forward
-
-    @property
-    def _awaits_forward(self) -> bool:
         model = self.model
         # Of these two, which have no public names, its forward notes nothing.
-        notes = not (model._use_python_reducer or model._delay_all_reduce_all_params)  # noqa: SLF001 - as said
-        return notes and model.require_forward_param_sync is not True
+        if self._used or model._use_python_reducer or model._delay_all_reduce_all_params:  # noqa: SLF001 - as said
+            return False
+        return self.model.require_forward_param_sync is not True
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
@@ -128,11 +128,14 @@ class DDPSync:
             self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
         self._used = True
 
+    def follow_forward(self) -> None:
+        """Take part in sending buffers, which DDP's forward does first, if this rank has come to none."""
+        # It makes this list anew when it sends, and says so nowhere else if the module's own forward raises.
+        if self.model.modules_buffers is self._unsent and self.model.will_sync_module_buffers():
+            self.model._sync_buffers()  # noqa: SLF001 - no public way to it
+
     def take_part(self, loss: torch.Tensor | None = None) -> None:  # noqa: ARG002 - needs none
         """Take part with zeros in the reduction that the other ranks' backward makes."""
-        if self._awaits_forward and self.model.will_sync_module_buffers():
-            self.model._sync_buffers()  # noqa: SLF001 - no public way to what their forward does first
-            self.model.require_forward_param_sync = True
         self._differentiate_zeros([p for p in self.model.module.parameters() if p.requires_grad])
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
@@ -216,6 +219,9 @@ class FSDPSync:
         """Note whether this one reduces what was accumulated, or leaves more."""
         self._behind = not self.reduces
 
+    def follow_forward(self) -> None:
+        """Do nothing: what a forward gathers, only one can."""
+
     def take_part(self, loss: torch.Tensor | None = None) -> None:
         """Differentiate *loss* with gradient 0; without one there is nothing to take part with."""
         if loss is not None:
@@ -262,6 +268,9 @@ class NoSync:
         """Do nothing."""
 
     def complete(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Do nothing."""
+
+    def follow_forward(self) -> None:
         """Do nothing."""
 
     def take_part(self, loss: torch.Tensor | None = None) -> None:
@@ -354,9 +363,3 @@ def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
             same.append([])
         same[-1].append(parameter)
     return [bucket for same in filled.values() for bucket in same]
-
-
-def release(sync: Synchroniser) -> None:
-    """Let the other ranks go on that wait for this one in a reduction, if that can be done; it has failed itself."""
-    with contextlib.suppress(Exception):
-        sync.take_part()

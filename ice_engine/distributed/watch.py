@@ -157,16 +157,20 @@ class Watch:
 
     def _answer(self, store: Any) -> None:
         answered = 0
-        main = cast("int", threading.main_thread().ident)
         with contextlib.suppress(RuntimeError, ValueError):  # the store is gone, or the process group of this rank
             while not self._done.wait(_EVERY):
                 calls = store.add("calls", 0)
                 if calls > answered:
                     self._note_uncaught(store)  # its main thread may wait for others before it ends
                 for call in range(answered + 1, calls + 1):
-                    here = dataclasses.asdict(where(sys._current_frames().get(main)))  # noqa: SLF001 - no public way to it
-                    store.set(f"{call}/{rank()}", json.dumps(here))
+                    store.set(f"{call}/{rank()}", json.dumps(dataclasses.asdict(here())))
                 answered = calls
+
+
+def here() -> Answer:
+    """Return where the main thread of this process is."""
+    main = cast("int", threading.main_thread().ident)
+    return where(sys._current_frames().get(main))  # noqa: SLF001 - no public way to it
 
 
 def where(frame: FrameType | None) -> Answer:

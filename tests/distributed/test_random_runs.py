@@ -48,6 +48,10 @@ class Case:
     where: str
     at: int
     who: set[int]
+    buffers: bool
+    view: bool
+    scaled: bool
+    passed_over: list[tuple[int, int]]
 
     @classmethod
     def of(cls, seed: int, world: int) -> "Case":
@@ -70,17 +74,22 @@ class Case:
             where=draw.choice([*PLACES]),
             at=draw.randint(1, max(lengths) * epochs or 1),
             who=draw.choice([{*range(world)}, {draw.randrange(world)}]),
+            buffers=draw.random() < 0.5,
+            view=draw.random() < 0.5,
+            scaled=draw.random() < 0.3,
+            passed_over=[(draw.randrange(world), draw.randint(1, 12)) for _ in range(draw.choice([0, 0, 1, 3]))],
         )
 
 
 class Training:
-    """Dropout that differs between ranks, and micro-batches of one or two samples."""
+    """Dropout that differs between ranks, and micro-batches of two or three samples."""
 
     def __init__(self, case: Case, folder: Path, *, stops: bool) -> None:
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
+        between = [torch.nn.BatchNorm1d(8)] if case.buffers else []
+        model = torch.nn.Sequential(torch.nn.Linear(6, 8), *between, torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
         torch.manual_seed(100 + dist.get_rank())
-        ddp = DistributedDataParallel(model)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=case.view)
         factory = functools.partial(torch.optim.AdamW, lr=0.05)
         self.optimizer = ice.Optimizer(
             factory,
@@ -88,10 +97,13 @@ class Training:
             accumulation_steps=case.steps,
             tail=case.tail,
             clip=ice.clip_norm(1.0),
+            grad_scaler=torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2) if case.scaled else None,
             sharding=case.sharding,
         )
 
-        def step(_: Engine, batch: Any) -> None:
+        def step(engine: Engine, batch: Any) -> None:
+            if (dist.get_rank(), engine.state.iteration) in case.passed_over:
+                return
             loss = torch.nn.functional.cross_entropy(ddp(batch[0]), batch[1])
             self.optimizer.backward(loss, len(batch[1]) if case.weighted else None)
 
@@ -100,7 +112,7 @@ class Training:
         generator = torch.Generator().manual_seed(7 + dist.get_rank())
         length = case.lengths[dist.get_rank()]
         draw = functools.partial(torch.randn, generator=generator)
-        data = [(draw(1 + i % 2, 6), torch.arange(i, i + 1 + i % 2) % 3) for i in range(length)]
+        data = [(draw(2 + i % 2, 6), torch.arange(i, i + 2 + i % 2) % 3) for i in range(length)]
         self.data = data if case.known else Unsized(data)
         to_save = {"trainer": self.trainer, "model": ddp, "optimizer": self.optimizer}
         self.checkpoint = ice.Checkpoint(to_save, folder, n_saved=None)

@@ -233,8 +233,8 @@ def test_a_rank_may_pass_over_a_micro_batch():
     model = network()
     optimizer = sgd(model)
     data = [batches(0, RAGGED), batches(1, RAGGED)]
-    # Rank 1 has nothing at 2 and 4, where windows close all the same; and with nothing at 5, the next is its 6 and 7.
-    windows = [([0, 1], [0]), ([2, 3], [2]), ([4, 5], [5, 6]), ([6, 7], [7])]
+    # Rank 1 has nothing at 2, 4 and 5: windows close all the same, where the first rank's is full.
+    windows = [([0, 1], [0]), ([2, 3], [2]), ([4, 5], [5]), ([6, 7], [6, 7])]
     for first_rank, second_rank in windows:
         own = [data[0][i] for i in first_rank] + [data[1][i] for i in second_rank]
         x, y = (torch.cat([batch[i] for batch in own]) for i in (0, 1))
@@ -273,16 +273,25 @@ def test_a_nan_on_one_rank_is_skipped_on_all_and_names_the_rank():
     assert "rank 1: the loss of micro-batch 1 of its window was not finite" in reason
 
 
+def bad(*_: Any) -> None:
+    message = "a bad batch"
+    raise ValueError(message)
+
+
 def _buffers(without: str) -> Any:
     torch.manual_seed(0)
-    model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)))
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    model = DistributedDataParallel(layers)
     optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
     alone = dist.get_rank() == 1
 
     def step(engine: Engine, batch: Batch) -> None:
-        if alone and engine.state.iteration == 4 and without in {"passes over", "raises"}:
-            assert without == "passes over", "a bad batch"
+        if alone and engine.state.iteration == 4 and without == "passes over":
             return
+        if alone and engine.state.iteration == 4 and without == "raises before it":
+            bad()
+        if alone and engine.state.iteration == 4 and without == "raises in it":
+            layers.register_forward_pre_hook(bad)
         optimizer.backward(model(batch[0]).square().mean() + model.module[0].weight.sum(), weight=len(batch[0]))
 
     trainer = Engine(step)
@@ -292,7 +301,7 @@ def _buffers(without: str) -> Any:
     sizes = [[4, 5, 6, 7, 8, 9], [3, 4, 5] if without == "has less" else [3, 4, 5, 6, 7, 8]]
     try:
         trainer.run(batches(dist.get_rank(), sizes, torch.float32), max_epochs=EPOCHS)
-    except (AssertionError, RankError) as error:
+    except (ValueError, RankError) as error:
         return str(error)
     return [[t.flatten().tolist() for t in [*model.parameters(), *model.buffers()]], optimizer.clocks["step"]]
 
@@ -308,10 +317,40 @@ def test_buffers_are_no_reason_to_hang_where_a_rank_has_no_forward(without, step
     assert first[0][:4] == second[0][:4]
 
 
-def test_a_rank_that_raises_before_its_forward_takes_part_in_sending_buffers():
-    first, second = launch(_buffers, 2, "raises", timeout=30)
-    assert "rank 1 raised AssertionError: a bad batch" in first
-    assert second.startswith("a bad batch")
+@pytest.mark.parametrize("without", ["raises before it", "raises in it"])
+def test_who_raises_has_sent_buffers_once_or_does(without):
+    assert launch(_buffers, 2, without, timeout=30) == ["rank 1 raised ValueError: a bad batch", "a bad batch"]
+
+
+def _first_loss(without: str, weighted: bool) -> Any:
+    model = DistributedDataParallel(network())
+    optimizer = ice.Optimizer(sgd(model))
+
+    def step(engine: Engine, batch: Batch) -> None:
+        if dist.get_rank() == 1 and engine.state.iteration == 1:
+            if without == "raises":
+                bad()
+            return
+        loss = torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        optimizer.backward(loss, weight=len(batch[0]) if weighted else None)
+
+    trainer = Engine(step)
+    optimizer.attach(trainer, model=model)
+    try:
+        trainer.run(batches(dist.get_rank(), EVEN), max_epochs=1)
+    except (ValueError, RankError) as error:
+        return str(error)
+    return [[p.flatten().tolist() for p in model.parameters()], optimizer.clocks["step"]]
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_rank_may_lack_the_first_loss_of_a_run(weighted):
+    # The others tell in it how losses are weighed, before they reduce.
+    first, second = launch(_first_loss, 2, "passes over", weighted, timeout=30)
+    assert first == second
+    assert first[1] == len(EVEN[0])
+    told = launch(_first_loss, 2, "raises", weighted, timeout=30)
+    assert told == ["rank 1 raised ValueError: a bad batch", "a bad batch"]
 
 
 def _two_optimizers() -> list[Any]:
