@@ -59,6 +59,7 @@ class Meeting:
         self._position = 0
         self._closing: list[Member] = []
         self._reducing = False
+        self._leaving = False  # its data or its run, with a window to close that others count on
         self._before: list[int] = []
         self.savers: list[Saver] = []
         self.wants_stop: Callable[[], bool] = bool
@@ -201,11 +202,14 @@ class Meeting:
                 digest,
                 window.unit,
                 window.micro_batches,
+                float(self._leaving),
             ]
             rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
             if not (self._take_unit(rows) or self._take_part_again(rows)):
                 break  # else a rank without data is here, and the others at their first loss, or at one more
         check_close(rows, member, self._members, self._rounds, values)
+        if any(row[8] for row in rows):
+            self._length = None
         if not (at_end or any(row[2] for row in rows)):
             # No rank had a loss for it in this iteration, or the first loss has told that its windows are longer.
             member.begun = int(max(row[7] for row in rows))

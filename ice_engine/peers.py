@@ -106,7 +106,7 @@ class Peers(Meeting):
 
     def _on_started(self, engine: Engine) -> None:
         self._closing, self._reducing = [], False
-        self._run_over = self.stop_wanted = self.ending = False
+        self._run_over = self.stop_wanted = self.ending = self._leaving = False
         state = engine.state
         self._resumed = state.iteration % state.epoch_length if state.iteration and state.epoch_length else 0
         if engine._init_iter is not None:  # noqa: SLF001 - no public way to it
@@ -178,7 +178,9 @@ class Peers(Meeting):
     def _keep_promise(self, engine: Engine) -> None:
         """Do with the others what this rank said at a gate that it would, if a handler has stopped it since."""
         if self._closing:
+            self._leaving = True
             self._on_iteration_completed(engine)
+            self._leaving = False
             for saver in self.savers:
                 saver.on_edge(engine)
 

@@ -166,6 +166,25 @@ def test_a_rank_that_stops_anywhere_stops_all_and_the_last_save_is_taken(tmp_pat
             assert parameters == whole, case  # to the bit, as if it had never stopped
 
 
+def _stopped_where_it_is_due(folder: str) -> list[Any]:
+    first = Training(folder)
+    first.checkpoint.attach(first.trainer, Events.ITERATION_COMPLETED(every=3))
+    if dist.get_rank() == 1:
+        first.trainer.add_event_handler(Events.ITERATION_STARTED(once=3), first.trainer.terminate)
+    steps = first.run()[2]
+    dist.barrier()
+    second = Training(folder)
+    second.checkpoint.resume(second.trainer)
+    began = second.optimizer.clocks["step"]
+    return [steps, began, second.run()[1:]]
+
+
+def test_who_stops_in_the_micro_batch_of_a_save_keeps_nobody_waiting_for_it(tmp_path):
+    first, second = launch(_stopped_where_it_is_due, 2, str(tmp_path), timeout=60)
+    assert first == second
+    assert first[:2] == [2, 2]  # its window, and what others had of the next one; saved where the run ended
+
+
 def _uneven(folder: str, how: str, by_step: bool) -> list[Any]:
     def made(name: str) -> Training:
         training = Training(f"{folder}/{name}")
