@@ -217,7 +217,8 @@ class Attaching(Stepping):
         if self._window.pending:
             self._drop_unfinished()
         # As the zero_grad() of a plain loop: what a handler left there, such as validation, enters no window.
-        if not (self._window.micro_batches or self.needs_closure) and has_gradient(self._parameters()):
+        in_window = self._window.micro_batches or self._left.expects
+        if not (in_window or self.needs_closure) and has_gradient(self._parameters()):
             self.zero_grad()
         if "times" in self._measures.wanted:
             self._measures.watch.lap("data")

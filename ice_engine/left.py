@@ -24,6 +24,11 @@ class Left:
         """Expect no gradients."""
         self._of_window = None
 
+    @property
+    def expects(self) -> bool:
+        """Whether gradients are remembered; perhaps of other ranks only, whose reduction this one took part in."""
+        return self._of_window is not None
+
     def change(self, parameters: Sequence[torch.Tensor]) -> Literal["foreign", "cleared", "changed"] | None:
         """Return what somebody did to the gradients of *parameters* since, if anything."""
         if self._of_window is None:

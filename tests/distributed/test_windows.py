@@ -218,23 +218,29 @@ def _plain(model: Any, optimizer: ice.Optimizer, batch: Batch) -> None:
     optimizer.backward(loss, weight=len(batch[0]))
 
 
-def _sometimes_no_backward() -> list[Any]:
+def _passing_over(passed_over: list[set[int]], k: int) -> list[Any]:
     def work(model: Any, optimizer: ice.Optimizer, engine: Engine, batch: Batch) -> None:
-        if dist.get_rank() == 1 and engine.state.iteration in {2, 4, 5}:
-            return  # such as a batch that turned out to be unusable
-        _plain(model, optimizer, batch)
+        if engine.state.iteration not in passed_over[dist.get_rank()]:  # else one that turned out to be unusable
+            _plain(model, optimizer, batch)
 
-    return _odd(work)
+    return _odd(work, k)
 
 
-@pytest.mark.soak
-def test_a_rank_may_pass_over_a_micro_batch():
-    (first, clocks), (second, _) = launch(_sometimes_no_backward, 2)
+@pytest.mark.parametrize(
+    ("passed_over", "k", "windows"),
+    [
+        # Rank 1 has nothing at 2, 4 and 5: windows close all the same, where the first rank's is full.
+        ([set(), {2, 4, 5}], 2, [([0, 1], [0]), ([2, 3], [2]), ([4, 5], [5]), ([6, 7], [6, 7])]),
+        # At 3, where the first may close, both have nothing, and rank 0 has had nothing before.
+        ([{1, 2, 3}, {3}], 3, [([3], [0, 1, 3]), ([4, 5, 6], [4, 5, 6]), ([7], [7])]),
+        ([{1, 4}, {1, 4}], 1, [([i], [i]) for i in (1, 2, 4, 5, 6, 7)]),
+    ],
+)
+def test_a_rank_may_pass_over_a_micro_batch(passed_over, k, windows):
+    (first, clocks), (second, _) = launch(_passing_over, 2, passed_over, k)
     model = network()
     optimizer = sgd(model)
     data = [batches(0, RAGGED), batches(1, RAGGED)]
-    # Rank 1 has nothing at 2, 4 and 5: windows close all the same, where the first rank's is full.
-    windows = [([0, 1], [0]), ([2, 3], [2]), ([4, 5], [5]), ([6, 7], [6, 7])]
     for first_rank, second_rank in windows:
         own = [data[0][i] for i in first_rank] + [data[1][i] for i in second_rank]
         x, y = (torch.cat([batch[i] for batch in own]) for i in (0, 1))
