@@ -211,11 +211,13 @@ class Meeting:
         if any(row[8] for row in rows):
             self._length = None
         if not (at_end or any(row[2] for row in rows)):
-            # No rank had a loss for it in this iteration, or the first loss has told that its windows are longer.
+            # No rank had a loss for it in this iteration, one has stopped in it, or the first loss has told that its
+            # windows are longer.
             member.begun = int(max(row[7] for row in rows))
-            member.touched()
+            self._inside |= member.begun > 0
             if reduced:
-                member.sync.settle()
+                member.sync.settle()  # which may move gradients to new buckets
+            member.touched()
             return
         member.begun = 0
         # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.

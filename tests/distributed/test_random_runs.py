@@ -86,8 +86,10 @@ class Training:
 
     def __init__(self, case: Case, folder: Path, *, stops: bool) -> None:
         torch.manual_seed(0)
+        # A bias before it has no gradient but what is rounded, which AdamW makes large.
+        first = torch.nn.Linear(6, 8, bias=not case.buffers)
         between = [torch.nn.BatchNorm1d(8)] if case.buffers else []
-        model = torch.nn.Sequential(torch.nn.Linear(6, 8), *between, torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
+        model = torch.nn.Sequential(first, *between, torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
         torch.manual_seed(100 + dist.get_rank())
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=case.view)
         factory = functools.partial(torch.optim.AdamW, lr=0.05)
@@ -173,7 +175,7 @@ def _equal(one: list[float], other: list[float]) -> bool:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("world", "seeds"), [(2, [*range(30), 57, 138]), (3, [*range(10)])])
+@pytest.mark.parametrize(("world", "seeds"), [(2, [*range(30), 45, 57, 96, 138, 189, 278, 344]), (3, [*range(10), 13])])
 def test_whatever_was_drawn_goes_on_from_wherever_it_was_saved(tmp_path, world, seeds):
     first, *others = launch(_cases, world, str(tmp_path), seeds, timeout=280)
     assert {case: wrong for case, (wrong, _) in first.items() if wrong} == {}
