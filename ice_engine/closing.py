@@ -1,6 +1,7 @@
 """What becomes of a full window: its gradient made final, one step or one skip, and a record of it."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, cast
@@ -19,6 +20,8 @@ from ice_engine.nonfinite import first_nonfinite, nonfinite_loss
 from ice_engine.processors.group import frozen, take_back
 from ice_engine.processors.group_mapping import Written, group_name
 from ice_engine.typing import Clip, GroupClip
+
+logger = logging.getLogger(__name__)
 
 
 class Closing(Accumulating):
@@ -124,7 +127,12 @@ class Closing(Accumulating):
         counts, epoch = self._clocks.counts, self._clocks.epoch
         place = f"attempt {counts['attempt']}, iteration {counts['iteration']}"
         place += "" if epoch is None else f", epoch {epoch}"
-        precision.stop_if_exhausted(f"{reason} (optimizer {self._name!r}, {place}, rank {world.rank()})")
+        report = f"{reason} (optimizer {self._name!r}, {place}, rank {world.rank()})"
+        precision.stop_if_exhausted(report)
+        if world.rank() == 0:  # all ranks skip as one
+            # By skips a GradScaler finds its scale.
+            usual = precision.enabled or precision.consecutive_skips > 1
+            logger.log(logging.INFO if usual else logging.WARNING, "skipped a step: %s", report)
         return False
 
     def _nonfinite_losses(self) -> str:

@@ -237,6 +237,24 @@ def test_skips_that_are_not_in_a_row_do_not_stop_the_run():
     assert optimizer.clocks["skipped"] == 4
 
 
+@pytest.mark.parametrize(
+    ("settings", "levels"),
+    [
+        ({"nonfinite": "skip"}, ["WARNING", "INFO", "WARNING"]),
+        ({"grad_scaler": torch.amp.GradScaler("cpu", init_scale=4.0)}, ["INFO"] * 3),
+    ],
+)
+def test_the_log_says_where_a_row_of_skips_begins(caplog, settings, levels):
+    caplog.set_level("INFO", logger="ice_engine.closing")
+    _, _, run = make([math.nan, math.nan, 1.0, math.nan], **settings)
+    run()
+
+    assert [record.levelname for record in caplog.records if record.name == "ice_engine.closing"] == levels
+    assert caplog.messages[0].startswith("skipped a step: ")
+    assert "first in 'layer.weight'" in caplog.messages[0]
+    assert "attempt 1, iteration 1, epoch 1, rank 0" in caplog.messages[0]
+
+
 def test_off_steps_on_whatever_comes():
     weight, optimizer, run = make([math.nan], nonfinite="off", clip=ice.clip_norm(1.0))
     run()
