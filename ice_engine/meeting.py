@@ -58,6 +58,7 @@ class Meeting:
         self._length: int | None = None  # of an epoch, if all ranks end it at the same micro-batch
         self._position = 0
         self._closing: list[Member] = []
+        self._expected: list[Member] = []  # which all ranks reduce in this micro-batch
         self._reducing = False
         self._leaving = False  # its data or its run, with a window to close that others count on
         self._before: list[int] = []
@@ -153,12 +154,15 @@ class Meeting:
     def _take_part(self, sync: Synchroniser) -> None:
         """Do without a loss what the others do with one: send buffers, tell the unit of a first loss, reduce."""
         sync.follow_forward()
-        for member in self._closing:
+        for member in self._expected:
             while member.sync is sync and not member.met:
                 rows = self._tell_unit(member, 0.0)
                 if {row[1] for row in rows if row[0] == Kind.UNIT} == {self._members.index(member)}:
                     break  # else others were at the first loss of another optimizer
         sync.take_part()
+        for member in self._expected:
+            if member.sync is sync:
+                member.touched()
 
     def _reduce_again(self, sync: Synchroniser) -> None:
         """Meet all ranks before one more backward of the micro-batch that reduces, which others may not have."""
@@ -241,7 +245,7 @@ class Meeting:
     def _waiting(self) -> list[Synchroniser]:
         """What the other ranks reduce with in this micro-batch, and this one has not had a backward for."""
         done = {id(m.sync) for m, n in zip(self._members, self._before, strict=False) if m.differentiated > n}
-        return list({id(m.sync): m.sync for m in self._closing if id(m.sync) not in done}.values())
+        return list({id(m.sync): m.sync for m in self._expected if id(m.sync) not in done}.values())
 
     def _syncs(self) -> list[Synchroniser]:
         return list({id(m.sync): m.sync for m in self._members}.values())

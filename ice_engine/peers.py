@@ -87,7 +87,7 @@ class Peers(Meeting):
             self._switch(last=True)
 
     def _on_raised(self, error: BaseException) -> None:
-        if self._reducing and not any(member.broken for member in self._closing):
+        if not any(member.broken for member in self._expected):
             with contextlib.suppress(Exception):
                 self._release()
         self._reducing = False
@@ -100,12 +100,12 @@ class Peers(Meeting):
         """Let the other ranks go on that wait for this one in a forward or a reduction, up to a round."""
         for sync in self._waiting():
             sync.follow_forward()
-            if not all(m.met for m in self._closing if m.sync is sync):
+            if not all(m.met for m in self._expected if m.sync is sync):
                 return  # they come to one with their first loss
             sync.take_part()
 
     def _on_started(self, engine: Engine) -> None:
-        self._closing, self._reducing = [], False
+        self._closing, self._reducing, self._expected = [], False, []
         self._run_over = self.stop_wanted = self.ending = self._leaving = False
         state = engine.state
         self._resumed = state.iteration % state.epoch_length if state.iteration and state.epoch_length else 0
@@ -142,9 +142,9 @@ class Peers(Meeting):
         begun = [m.begun if self.in_step else None for m in self._members]
         closes = zip(self._members, begun, strict=True)
         self._closing = [m for m, count in closes if m.window.closes_next(last=last, begun=count)]
-        alone = self._length is None and any(m.sync.together for m in self._members)
-        self._reducing = False
-        if self._closing or alone:
+        together = any(m.sync.together for m in self._members)
+        self._reducing, self._expected = False, []
+        if self._closing or together:
             rows = self._gate(Kind.GATE)
             if self._stopped_by(rows):
                 engine.state.iteration -= 1  # this one is not trained
@@ -152,28 +152,34 @@ class Peers(Meeting):
                 engine.terminate()
                 return
             self._reducing = all(row[0] == Kind.GATE for row in rows)
+            # Also one that is not full here, but on another rank, as ranks out of step may have them.
+            self._closing = self._members_of(rows, 2)
         self._before = [m.differentiated for m in self._members]
         for member in self._members:
             member.broken = False
         # Where even the forward needs all ranks, a window whose end nobody knows cannot be reduced after the fact.
-        self._switch(last=False, closing=self._members if alone else self._closing if self._reducing else [])
-        if self._reducing or any(m.sync.together for m in self._members):
+        alone = together and self._length is None
+        reduced = self._members if alone else self._closing if self._reducing else []
+        self._switch(last=False, closing=reduced)
+        if self._reducing:
+            self._expected = [m for m in self._members if m in reduced or m.sync.always]
             self._rounds.guard.enter(f"the reduction of {self._place(Kind.GATE)}")
 
     def _on_iteration_completed(self, _: Engine) -> None:
         closing, reducing = self._closing, self._reducing
         for member in self._members:
             member.begun += 1
-        if reducing:
-            for sync in self._waiting():
-                self._take_part(sync)
+        for sync in self._waiting():
+            self._take_part(sync)
         self._rounds.guard.leave()
         if not closing:
             return
-        self._reducing, self._closing = False, []
+        self._reducing, self._closing, self._expected = False, [], []
         self._switch(last=False)
+        self._rounds.guard.enter(f"the step of {self._place(Kind.GATE)}", collectives=False)
         for member in closing:
             self._close(member, reduced=reducing)
+        self._rounds.guard.leave()
 
     def _keep_promise(self, engine: Engine) -> None:
         """Do with the others what this rank said at a gate that it would, if a handler has stopped it since."""

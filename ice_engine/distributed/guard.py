@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 
+import torch
+
 from ice_engine.distributed.suspects import Suspects
 from ice_engine.distributed.watch import Watch, here, others
 from ice_engine.distributed.world import rank
@@ -33,18 +35,27 @@ class Guard:
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
-        self._entered: tuple[float, str] | None = None
+        self._entered: tuple[float, str, bool] | None = None
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def enter(self, doing: str) -> None:
-        """Begin what needs all ranks, such as ``"the reduction of iteration 4"``."""
-        self._entered = time.monotonic(), doing
+    def enter(self, doing: str, *, collectives: bool = True) -> None:
+        """Begin what needs all ranks.
+
+        Args:
+            doing: What that is, such as ``"the reduction of iteration 4"``.
+            collectives: Whether a rank that waits in one of its own is at a wrong place.
+        """
+        self._entered = time.monotonic(), doing, collectives
         if self._thread is None:
             self._thread = threading.Thread(target=self._look, daemon=True, name="ice_engine.guard")
             self._thread.start()
             # As the watch: an interpreter that ends while the thread is in the store, in C++, would abort.
             atexit.register(self.close)
+
+    @property
+    def _on_device(self) -> bool:
+        return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
     def leave(self) -> None:
         """End it."""
@@ -61,16 +72,19 @@ class Guard:
         before, suspects, used = None, Suspects(in_round=False), 0.0
         while not self._done.wait(_EVERY):
             entered, used_before, used = self._entered, used, _seconds_of_main()
+            self._watch.reduction = ""
             if entered is None or entered is not before or here().with_us:  # a round looks itself
                 before, suspects = entered, Suspects(in_round=False)
                 continue
-            begin, doing = entered
-            waited = time.monotonic() - begin
-            waits = waited > _LONG and used - used_before < _IDLE * _EVERY
-            answers = self._watch.ask(others()) if waits else {}
+            if used - used_before > _IDLE * _EVERY:
+                continue
+            begin, doing, collectives = entered
+            waited, answers = time.monotonic() - begin, {}
+            if collectives and not self._on_device:  # who waits for a device is as idle
+                self._watch.reduction = doing
+                answers = self._watch.ask(others()) if waited > _LONG else {}
             fates = {r: self._watch.fate(r) for r in others() if answers.get(r) is None}
-            # Only who was asked can be silent.
-            known = {r: fate for r, fate in fates.items() if r in answers or fate != "unknown"}
+            known = {r: fate for r, fate in fates.items() if r in answers or fate == "is stopped"}
             try:
                 suspects.look(answers, known, waited, doing)
             except RankError as error:

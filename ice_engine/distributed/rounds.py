@@ -227,12 +227,14 @@ class Rounds:
                     raise TimeoutError from error
             else:
                 return
-            if self._watch.notes():
+            # First of all: the store may be in one that is stopped, and this rank would wait for it.
+            stopped = {r: "is stopped" for r in others() if self._watch.fate(r) == "is stopped"}
+            if not stopped and self._watch.notes():
                 raise self.gone(TimeoutError("a rank that raised does not come"))
             waited = time.monotonic() - begin
             try:
-                answers = self._watch.ask(others())
-                fates = {r: self._watch.fate(r) for r, answer in answers.items() if answer is None}
+                answers = {} if stopped else self._watch.ask(others())
+                fates = stopped or {r: self._watch.fate(r) for r, answer in answers.items() if answer is None}
                 suspects.look(answers, fates, waited, self._doing)
             except RankError as error:
                 self._left = error

@@ -45,12 +45,20 @@ class Suspects:
             raise RankError(message)
         away = {r: a for r, a in answers.items() if a is not None and a.collective}
         same = {r: a for r, a in away.items() if self._before.get(r) == a}
-        enough = _ALL_STUCK if len(same) == len(answers) else _STUCK
+        reducing = {r: a for r, a in answers.items() if a is not None and a.reduction and r not in away}
+        enough = _ALL_STUCK if len(same) + len(reducing) == len(answers) else _STUCK
         if same and ((len(away) == 1 and self._in_round) or waited > enough):
             where = "; ".join(f"rank {r} waits in {a.collective}(), called at {a.place}" for r, a in same.items())
             message = (
                 f"{where}, and nobody else comes there: the others are at {doing}. "
                 "Call it on every rank, or on none: a handler on one rank only must not communicate"
+            )
+            raise RankError(message)
+        if reducing and self._in_round and waited > _ALL_STUCK:
+            where = "; ".join(f"rank {r} is in {a.reduction}, at {a.place}" for r, a in reducing.items())
+            message = (
+                f"{where}, and waits for all ranks there, while others are at {doing}. Call backward() of the "
+                "optimizers in the same order on every rank, and, if there are several, equally often"
             )
             raise RankError(message)
         for r, answer in answers.items():

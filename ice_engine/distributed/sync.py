@@ -81,15 +81,14 @@ class DDPSync:
         model: The module.
     """
 
-    together = False
-
     def __init__(self, model: DistributedDataParallel) -> None:
         self.model: Any = model
         self.again: Callable[[], object] = bool
         self.reduces = True
-        # A static graph is the one that DDP sees reduced first, and stays so. To save memory there is nothing to reduce
+        # A static graph is the one that DDP sees reduced first, and stays so: every backward needs all ranks. To save
+        # memory there is nothing to reduce
         # for in between: gradients are whole on every rank, and those of a rank with fewer losses would be waited for.
-        self.always = bool(self.model.static_graph)
+        self.always = self.together = bool(self.model.static_graph)
         self._used = self._settled = False
         self._unsent: object = None
         self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
@@ -140,7 +139,13 @@ class DDPSync:
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Average gradients that no backward has reduced."""
-        average(parameters, self.model.process_group)
+        if self.model.find_unused_parameters:
+            # It has noted what was used since it reduced, and must be through with that.
+            own = [p for p in parameters if p.requires_grad and id(p) in self._reduced]
+            self._differentiate_zeros([p for p, here in zip(own, present(own), strict=True) if here])
+            self.complete(parameters)
+        else:
+            average(parameters, self.model.process_group)
         return True
 
     def complete(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -342,9 +347,7 @@ def average(parameters: Sequence[torch.Tensor], group: dist.ProcessGroup) -> Non
     A parameter that no rank has a gradient of keeps None.
     """
     parameters = [p for p in parameters if p.requires_grad]
-    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-    dist.all_reduce(present, dist.ReduceOp.MAX, group=own_group())
-    for bucket in _buckets([p for p, here in zip(parameters, present.tolist(), strict=True) if here]):
+    for bucket in _buckets([p for p, here in zip(parameters, present(parameters), strict=True) if here]):
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).to_dense().flatten() for p in bucket])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
@@ -353,6 +356,13 @@ def average(parameters: Sequence[torch.Tensor], group: dist.ProcessGroup) -> Non
                 parameter.grad = part.view_as(parameter).clone()
             else:
                 parameter.grad.copy_(part.view_as(parameter))
+
+
+def present(parameters: Sequence[torch.Tensor]) -> list[bool]:
+    """Return which of *parameters* have a gradient on any rank."""
+    found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=own_group())
+    return [bool(here) for here in found.tolist()]
 
 
 def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

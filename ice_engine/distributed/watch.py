@@ -47,11 +47,13 @@ class Answer:
         place: The innermost line of the user's code, such as ``train.py:12 in evaluate``.
         collective: The function of ``torch.distributed`` that it waits in, other than for us; empty if in none.
         with_us: Whether it waits in a round of ours, where all come together.
+        reduction: Where it waits in a reduction of the model's, if it does.
     """
 
     place: str
     collective: str = ""
     with_us: bool = False
+    reduction: str = ""
 
 
 class Watch:
@@ -59,12 +61,16 @@ class Watch:
 
     Args:
         store: Shared by all ranks.
+
+    Attributes:
+        reduction: Where the main thread waits in a reduction of the model's; as the guard says, who looks there.
     """
 
     def __init__(self, store: Any) -> None:
         self._store = cast("Any", dist).PrefixStore("ice_engine", store)
         self._done = threading.Event()
         self._processes: list[Process] = []
+        self.reduction = ""
         # Of its own, as a client that waits in the main thread would keep this one waiting.
         store = self._store.clone()
         self._thread = threading.Thread(target=self._answer, args=(store,), daemon=True, name="ice_engine.watch")
@@ -163,7 +169,9 @@ class Watch:
                 if calls > answered:
                     self._note_uncaught(store)  # its main thread may wait for others before it ends
                 for call in range(answered + 1, calls + 1):
-                    store.set(f"{call}/{rank()}", json.dumps(dataclasses.asdict(here())))
+                    store.set(
+                        f"{call}/{rank()}", json.dumps(dataclasses.asdict(here()) | {"reduction": self.reduction})
+                    )
                 answered = calls
 
 
