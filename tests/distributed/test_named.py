@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 # Ranks forked from one process that has imported torch, anew for each case; what one raises goes through to its end.
 PROGRAM = """
-import datetime, functools, gc, json, os, signal, sys, time
+import datetime, functools, gc, json, os, signal, socket, sys, time
 from pathlib import Path
 import torch
 import torch._dynamo
@@ -27,6 +27,9 @@ import ice_engine as ice
 torch.set_num_threads(1)
 gc.freeze()
 folder, world = Path(sys.argv[1]), int(sys.argv[2])
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
 
 
 def boom():
@@ -84,6 +87,21 @@ def train(case, me, sharding):
         engine.add_event_handler(in_iteration, failing(lambda: dist.all_reduce(torch.ones(1))))
     elif case == "a rank that is stopped":
         engine.add_event_handler(Events.EPOCH_COMPLETED(once=1), failing(stop))
+    elif case == "stopped in a step of ZeRO":
+        engine.add_event_handler(optimizer.event("STEP_STARTED")(once=2), failing(stop))
+    elif case == "stopped, with the store":
+        engine.add_event_handler(in_iteration, failing(stop))
+    elif case == "one loss more beside another optimizer":
+        beside = DistributedDataParallel(torch.nn.Linear(4, 1))
+        second = ice.Optimizer(torch.optim.SGD(beside.parameters(), lr=0.1), name="second", accumulation_steps=2)
+        second.attach(engine, model=beside)
+
+        def both(_, batch):
+            for _ in range(2 if me and engine.state.iteration == 4 else 1):
+                optimizer.backward(model(batch).square().mean(), weight=len(batch))
+            second.backward(beside(batch).square().mean(), weight=len(batch))
+
+        engine._process_function = both
     # After the gate: the others are in the reduction.
     elif case == "stopped in the reduction":
         engine.add_event_handler(Events.ITERATION_STARTED(once=4), failing(stop))
@@ -96,12 +114,12 @@ def train(case, me, sharding):
 def rank_of(case, rank, who, sharding):
     sys.stderr = (folder / f"{case}.{rank}.log").open("w")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-    store = f"file://{folder / case}.store"
+    store = f"tcp://127.0.0.1:{port}" if "store" in case else f"file://{folder / case}.store"  # the former in rank 0
     patience = datetime.timedelta(seconds=60)  # torch's own, which must end nothing
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
     error = None
     try:
-        train(case, rank == who, sharding)
+        train(case, rank == who, "zero1" if "ZeRO" in case else sharding)
     except BaseException as raised:
         error = f"{type(raised).__name__}: {raised}"
         raise
@@ -167,10 +185,13 @@ def test_every_rank_ends_and_says_which_was_the_first(tmp_path, world, cases):
             torch.load(file, weights_only=True)
 
 
-# Where the wait is in C, no error can be raised: the process ends, and its log says why.
+# Where the wait is in C, no error can be raised: the process ends, and its log says why. Rank 0 is the one.
 REDUCTIONS = {
     "stopped in the reduction": "rank {who} is stopped",
     "another collective in the reduction": "rank {who} waits in recv(), called at <string>:",
+    "stopped in a step of ZeRO": "rank {who} is stopped",
+    "stopped, with the store": "rank {who} is stopped",
+    "one loss more beside another optimizer": "rank {who} raised RankError: rank 1 is in the reduction of iteration 4",
 }
 
 
@@ -182,4 +203,3 @@ def test_who_waits_in_a_reduction_for_a_rank_that_does_not_come_ends(tmp_path, c
     assert took < 45  # as above
     log = (tmp_path / f"{case}.{1 - who}.log").read_text()
     assert REDUCTIONS[case].format(who=who) in log
-    assert "the reduction of iteration 4" in log
