@@ -1,10 +1,10 @@
 """All ranks of one engine as one: windows close, epochs end and runs stop on every rank, or on none.
 
-Before the micro-batch in which a window closes, every rank says whether it has one (the *gate*). If all have, that
-backward reduces the gradients. If some are at the end of their data, the others go on without: nobody reduces in the
-backward, and all do it together when the window closes, those without data with weight 0. When a window closes, every
-rank says what it weighs, so that its mean is over the items of all. An epoch ends, and a run, when it has on all ranks;
-whoever stops or raises, stops all.
+Before the micro-batch in which a window closes, or before each if a model needs all ranks in it, every rank says
+whether it has one (the *gate*). If all have, that backward reduces the gradients. If some are at the end of their data,
+the others go on without: nobody reduces in the backward, and all do it together when the window closes, those without
+data with weight 0. When a window closes, every rank says what it weighs, so that its mean is over the items of all. An
+epoch ends, and a run, when it has on all ranks; whoever stops or raises, stops all.
 
 .. code-block:: text
 
@@ -171,10 +171,10 @@ class Peers(Meeting):
             member.begun += 1
         for sync in self._waiting():
             self._take_part(sync)
+        self._reducing, self._closing, self._expected = False, [], []
         self._rounds.guard.leave()
         if not closing:
             return
-        self._reducing, self._closing, self._expected = False, [], []
         self._switch(last=False)
         self._rounds.guard.enter(f"the step of {self._place(Kind.GATE)}", collectives=False)
         for member in closing:
@@ -183,7 +183,7 @@ class Peers(Meeting):
 
     def _keep_promise(self, engine: Engine) -> None:
         """Do with the others what this rank said at a gate that it would, if a handler has stopped it since."""
-        if self._closing:
+        if self._closing or self._expected:
             self._leaving = True
             self._on_iteration_completed(engine)
             self._leaving = False

@@ -35,8 +35,9 @@ def _static(how: str) -> Any:
 
     trainer = Engine(step)
     optimizer.attach(trainer, model=model)
-    if how == "stops" and dist.get_rank() == 1:
-        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), trainer.terminate)
+    stops = {"stops": Events.ITERATION_COMPLETED(once=5), "stops before it": Events.ITERATION_STARTED(once=6)}
+    if how in stops and dist.get_rank() == 1:
+        trainer.add_event_handler(stops[how], trainer.terminate)
     data = batches(dist.get_rank(), RAGGED)
     try:
         trainer.run(data[:5] if how == "has less" and dist.get_rank() else data, max_epochs=1)
@@ -45,16 +46,19 @@ def _static(how: str) -> Any:
     return [_flat(model), optimizer.clocks["step"]]
 
 
-@pytest.mark.parametrize("how", ["passes over", "stops"])
+@pytest.mark.parametrize("how", ["passes over", "stops", "stops before it"])
 def test_a_static_graph_in_which_a_rank_is_absent_from_a_micro_batch(how):
     first, second = launch(_static, 2, how, timeout=30)
     assert first == second
     own = [batches(rank, RAGGED) for rank in range(2)]
     model = network()
     optimizer = sgd(model)
-    # Rank 1 passes over the sixth of eight; or both stop after the fifth, which the run's end steps.
-    last = [*own[0][4:], own[1][4], *own[1][6:]] if how == "passes over" else [own[0][4], own[1][4]]
-    for window in ([*own[0][:4], *own[1][:4]], last):
+    last = {
+        "passes over": [*own[0][4:], own[1][4], *own[1][6:]],
+        "stops": [own[0][4], own[1][4]],  # which the run's end steps
+        "stops before it": [own[0][4], own[1][4], own[0][5]],  # rank 0 was in it
+    }
+    for window in ([*own[0][:4], *own[1][:4]], last[how]):
         x, y = (torch.cat([batch[i] for batch in window]) for i in (0, 1))
         optimizer.zero_grad()
         torch.nn.functional.mse_loss(model(x), y).backward()
