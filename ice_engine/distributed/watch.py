@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ _EVERY = 0.3  # seconds between two looks into the store
 _LOOK = datetime.timedelta(seconds=4)  # between two looks at who is here
 _ABSENT = 300.0  # seconds after which a rank that never was here counts as lost; it may be preparing its data
 _ANSWER = 3.0  # seconds to wait for an answer
+_READ = 8.0  # seconds for the others to look, which they do every 4
 _AGAIN = 0.5  # seconds after which one that is stopped still is; a job that goes on does so process by process
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent.parent)
@@ -71,6 +73,7 @@ class Watch:
         self._done = threading.Event()
         self._processes: list[Process] = []
         self.reduction = ""
+        self._failed = False
         # Of its own, as a client that waits in the main thread would keep this one waiting.
         store = self._store.clone()
         self._thread = threading.Thread(target=self._answer, args=(store,), daemon=True, name="ice_engine.watch")
@@ -86,6 +89,11 @@ class Watch:
 
     def _end(self) -> None:
         self._note_uncaught(self._store)
+        if self._failed and rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            # The store is in this process, not in torchrun's; the others look there for who was the first to fail.
+            end = time.monotonic() + _READ
+            while time.monotonic() < end and any(self.fate(r) == "runs" for r in others()):
+                time.sleep(_EVERY / 10)
         self.close()
 
     def meet(self) -> None:
@@ -113,6 +121,7 @@ class Watch:
 
     def raised(self, error: BaseException | None) -> None:
         """Leave a note for the others, for when this rank is gone, that it raised *error*; None takes it back."""
+        self._failed = error is not None
         with contextlib.suppress(RuntimeError):
             self._store.set(f"raised/{rank()}", "" if error is None else describe(error))
 
@@ -120,6 +129,7 @@ class Watch:
         """Leave a note of what this process ends with, raised in no run."""
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
         if error is not None:
+            self._failed = True
             with contextlib.suppress(RuntimeError):
                 store.set(f"raised/{rank()}", describe(error))
 

@@ -91,6 +91,8 @@ def train(case, me, sharding):
         engine.add_event_handler(optimizer.event("STEP_STARTED")(once=2), failing(stop))
     elif case == "stopped, with the store":
         engine.add_event_handler(in_iteration, failing(stop))
+    elif case == "killed, without the store":
+        engine.add_event_handler(in_iteration, failing(lambda: os.kill(os.getpid(), signal.SIGKILL)))
     elif case == "one loss more beside another optimizer":
         beside = DistributedDataParallel(torch.nn.Linear(4, 1))
         second = ice.Optimizer(torch.optim.SGD(beside.parameters(), lr=0.1), name="second", accumulation_steps=2)
@@ -203,3 +205,12 @@ def test_who_waits_in_a_reduction_for_a_rank_that_does_not_come_ends(tmp_path, c
     assert took < 45  # as above
     log = (tmp_path / f"{case}.{1 - who}.log").read_text()
     assert REDUCTIONS[case].format(who=who) in log
+
+
+@pytest.mark.soak
+def test_who_keeps_the_store_is_not_blamed_for_having_ended(tmp_path):
+    _, (case, who, codes, _) = run(tmp_path, 3, ["a step", "killed, without the store"])
+    assert all(codes)
+    assert who == 2  # rank 0 keeps it
+    for rank in (0, 1):
+        assert "rank 2 does not answer any more" in json.loads((tmp_path / f"{case}.{rank}").read_text())
