@@ -160,13 +160,10 @@ class Meeting:
                 if {row[1] for row in rows if row[0] == Kind.UNIT} == {self._members.index(member)}:
                     break  # else others were at the first loss of another optimizer
         sync.take_part()
-        for member in self._expected:
-            if member.sync is sync:
-                member.touched()
 
     def _reduce_again(self, sync: Synchroniser) -> None:
         """Meet all ranks before one more backward of the micro-batch that reduces, which others may not have."""
-        if self._reducing and not sync.always:
+        if self._reducing:
             row = [self._syncs().index(sync)]
             while self._take_unit(self._rounds.exchange(Kind.AGAIN, row, "one more loss of a micro-batch")):
                 pass

@@ -166,12 +166,16 @@ class Peers(Meeting):
             self._rounds.guard.enter(f"the reduction of {self._place(Kind.GATE)}")
 
     def _on_iteration_completed(self, _: Engine) -> None:
-        closing, reducing = self._closing, self._reducing
+        closing, reducing, expected = self._closing, self._reducing, self._expected
         for member in self._members:
             member.begun += 1
         for sync in self._waiting():
             self._take_part(sync)
         self._reducing, self._closing, self._expected = False, [], []
+        for member in expected:
+            if member not in closing:
+                member.sync.settle()  # which may move gradients to new buckets
+                member.touched()
         self._rounds.guard.leave()
         if not closing:
             return

@@ -26,7 +26,7 @@ def _flat(model: torch.nn.Module) -> list[list[float]]:
 
 
 def _static(how: str) -> Any:
-    model = DistributedDataParallel(network(), static_graph=True)
+    model = DistributedDataParallel(network(), static_graph=True, gradient_as_bucket_view=how == "with views")
     optimizer = ice.Optimizer(sgd(model), accumulation_steps=4)
 
     def step(engine: Engine, batch: Batch) -> None:
@@ -46,8 +46,8 @@ def _static(how: str) -> Any:
     return [_flat(model), optimizer.clocks["step"]]
 
 
-@pytest.mark.parametrize("how", ["passes over", "stops", "stops before it"])
-def test_a_static_graph_in_which_a_rank_is_absent_from_a_micro_batch(how):
+@pytest.mark.parametrize("how", ["passes over", "stops", "stops before it", "with views"])
+def test_a_static_graph_also_where_a_rank_is_absent_from_a_micro_batch(how):
     first, second = launch(_static, 2, how, timeout=30)
     assert first == second
     own = [batches(rank, RAGGED) for rank in range(2)]
@@ -55,6 +55,7 @@ def test_a_static_graph_in_which_a_rank_is_absent_from_a_micro_batch(how):
     optimizer = sgd(model)
     last = {
         "passes over": [*own[0][4:], own[1][4], *own[1][6:]],
+        "with views": [*own[0][4:], *own[1][4:]],
         "stops": [own[0][4], own[1][4]],  # which the run's end steps
         "stops before it": [own[0][4], own[1][4], own[0][5]],  # rank 0 was in it
     }
