@@ -73,14 +73,16 @@ class Guard:
         while not self._done.wait(_EVERY):
             entered, used_before, used = self._entered, used, _seconds_of_main()
             self._watch.reduction = ""
-            if entered is None or entered is not before or here().with_us:  # a round looks itself
+            at = here()
+            if entered is None or entered is not before or at.with_us:  # a round looks itself
                 before, suspects = entered, Suspects(in_round=False)
                 continue
             if used - used_before > _IDLE * _EVERY:
                 continue
             begin, doing, collectives = entered
             waited, answers = time.monotonic() - begin, {}
-            if collectives and not self._on_device:  # who waits for a device is as idle
+            # In the user's code it may wait for anything, such as a compiler; and for a device anywhere.
+            if collectives and at.ours and not self._on_device:
                 self._watch.reduction = doing
                 answers = self._watch.ask(others()) if waited > _LONG else {}
             fates = {r: self._watch.fate(r) for r in others() if answers.get(r) is None}

@@ -49,12 +49,14 @@ class Answer:
         place: The innermost line of the user's code, such as ``train.py:12 in evaluate``.
         collective: The function of ``torch.distributed`` that it waits in, other than for us; empty if in none.
         with_us: Whether it waits in a round of ours, where all come together.
+        ours: Whether it is in this package, called by the user's code, as in a backward.
         reduction: Where it waits in a reduction of the model's, if it does.
     """
 
     place: str
     collective: str = ""
     with_us: bool = False
+    ours: bool = False
     reduction: str = ""
 
 
@@ -193,7 +195,7 @@ def here() -> Answer:
 
 def where(frame: FrameType | None) -> Answer:
     """Return where *frame*, the innermost one of a thread, is in the user's code and in ``torch.distributed``."""
-    collective, with_us = "", False
+    collective, with_us, ours = "", False, False
     while frame is not None:
         code = frame.f_code
         path = code.co_filename
@@ -201,12 +203,12 @@ def where(frame: FrameType | None) -> Answer:
             if code.co_name not in {"wrapper", "wait"}:
                 collective = code.co_name
         elif path.startswith(_OURS):
-            with_us = with_us or path.endswith("rounds.py")
+            ours, with_us = True, with_us or path.endswith("rounds.py")
         elif not path.startswith((_TORCH, _IGNITE, "<frozen")):
             place = f"{Path(path).name}:{frame.f_lineno} in {code.co_name}"
-            return Answer(place, "" if with_us else collective, with_us)
+            return Answer(place, "" if with_us else collective, with_us, ours)
         frame = frame.f_back
-    return Answer("no line of Python", "" if with_us else collective, with_us)
+    return Answer("no line of Python", "" if with_us else collective, with_us, ours)
 
 
 def describe(error: BaseException) -> str:
