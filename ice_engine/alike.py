@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ice_engine.distributed.rounds import Kind, Rounds, Row
 from ice_engine.errors import RankError
@@ -50,23 +50,53 @@ def check_gate(rows: Sequence[Row], members: Sequence[Member], epoch: int) -> No
         raise RankError(message)
 
 
+class CloseRow(NamedTuple):
+    """What a rank says of a window that is to close.
+
+    Attributes:
+        member: Its optimizer, by number.
+        full: Whether it has the micro-batches of a step here, or the epoch has no more.
+        weight: Of its losses here.
+        weighted: Whether they came with a weight; -1 if there are none.
+        digest: Of the entries of the param groups.
+        unit: In which its losses are weighed.
+        micro_batches: It has here.
+        leaving: Whether this rank is at the end of its data or its run.
+    """
+
+    member: float
+    full: float
+    weight: float
+    weighted: float
+    digest: float
+    unit: float
+    micro_batches: float
+    leaving: float
+
+    @classmethod
+    def of(cls, row: Row) -> "CloseRow":
+        """Return *row*, of a round, without its kind."""
+        return cls(*row[1 : 1 + len(cls._fields)])
+
+
 def check_close(
-    rows: Sequence[Row],
+    rows: Sequence[CloseRow],
     member: Member,
     members: Sequence[Member],
     rounds: Rounds,
     values: dict[str, dict[str, str]],
 ) -> None:
     """Refuse to close windows of different optimizers, partly weighted ones, or with *values* that differ."""
-    if len({row[1] for row in rows}) > 1:
-        said = "; ".join(f"rank {r}: {members[int(row[1])].name!r}" for r, row in enumerate(rows))
+    if len({row.member for row in rows}) > 1:
+        said = "; ".join(f"rank {r}: {members[int(row.member)].name!r}" for r, row in enumerate(rows))
         message = f"the ranks close windows of different optimizers: {said}"
         raise RankError(message)
-    if {row[4] for row in rows} >= {0.0, 1.0}:
-        said = ", ".join(f"rank {r} {'with' if row[4] else 'without'}" for r, row in enumerate(rows) if row[4] >= 0)
+    if {row.weighted for row in rows} >= {0.0, 1.0}:
+        told = [(r, row.weighted) for r, row in enumerate(rows) if row.weighted >= 0.0]
+        said = ", ".join(f"rank {r} {'with' if weighted else 'without'}" for r, weighted in told)
         message = f"the losses of optimizer {member.name!r} came {said} weight=; pass it on every rank or on none"
         raise RankError(message)
-    if len({row[5] for row in rows}) > 1:
+    if len({row.digest for row in rows}) > 1:
         agree(rounds, {f"{key} of {group}": v for group, entries in values.items() for key, v in entries.items()})
 
 

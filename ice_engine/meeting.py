@@ -13,7 +13,7 @@ from typing import Protocol
 from ignite import distributed as idist
 from ignite.engine import Engine
 
-from ice_engine.alike import check_close, check_gate
+from ice_engine.alike import CloseRow, check_close, check_gate
 from ice_engine.distributed.rounds import Kind, Row, rounds
 from ice_engine.distributed.sync import Synchroniser
 from ice_engine.distributed.world import world_size
@@ -192,29 +192,28 @@ class Meeting:
         last = self._position == self._length and window.tail == "step" and window.is_open
         values = member.values()
         digest = zlib.crc32(json.dumps(values).encode())
-        weighted = -1.0 if window.weighted is None else float(window.weighted)
         while True:
-            full = float(window.is_full or last)
-            row = [
-                self._members.index(member),
-                full,
-                window.weight,
-                weighted,
-                digest,
-                window.unit,
-                window.micro_batches,
-                float(self._leaving),
-            ]
-            rows = self._rounds.exchange(Kind.CLOSE, row, self._place(Kind.CLOSE))
-            if not (self._take_unit(rows) or self._take_part_again(rows)):
+            own = CloseRow(
+                member=self._members.index(member),
+                full=float(window.is_full or last),
+                weight=window.weight,
+                weighted=-1.0 if window.weighted is None else float(window.weighted),
+                digest=digest,
+                unit=window.unit,
+                micro_batches=window.micro_batches,
+                leaving=float(self._leaving),
+            )
+            told = self._rounds.exchange(Kind.CLOSE, own, self._place(Kind.CLOSE))
+            if not (self._take_unit(told) or self._take_part_again(told)):
                 break  # else a rank without data is here, and the others at their first loss, or at one more
+        rows = [CloseRow.of(row) for row in told]
         check_close(rows, member, self._members, self._rounds, values)
-        if any(row[8] for row in rows):
+        if any(row.leaving for row in rows):
             self._length = None
-        if not (at_end or any(row[2] for row in rows)):
+        if not (at_end or any(row.full for row in rows)):
             # No rank had a loss for it in this iteration, one has stopped in it, or the first loss has told that its
             # windows are longer.
-            member.begun = int(max(row[7] for row in rows))
+            member.begun = int(max(row.micro_batches for row in rows))
             self._inside |= member.begun > 0
             if reduced:
                 member.sync.settle()  # which may move gradients to new buckets
@@ -222,8 +221,8 @@ class Meeting:
             return
         member.begun = 0
         # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.
-        window.unit = window.unit or max(row[6] for row in rows)
-        window.share(sum(row[3] for row in rows), world_size())
+        window.unit = window.unit or max(row.unit for row in rows)
+        window.share(sum(row.weight for row in rows), world_size())
         if reduced:
             member.sync.complete(member.parameters())
         whole = reduced or member.sync.reduce(member.parameters())
