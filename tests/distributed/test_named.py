@@ -197,7 +197,8 @@ REDUCTIONS = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.soak) for case in REDUCTIONS])
+@pytest.mark.soak
+@pytest.mark.parametrize("case", REDUCTIONS)
 def test_who_waits_in_a_reduction_for_a_rank_that_does_not_come_ends(tmp_path, case):
     ((found, who, codes, took),) = run(tmp_path, 2, [case])
     assert found == case

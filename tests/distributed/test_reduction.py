@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
 from tests.distributed.launch import launch, watch
-from tests.distributed.test_windows import RAGGED, batches, flat, network, sgd
+from tests.distributed.test_windows import RAGGED, batches, flat, network, plain_loop, sgd
 
 pytestmark = pytest.mark.distributed
 
@@ -79,16 +79,8 @@ def expected(name: str) -> torch.Tensor:
         windows = [windows[0], ([2, 3], [2]), ([4], [])]  # rank 0 hears of it at its next gate
     if name == "terminate_epoch() after the gate":
         windows = [windows[0], ([2, 3], [2]), ([4, 5], []), ([6, 7], [])]
-    model = network()
-    optimizer = sgd(model)
     data = [batches(rank, RAGGED) for rank in range(2)]
-    for window in windows:
-        own = [data[rank][i] for rank, indices in enumerate(window) for i in indices]
-        x, y = (torch.cat([batch[i] for batch in own]) for i in (0, 1))
-        optimizer.zero_grad()
-        torch.nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return flat(plain_loop([data[rank][i] for rank in range(2) for i in window[rank]] for window in windows))
 
 
 def test_every_way_to_reduce_is_the_mean_over_all_items():

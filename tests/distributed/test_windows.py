@@ -7,7 +7,7 @@ way it can: sizes of micro-batches, their number, ranks without any, epochs whos
 import functools
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -59,10 +59,21 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def oracle(world: int, sizes: list[list[int]], k: int, tail: str = "step") -> list[list[float]]:
-    """A plain loop over one big batch per window, of the items of all ranks."""
+def plain_loop(windows: Iterable[Sequence[Batch]]) -> list[list[float]]:
+    """The parameters after a plain loop, whose step is of one big batch per window."""
     model = network()
     optimizer = sgd(model)
+    for window in windows:
+        x, y = (torch.cat([batch[i] for batch in window]) for i in (0, 1))
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return [p.flatten().tolist() for p in model.parameters()]
+
+
+def oracle(world: int, sizes: list[list[int]], k: int, tail: str = "step") -> list[list[float]]:
+    """A plain loop over windows of the items of all ranks."""
+    windows: list[list[Batch]] = []
     data = [batches(rank, sizes) for rank in range(world)]
     carried: list[list[Batch]] = [[] for _ in data]
     for epoch in range(EPOCHS):
@@ -77,11 +88,8 @@ def oracle(world: int, sizes: list[list[int]], k: int, tail: str = "step") -> li
             if short and tail == "carry" and epoch + 1 < EPOCHS:
                 carried = window
                 continue
-            x, y = (torch.cat([batch[i] for own in window for batch in own]) for i in (0, 1))
-            optimizer.zero_grad()
-            torch.nn.functional.mse_loss(model(x), y).backward()
-            optimizer.step()
-    return [p.flatten().tolist() for p in model.parameters()]
+            windows.append([batch for own in window for batch in own])
+    return plain_loop(windows)
 
 
 def trained(
@@ -213,7 +221,7 @@ def _odd(work: Callable[[DistributedDataParallel, ice.Optimizer, Engine, Batch],
     return [[p.flatten().tolist() for p in model.module.parameters()], optimizer.clocks]
 
 
-def _plain(model: Any, optimizer: ice.Optimizer, batch: Batch) -> None:
+def learn(model: Any, optimizer: ice.Optimizer, batch: Batch) -> None:
     loss = torch.nn.functional.mse_loss(model(batch[0]), batch[1])
     optimizer.backward(loss, weight=len(batch[0]))
 
@@ -221,7 +229,7 @@ def _plain(model: Any, optimizer: ice.Optimizer, batch: Batch) -> None:
 def _passing_over(passed_over: list[set[int]], k: int) -> list[Any]:
     def work(model: Any, optimizer: ice.Optimizer, engine: Engine, batch: Batch) -> None:
         if engine.state.iteration not in passed_over[dist.get_rank()]:  # else one that turned out to be unusable
-            _plain(model, optimizer, batch)
+            learn(model, optimizer, batch)
 
     return _odd(work, k)
 
@@ -238,19 +246,11 @@ def _passing_over(passed_over: list[set[int]], k: int) -> list[Any]:
 )
 def test_a_rank_may_pass_over_a_micro_batch(passed_over, k, windows):
     (first, clocks), (second, _) = launch(_passing_over, 2, passed_over, k)
-    model = network()
-    optimizer = sgd(model)
-    data = [batches(0, RAGGED), batches(1, RAGGED)]
-    for first_rank, second_rank in windows:
-        own = [data[0][i] for i in first_rank] + [data[1][i] for i in second_rank]
-        x, y = (torch.cat([batch[i] for batch in own]) for i in (0, 1))
-        optimizer.zero_grad()
-        torch.nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
+    data = [batches(rank, RAGGED) for rank in range(2)]
+    expected = plain_loop([data[rank][i] for rank in range(2) for i in window[rank]] for window in windows)
     assert first == second
     assert clocks["step"] == len(windows)
-    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
-    torch.testing.assert_close(flat(first), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(flat(first), flat(expected), rtol=1e-12, atol=1e-12)
 
 
 def _nan_on_one_rank() -> list[Any]:
@@ -365,9 +365,9 @@ def _two_optimizers() -> list[Any]:
     a, b = (ice.Optimizer(sgd(m), name=n, accumulation_steps=k) for m, n, k in zip(models, "ab", (1, 2), strict=True))
 
     def step(engine: Engine, batch: Batch) -> None:
-        _plain(models[0], a, batch)
+        learn(models[0], a, batch)
         if engine.state.iteration % 2 == 0:
-            _plain(models[1], b, batch)
+            learn(models[1], b, batch)
 
     trainer = Engine(step)
     a.attach(trainer, model=models[0])
@@ -382,15 +382,8 @@ def test_two_optimizers_each_have_windows_of_their_own():
     assert first == second
     data = [batches(rank, RAGGED) for rank in range(2)]
     for found, windows in zip(first, ([[i] for i in range(8)], [[1, 3], [5, 7]]), strict=True):
-        model = network()
-        optimizer = sgd(model)
-        for window in windows:
-            x, y = (torch.cat([own[j][i] for own in data for j in window]) for i in (0, 1))
-            optimizer.zero_grad()
-            torch.nn.functional.mse_loss(model(x), y).backward()
-            optimizer.step()
-        expected = torch.cat([p.detach().flatten() for p in model.parameters()])
-        torch.testing.assert_close(flat(found), expected, rtol=1e-12, atol=1e-12)
+        expected = plain_loop([own[i] for own in data for i in window] for window in windows)
+        torch.testing.assert_close(flat(found), flat(expected), rtol=1e-12, atol=1e-12)
 
 
 UNWEIGHTED = {"SGD": sgd, "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)}
@@ -437,7 +430,7 @@ def test_without_weights_every_micro_batch_weighs_the_same_also_where_ranks_have
 def _first_reduced_late() -> int:
     model = DistributedDataParallel(network())
     optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
-    trainer = Engine(lambda _, batch: _plain(model, optimizer, batch))
+    trainer = Engine(lambda _, batch: learn(model, optimizer, batch))
     optimizer.attach(trainer, model=model)
     if dist.get_rank() == 1:
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: trainer.terminate_epoch())
@@ -455,7 +448,7 @@ def _stopped(how: str) -> Any:
     logging.getLogger("ice_engine.peers").addFilter(lambda record: said.append(record.getMessage()) or True)
     model = DistributedDataParallel(network())
     optimizer = ice.Optimizer(sgd(model), accumulation_steps=3)
-    trainer = Engine(lambda _, batch: _plain(model, optimizer, batch))
+    trainer = Engine(lambda _, batch: learn(model, optimizer, batch))
     optimizer.attach(trainer, model=model)
     if dist.get_rank() == 1:
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=4), lambda: getattr(trainer, how)())
@@ -471,16 +464,9 @@ def test_terminate_on_one_rank_stops_all_and_loses_no_micro_batch():
     assert rest == others == [2, 1]
     assert said == ["rank 1 ended the run in epoch 1, as by terminate(), and so do all"]
     assert quiet == []
-    model = network()
-    optimizer = sgd(model)
     data = [batches(rank, RAGGED) for rank in range(2)]
-    for own in ([*data[0][:3], *data[1][:3]], [*data[0][3:5], *data[1][3:4]]):  # rank 0 was in its window's second
-        x, y = (torch.cat([batch[i] for batch in own]) for i in (0, 1))
-        optimizer.zero_grad()
-        torch.nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
-    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
-    torch.testing.assert_close(flat(first), expected, rtol=1e-12, atol=1e-12)
+    windows = [*data[0][:3], *data[1][:3]], [*data[0][3:5], *data[1][3:4]]  # rank 0 was in its window's second
+    torch.testing.assert_close(flat(first), flat(plain_loop(windows)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.soak
@@ -492,7 +478,7 @@ def test_terminate_epoch_on_one_rank_ends_its_data_only():
 
 
 def _fully_sharded_step(_: Engine, batch: Batch, model: Any, optimizer: ice.Optimizer) -> None:
-    _plain(model, optimizer, batch)
+    learn(model, optimizer, batch)
 
 
 def _fully_sharded() -> dict[str, Any]:
@@ -554,7 +540,7 @@ def _fully_sharded_stopped(who: set[int]) -> list[Any]:
     model = network()
     fully_shard(model)
     optimizer = ice.Optimizer(sgd(model), accumulation_steps=3)
-    trainer = Engine(lambda _, batch: _plain(model, optimizer, batch))
+    trainer = Engine(lambda _, batch: learn(model, optimizer, batch))
     optimizer.attach(trainer, model=model)
     if dist.get_rank() in who:
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), trainer.terminate)
