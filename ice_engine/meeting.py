@@ -60,7 +60,6 @@ class Meeting:
         self._closing: list[Member] = []
         self._expected: list[Member] = []  # which all ranks reduce in this micro-batch
         self._reducing = False
-        self._leaving = False  # its data or its run, with a window to close that others count on
         self._before: list[int] = []
         self.savers: list[Saver] = []
         self.wants_stop: Callable[[], bool] = bool
@@ -139,8 +138,9 @@ class Meeting:
             rows = self._gate(kind)
         return rows
 
-    def _unit_of(self, member: Member, first: float, weighted: bool) -> float:
+    def _unit_of(self, member: Member, first: float) -> float:
         """Return the unit of *member*'s weights: the largest of the ranks' first ones, one and the same for all."""
+        weighted = bool(member.window.weighted)
         if weighted or not member.met:
             self._tell_unit(member, first if weighted else 0.0, unweighted=not weighted)
         return member.window.common if weighted else first
@@ -187,7 +187,7 @@ class Meeting:
             window.decide(window.common)
         return bool(said)
 
-    def _close(self, member: Member, *, reduced: bool = False, at_end: bool = False) -> None:
+    def _close(self, member: Member, *, reduced: bool = False, at_end: bool = False, leaving: bool = False) -> None:
         window = member.window
         last = self._position == self._length and window.tail == "step" and window.is_open
         values = member.values()
@@ -201,7 +201,7 @@ class Meeting:
                 digest=digest,
                 unit=window.unit,
                 micro_batches=window.micro_batches,
-                leaving=float(self._leaving),
+                leaving=float(leaving),
             )
             told = self._rounds.exchange(Kind.CLOSE, own, self._place(Kind.CLOSE))
             if not (self._take_unit(told) or self._take_part_again(told)):

@@ -29,7 +29,6 @@ from ice_engine.meeting import Meeting
 from ice_engine.member import Member
 from ice_engine.of_engine import of_engine
 from ice_engine.orders import LAST, PEERS
-from ice_engine.window import by_itself
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class Peers(Meeting):
     def leave(self, member: Member) -> None:
         """Let an optimizer go; with the last one, the engine is as it was."""
         member.sync.on(last=True)
-        member.window.unit_of = by_itself
+        member.window.unit_of = float
         self._members.remove(member)
         if not self._members:
             HookRegistry(self._engine).remove_of(self)
@@ -106,7 +105,7 @@ class Peers(Meeting):
 
     def _on_started(self, engine: Engine) -> None:
         self._closing, self._reducing, self._expected = [], False, []
-        self._run_over = self.stop_wanted = self.ending = self._leaving = False
+        self._run_over = self.stop_wanted = self.ending = False
         state = engine.state
         self._resumed = state.iteration % state.epoch_length if state.iteration and state.epoch_length else 0
         if engine._init_iter is not None:  # noqa: SLF001 - no public way to it
@@ -139,9 +138,9 @@ class Peers(Meeting):
     def _on_iteration_started(self, engine: Engine) -> None:
         self._position += 1
         last = self._position == self._length
-        begun = [m.begun if self.in_step else None for m in self._members]
-        closes = zip(self._members, begun, strict=True)
-        self._closing = [m for m, count in closes if m.window.closes_next(last=last, begun=count)]
+        self._closing = [
+            m for m in self._members if m.window.closes_next(last=last, begun=m.begun if self.in_step else None)
+        ]
         together = any(m.sync.together for m in self._members)
         self._reducing, self._expected = False, []
         if self._closing or together:
@@ -163,9 +162,15 @@ class Peers(Meeting):
         self._switch(last=False, closing=reduced)
         if self._reducing:
             self._expected = [m for m in self._members if m in reduced or m.sync.always]
-            self._rounds.guard.enter(f"the reduction of {self._place(Kind.GATE)}")
+            # Who waits for a device is as idle as who waits for a rank.
+            on_cpu = all(p.is_cpu for m in self._expected for p in m.parameters()[:1])
+            self._rounds.guard.enter(f"the reduction of {self._place(Kind.GATE)}", collectives=on_cpu)
 
     def _on_iteration_completed(self, _: Engine) -> None:
+        self._complete()
+
+    def _complete(self, *, leaving: bool = False) -> None:
+        """Reduce and close with the others what this micro-batch does; *leaving* its data or its run, with it."""
         closing, reducing, expected = self._closing, self._reducing, self._expected
         for member in self._members:
             member.begun += 1
@@ -182,15 +187,13 @@ class Peers(Meeting):
         self._switch(last=False)
         self._rounds.guard.enter(f"the step of {self._place(Kind.GATE)}", collectives=False)
         for member in closing:
-            self._close(member, reduced=reducing)
+            self._close(member, reduced=reducing, leaving=leaving)
         self._rounds.guard.leave()
 
     def _keep_promise(self, engine: Engine) -> None:
         """Do with the others what this rank said at a gate that it would, if a handler has stopped it since."""
         if self._closing or self._expected:
-            self._leaving = True
-            self._on_iteration_completed(engine)
-            self._leaving = False
+            self._complete(leaving=True)
             for saver in self.savers:
                 saver.on_edge(engine)
 

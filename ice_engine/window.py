@@ -49,8 +49,8 @@ class Window:
         pending: Whether a loss has entered the micro-batch that is under way.
         losses: The losses that entered, by micro-batch, for the report on a non-finite window.
         weighted: Whether losses come with a weight; None before the first.
-        unit_of: Returns the unit that a first weight makes, or its lack; the weight itself, unless other ranks have a
-            say.
+        unit_of: Returns the unit that a first loss makes, of its weight, or 1 without; that itself, unless other ranks
+            have a say.
         common: The unit of every window, where it is the same on many ranks; 0 where each takes its own.
         shrink: What the gradients accumulated so far are to be multiplied with before the loss that entered last is
             differentiated; 1.0 nearly always.
@@ -74,7 +74,7 @@ class Window:
         choice("loss_reduction", reduction, ("mean", "sum"))
         self.tail: Tail = tail
         self.reduction: Reduction = reduction
-        self.unit_of: Callable[[float, bool], float] = by_itself
+        self.unit_of: Callable[[float], float] = float
         self.common: float = 0.0
         self.reset()
 
@@ -214,7 +214,7 @@ class Window:
         self.losses.append((self.micro_batches + 1, loss.item() if at_hand else loss.detach()))
         self.pending = True
         # Also of one that weighs nothing: other ranks may be asking for their first weight.
-        self.unit = self.unit or self.unit_of(items * parts, self.weighted)
+        self.unit = self.unit or self.unit_of(items * parts)
         if self.batch is not None:
             self.decide(self.unit / parts)
         if items == 0.0:
@@ -293,11 +293,6 @@ class Window:
             self.weight += 1.0
         self.pending = False
         self.micro_batches += 1
-
-
-def by_itself(first: float, weighted: bool) -> float:  # noqa: ARG001 - as of many ranks
-    """Return *first*: the unit of a window that no other process has a part of."""
-    return first
 
 
 def closing_windows(size: int, tail: Tail, epoch_length: int, iterations: int) -> Iterator[tuple[int, int, int]]:

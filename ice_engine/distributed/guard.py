@@ -12,10 +12,8 @@ import sys
 import threading
 import time
 
-import torch
-
 from ice_engine.distributed.suspects import Suspects
-from ice_engine.distributed.watch import Watch, here, others
+from ice_engine.distributed.watch import Answer, Watch, here
 from ice_engine.distributed.world import rank
 from ice_engine.errors import RankError
 
@@ -39,7 +37,7 @@ class Guard:
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def enter(self, doing: str, *, collectives: bool = True) -> None:
+    def enter(self, doing: str, *, collectives: bool) -> None:
         """Begin what needs all ranks.
 
         Args:
@@ -53,10 +51,6 @@ class Guard:
             # As the watch: an interpreter that ends while the thread is in the store, in C++, would abort.
             atexit.register(self.close)
 
-    @property
-    def _on_device(self) -> bool:
-        return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
     def leave(self) -> None:
         """End it."""
         self._entered = None
@@ -69,6 +63,7 @@ class Guard:
             atexit.unregister(self.close)
 
     def _look(self) -> None:
+        answers: dict[int, Answer | None]
         before, suspects, used = None, Suspects(in_round=False), 0.0
         while not self._done.wait(_EVERY):
             entered, used_before, used = self._entered, used, _seconds_of_main()
@@ -80,15 +75,15 @@ class Guard:
             if used - used_before > _IDLE * _EVERY:
                 continue
             begin, doing, collectives = entered
-            waited, answers = time.monotonic() - begin, {}
-            # In the user's code it may wait for anything, such as a compiler; and for a device anywhere.
-            if collectives and at.ours and not self._on_device:
+            waited = time.monotonic() - begin
+            # In the user's code it may wait for anything, such as a compiler.
+            if collectives and at.ours:
                 self._watch.reduction = doing
-                answers = self._watch.ask(others()) if waited > _LONG else {}
-            fates = {r: self._watch.fate(r) for r in others() if answers.get(r) is None}
-            known = {r: fate for r, fate in fates.items() if r in answers or fate == "is stopped"}
+            answers, fates = {}, self._watch.stopped()
+            if self._watch.reduction and waited > _LONG and not fates:
+                answers, fates = self._watch.whereabouts()
             try:
-                suspects.look(answers, known, waited, doing)
+                suspects.look(answers, fates, waited, doing)
             except RankError as error:
                 if self._entered is entered:
                     self._end(error)

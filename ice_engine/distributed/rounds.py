@@ -227,14 +227,12 @@ class Rounds:
                     raise TimeoutError from error
             else:
                 return
-            # First of all: the store may be in one that is stopped, and this rank would wait for it.
-            stopped = {r: "is stopped" for r in others() if self._watch.fate(r) == "is stopped"}
+            stopped = self._watch.stopped()
             if not stopped and self._watch.notes():
                 raise self.gone(TimeoutError("a rank that raised does not come"))
             waited = time.monotonic() - begin
             try:
-                answers = {} if stopped else self._watch.ask(others())
-                fates = stopped or {r: self._watch.fate(r) for r, answer in answers.items() if answer is None}
+                answers, fates = ({}, stopped) if stopped else self._watch.whereabouts()
                 suspects.look(answers, fates, waited, self._doing)
             except RankError as error:
                 self._left = error

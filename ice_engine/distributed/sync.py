@@ -86,8 +86,8 @@ class DDPSync:
         self.again: Callable[[], object] = bool
         self.reduces = True
         # A static graph is the one that DDP sees reduced first, and stays so: every backward needs all ranks. To save
-        # memory there is nothing to reduce
-        # for in between: gradients are whole on every rank, and those of a rank with fewer losses would be waited for.
+        # memory there is nothing to reduce for in between: gradients are whole on every rank, and those of a rank with
+        # fewer losses would be waited for.
         self.always = self.together = bool(self.model.static_graph)
         self._used = self._settled = False
         self._unsent: object = None

@@ -152,6 +152,18 @@ class Watch:
             fate = self._processes[of].fate
         return fate
 
+    def stopped(self) -> dict[int, str]:
+        """Return the fate of the ranks that are stopped.
+
+        To be asked before all that needs the store, which may be in one of them: who asks there would wait for it.
+        """
+        return {r: fate for r in others() if (fate := self.fate(r)) == "is stopped"}
+
+    def whereabouts(self) -> tuple[dict[int, Answer | None], dict[int, str]]:
+        """Return where the other ranks are, and the fate of those that do not say."""
+        answers = self.ask(others())
+        return answers, {r: self.fate(r) for r, answer in answers.items() if answer is None}
+
     def notes(self) -> dict[int, str]:
         """Return what other ranks have raised, as they left it."""
         with contextlib.suppress(RuntimeError):
@@ -181,9 +193,8 @@ class Watch:
                 if calls > answered:
                     self._note_uncaught(store)  # its main thread may wait for others before it ends
                 for call in range(answered + 1, calls + 1):
-                    store.set(
-                        f"{call}/{rank()}", json.dumps(dataclasses.asdict(here()) | {"reduction": self.reduction})
-                    )
+                    answer = dataclasses.replace(here(), reduction=self.reduction)
+                    store.set(f"{call}/{rank()}", json.dumps(dataclasses.asdict(answer)))
                 answered = calls
 
 
