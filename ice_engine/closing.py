@@ -208,7 +208,7 @@ class Closing(Accumulating):
             if self._fire("STEP_STARTED"):
                 self._note(norm, None, factor)  # again: torch's and Ignite's schedulers sit there
             self._stepping = True
-            if self._measures.wanted:
+            if self._measures.wants_strides:
                 self._measures.before_step(
                     {group_name(group, i): group["params"] for i, group in enumerate(self.param_groups)}
                 )
@@ -226,8 +226,7 @@ class Closing(Accumulating):
         finally:
             self._stepping = False
         self._short_windows += self._window.micro_batches < self._size
-        if self._measures.wanted:
-            found = self._measures.after_step(self._window.weight)
+        if found := self._measures.after_step(self._window.weight):
             self._publish_record(dataclasses.replace(cast("StepRecord", self._last_record), **found))
         self._end_window("STEP_COMPLETED")
 
@@ -269,6 +268,7 @@ class Closing(Accumulating):
             },
             skipped=reason,
             form=binding.form,
+            times=self._measures.times if reason is None else None,
         )
         self._publish_record(record)
 

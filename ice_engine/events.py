@@ -263,7 +263,8 @@ class StepRecord:
         noise_scale: Batch size, in items, from which on a larger one brings little; None unless it is measured.
         update_ratio: Per param group name, how far the step moved it, as a part of its length, shape (); None unless
             it is measured, and before the step.
-        times: Seconds of this window by ``data``, ``compute`` (forward and backward) and ``step``; likewise.
+        times: Seconds of this window by ``data``, ``compute`` (forward and backward) and ``step``, so far; None unless
+            they are measured.
     """
 
     step: int

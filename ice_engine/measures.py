@@ -67,35 +67,36 @@ class Stopwatch:
 
     Attributes:
         total: Seconds by part, of all windows since :meth:`restart`.
+        spent: Those of the window under way, in a dict of its own.
     """
 
     def __init__(self) -> None:
         self._last: float | None = None
         self.total: dict[str, float] = {}
-        self._spent = {"data": 0.0, "compute": 0.0, "step": 0.0}
+        self.spent = {"data": 0.0, "compute": 0.0, "step": 0.0}
 
     def lap(self, part: str) -> None:
         """Book the time since the last lap on *part*; the first lap only starts the watch."""
         now = time.perf_counter()
         if self._last is not None:
-            self._spent[part] += now - self._last
+            self.spent[part] += now - self._last
         self._last = now
 
     def stop(self) -> None:
         """Let what comes until the next lap count for nothing, such as the time between two runs."""
         self._last = None
 
-    def split(self) -> dict[str, float]:
-        """Return the seconds booked on each part, and start again from 0."""
-        spent, self._spent = self._spent, dict.fromkeys(self._spent, 0.0)
-        self.total = {part: self.total.get(part, 0.0) + seconds for part, seconds in spent.items()}
-        return spent
+    def split(self) -> None:
+        """Go on with another window."""
+        for part, seconds in self.spent.items():
+            self.total[part] = self.total.get(part, 0.0) + seconds
+        self.spent = dict.fromkeys(self.spent, 0.0)
 
     def restart(self) -> None:
         """Begin anew, as a run does."""
         self.stop()
         self.total = {}
-        self._spent = dict.fromkeys(self._spent, 0.0)
+        self.spent = dict.fromkeys(self.spent, 0.0)
 
 
 class Strides:
@@ -168,19 +169,30 @@ class Measures:
         """Keep the norm of the window's gradient, before clipping."""
         self._length = norm
 
+    @property
+    def times(self) -> dict[str, float] | None:
+        """Where the time of the window under way goes, filled in until :meth:`after_step`; None unless it is wanted."""
+        return self.watch.spent if "times" in self.wanted else None
+
+    @property
+    def wants_strides(self) -> bool:
+        """Whether it is to see the parameters before a step."""
+        return "update_ratio" in self.wanted
+
     def before_step(self, groups: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """Look at the parameters, by group name, as they are before the step."""
-        self._strides = Strides(groups) if "update_ratio" in self.wanted else None
+        self._strides = Strides(groups)
 
     def after_step(self, weight: float) -> dict[str, Any]:
-        """Return what the record of a window of *weight* says besides: each entry None unless it is wanted."""
+        """Return what the record of a window of *weight* says besides, as far as it is wanted."""
         if self._first is not None and self._length is not None and weight > self._first[1]:
             square, items = self._first
             self.noise.add(float(square), items, float(self._length) ** 2, weight)
-        self.watch.lap("step")
-        strides, self._strides = self._strides, None
-        return {
-            "noise_scale": self.noise.value if "noise_scale" in self.wanted else None,
-            "update_ratio": None if strides is None else strides.ratios(),
-            "times": self.watch.split() if "times" in self.wanted else None,
-        }
+        if "times" in self.wanted:
+            self.watch.lap("step")
+            self.watch.split()
+        found: dict[str, Any] = {"noise_scale": self.noise.value} if "noise_scale" in self.wanted else {}
+        if self._strides is not None:
+            found["update_ratio"] = self._strides.ratios()
+            self._strides = None
+        return found

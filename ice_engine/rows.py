@@ -85,7 +85,7 @@ def step_rows(name: str, record: StepRecord, output: Any = None) -> dict[str, fl
         outputs = output if isinstance(output, dict) else {"loss": output}
         rows = {f"{OUTPUT}/{key}": value for key, value in outputs.items()}
         rows |= {f"{name}/{tag}": value for tag, value in _measured(record)}
-    rows[f"{name}/skipped"] = record.attempt - record.step
+    rows[f"{name}/skipped"] = float(record.attempt - record.step)
     return _read(rows)
 
 
@@ -135,10 +135,10 @@ def _read(entries: Mapping[str, Any]) -> dict[str, float | str]:
     """Return the numbers and texts among *entries*; those of a tuple such as betas get their places as tags."""
     found: dict[str, float | str] = {}
     for tag, entry in entries.items():
-        if isinstance(entry, tuple | list):
+        if type(entry) is float or isinstance(entry, str):
+            found[tag] = entry
+        elif isinstance(entry, tuple | list):
             found |= _read({f"{tag}.{i}": element for i, element in enumerate(entry)})
-            continue
-        value = entry if type(entry) is float or isinstance(entry, str) else _number(entry)
-        if value is not None:
+        elif entry is not None and (value := _number(entry)) is not None:
             found[tag] = value
     return found

@@ -195,13 +195,13 @@ class _Board:
         self._target.restart(self._step + 1)
 
     def write(self, line: Line) -> None:
-        numbers = {tag: value for tag, value in line.rows.items() if not isinstance(value, str)}
+        texts = {tag: value for tag, value in line.rows.items() if isinstance(value, str)}
+        numbers: Any = {tag: line.rows[tag] for tag in line.rows if tag not in texts} if texts else line.rows
         self._scalars(numbers, line.step, line.time)
         if line.source not in self._optimizers:
             self._metrics |= dict.fromkeys(numbers)
-        for tag, value in line.rows.items():
-            if isinstance(value, str):
-                self._target.text(tag, self._with_earlier(tag, line, value), line.step, line.time)
+        for tag, value in texts.items():
+            self._target.text(tag, self._with_earlier(tag, line, value), line.step, line.time)
 
     def _with_earlier(self, tag: str, line: Line, reason: str) -> str:
         """Join the reasons of skips at the same step, of which TensorBoard would keep the last alone."""

@@ -19,7 +19,13 @@ from ice_engine.histograms import histogram
 )
 def test_checksums_are_tensorboards(length):
     data = np.random.default_rng(length).bytes(length)
-    assert masked_crc32c(data) == pywrap_tensorflow.masked_crc32c(data)
+    assert masked_crc32c([data]) == [pywrap_tensorflow.masked_crc32c(data)]
+
+
+def test_checksums_of_many_records_are_in_their_order():
+    random = np.random.default_rng(0)
+    records = [random.bytes(length) for length in random.choice([0, 2, 300, 301, 1500], 5000)]
+    assert masked_crc32c(records) == [pywrap_tensorflow.masked_crc32c(record) for record in records]
 
 
 def test_the_reader_finds_every_event_as_it_was_written(tmp_path):
