@@ -9,7 +9,8 @@ from ignite.engine import Engine, Events
 
 from ice_engine.distributed import world
 from ice_engine.distributed.build import remove_last_param_group
-from ice_engine.distributed.sync import Sync, Synchroniser, synchroniser
+from ice_engine.distributed.sync import synchroniser
+from ice_engine.distributed.synchroniser import Sync, Synchroniser
 from ice_engine.errors import ArgumentTypeError, AttachError, warn
 from ice_engine.events import is_running, register
 from ice_engine.hooks import HookRegistry

@@ -15,7 +15,7 @@ from ignite.engine import Engine
 
 from ice_engine.alike import CloseRow, check_close, check_gate
 from ice_engine.distributed.rounds import Kind, Row, rounds
-from ice_engine.distributed.sync import Synchroniser
+from ice_engine.distributed.synchroniser import Synchroniser
 from ice_engine.distributed.world import world_size
 from ice_engine.errors import ArgumentValueError, AttachError
 from ice_engine.member import Member

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ice_engine.distributed.sync import Synchroniser
+from ice_engine.distributed.synchroniser import Synchroniser
 from ice_engine.window import Window
 
 

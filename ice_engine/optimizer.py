@@ -8,7 +8,7 @@ from ignite.engine import Engine
 
 from ice_engine.arguments import choice
 from ice_engine.clocks import Clocks
-from ice_engine.distributed.sync import Sync
+from ice_engine.distributed.synchroniser import Sync
 from ice_engine.errors import (
     ArgumentTypeError,
     ArgumentValueError,

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ice_engine.data_position import shared_out
-from ice_engine.distributed.sync import DDPSync
+from ice_engine.distributed.ddp import DDPSync
 from ice_engine.errors import CheckpointError
 from tests.distributed import torchrun
 from tests.distributed.launch import launch

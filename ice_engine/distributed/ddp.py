@@ -1,0 +1,133 @@
+"""DDP's reduction, driven by windows: what DDP does by itself in a forward or a backward, where all ranks are."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from ice_engine.distributed.averaging import average, present
+from ice_engine.distributed.synchroniser import Synchroniser
+from ice_engine.errors import AttachError
+
+
+class DDPSync(Synchroniser):
+    """Drives a ``DistributedDataParallel``.
+
+    Args:
+        model: The module.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        super().__init__(model)
+        self.reduces = True
+        # A static graph is the one that DDP sees reduced first, and stays so: every backward needs all ranks. To save
+        # memory there is nothing to reduce for in between: gradients are whole on every rank, and those of a rank with
+        # fewer losses would be waited for.
+        self.always = self.together = bool(self.model.static_graph)
+        self._used = self._settled = False
+        self._unsent: object = None
+        self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
+        logged: Any = self.model._get_ddp_logging_data  # noqa: SLF001 - no public way to it
+        known = logged().get("num_parameter_tensors")
+        if known is not None and known != len(self._reduced):
+            message = (
+                f"DistributedDataParallel reduces the {known} parameters that required grad when it was made; now "
+                f"{len(self._reduced)} do. Freeze and unfreeze before, or wrap the module again"
+            )
+            raise AttachError(message)
+
+    def on(self, last: bool) -> None:
+        """Let the next forward and backward reduce if it is the *last* of a window."""
+        self.model.require_backward_grad_sync = self.reduces = last or self.always
+        self._used, self._unsent = False, self.model.modules_buffers
+        # DDP sends buffers in the first forward after a reduction, when perhaps not every rank has data: here it is in
+        # the forward of the reduction itself.
+        # 1 is True to DDP, whose forward puts True.
+        self.model.require_forward_param_sync = int(last)
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether no forward that is to be differentiated has gone through DDP since it is to reduce."""
+        model = self.model
+        # Of these two, which have no public names, its forward notes nothing.
+        if self._used or model._use_python_reducer or model._delay_all_reduce_all_params:  # noqa: SLF001 - as said
+            return False
+        return self.model.require_forward_param_sync is not True
+
+    def before_backward(self, loss: torch.Tensor) -> None:
+        """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
+        if self.reduces and self._used:
+            self.again()
+            self.settle()  # what DDP notes of its first backward for its buckets must be of one
+            self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
+        self._used = True
+
+    def follow_forward(self) -> None:
+        """Take part in sending buffers, which DDP's forward does first, if this rank has come to none."""
+        # It makes this list anew when it sends, and says so nowhere else if the module's own forward raises.
+        if self.model.modules_buffers is self._unsent and self.model.will_sync_module_buffers():
+            self.model._sync_buffers()  # noqa: SLF001 - no public way to it
+
+    def take_part(self, loss: torch.Tensor | None = None) -> None:  # noqa: ARG002 - needs none
+        """Take part with zeros in the reduction that the other ranks' backward makes."""
+        self._differentiate_zeros([p for p in self.model.module.parameters() if p.requires_grad])
+
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Average gradients that no backward has reduced."""
+        if self.model.find_unused_parameters:
+            # It has noted what was used since it reduced, and must be through with that.
+            own = [p for p in parameters if p.requires_grad and id(p) in self._reduced]
+            self._differentiate_zeros([p for p, here in zip(own, present(own), strict=True) if here])
+            self.complete(parameters)
+        else:
+            average(parameters, self.model.process_group)
+        return True
+
+    def complete(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Average the gradients that DDP does not know of: of *parameters* that required none when it was made."""
+        late = [p for p in parameters if p.requires_grad and id(p) not in self._reduced]
+        if late:
+            average(late, self.model.process_group)
+
+    def settle(self) -> None:
+        """Let DDP agree on its buckets now; it would in the next forward, where a rank may be missing."""
+        if not self._settled:
+            # Not before it has reduced, which may be late, if the first windows were reduced here.
+            self._settled = self.model.reducer._rebuild_buckets()  # noqa: SLF001 - no public way to it
+
+    def layout(self) -> list[int]:
+        """Return the parameters, by number, in the order of the buckets that DDP made of its first reduction.
+
+        Which numbers are added up in which order depends on where in a bucket they are: from three ranks on, buckets of
+        another layout give another rounding.
+        """
+        if not self._settled:
+            return []
+        self.model.logger.set_runtime_stats_and_log()  # else it says so only from the next forward on
+        buckets = self.model._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices", "")  # noqa: SLF001
+        return [int(index) for index in buckets.replace(",", " ").split()]
+
+    def lay_out(self, order: Sequence[int]) -> None:
+        """Let DDP make its buckets, as it would after a first reduction in which gradients came in *order*.
+
+        One of zeros is made: no forward runs, nothing is drawn at random, and gradients stay what they are.
+        """
+        parameters = [p for p in self.model.module.parameters() if p.requires_grad]
+        if self._settled or self.model.static_graph or sorted(order) != list(range(len(parameters))):
+            return
+        before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        self.on(last=True)
+        # Of several gradients that are at hand, autograd takes the one whose graph was made last.
+        self._differentiate_zeros([parameters[index] for index in reversed(order)])
+        self.settle()
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+    def _differentiate_zeros(self, parameters: Sequence[torch.Tensor]) -> None:
+        reached = [p.view_as(p) for p in parameters]  # a graph, for DDP to see that all of them are used
+        # As the forward does that this rank may not have had.
+        self.model.reducer.prepare_for_backward(reached if self.model.find_unused_parameters else [])
+        torch.autograd.backward(reached, [torch.zeros_like(p) for p in parameters])

@@ -1,0 +1,50 @@
+"""FSDP2's reduction, driven by windows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ice_engine.distributed.synchroniser import Sync, Synchroniser
+from ice_engine.distributed.world import rank
+from ice_engine.errors import BackwardError
+
+
+class FSDPSync(Synchroniser):
+    """Drives a module that ``fully_shard`` was applied to.
+
+    What its forward gathers, only a forward can: a rank that has none cannot take part in it.
+
+    Args:
+        model: The module.
+        sync: What accumulation saves.
+    """
+
+    def __init__(self, model: Any, sync: Sync) -> None:
+        super().__init__(model)
+        self.reduces, self.always = True, sync == "memory"
+        self._behind = False
+
+    def on(self, last: bool) -> None:
+        """Let the next forward and backward reduce if it is the *last* of a window."""
+        self.reduces = last or self.always
+        self.model.set_requires_gradient_sync(self.reduces)
+
+    def before_backward(self, loss: torch.Tensor) -> None:  # noqa: ARG002 - needs none
+        """Note whether this one reduces what was accumulated, or leaves more."""
+        self._behind = not self.reduces
+
+    def take_part(self, loss: torch.Tensor | None = None) -> None:
+        """Differentiate *loss* with gradient 0; without one there is nothing to take part with."""
+        if loss is not None:
+            torch.autograd.backward(loss, torch.zeros_like(loss))
+            return
+        message = (
+            f"rank {rank()} called no backward() in an iteration in which others did; every forward and backward of a "
+            "fully_shard'ed model needs all ranks. Call it on all, with weight=0 where there is nothing to learn"
+        )
+        raise BackwardError(message)
+
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002 - reduced already, or out of reach
+        """Return whether the last backward has reduced; what was not, nobody can reach."""
+        return not self._behind

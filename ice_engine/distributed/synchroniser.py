@@ -1,0 +1,71 @@
+"""How the gradients of one model get from rank to rank: DDP and FSDP2 by their own reduction, see ddp.py and fsdp.py.
+
+Both average over ranks. While a window accumulates, their reduction is off; at its last micro-batch it is on, so that
+one backward reduces the whole window, while it still computes. Where a window closes without such a backward, as at the
+end of data whose length nobody knew, what it would have done is done after it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+Sync = Literal["communication", "memory"]
+"""What accumulation saves: ``"communication"`` reduces once a window, ``"memory"`` every micro-batch of shards."""
+
+
+class Synchroniser:
+    """Reduces nothing: with tensor parallelism alone every rank has the gradients of its shards, of the same data.
+
+    Args:
+        model: The module.
+
+    Attributes:
+        model: The module.
+        together: Whether even a forward needs all ranks, so that none may have a micro-batch more than the others.
+        reduces: Whether a backward reduces now.
+        always: Whether every micro-batch does, and not only the last of a window.
+        again: Called before one more backward reduces in a micro-batch that has had one: other ranks may have fewer
+            losses.
+    """
+
+    together = True
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model: Any = model
+        self.reduces = self.always = False
+        self.again: Callable[[], object] = bool
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether no forward has gone through the model since a backward is to reduce, which then cannot."""
+        return False
+
+    def on(self, last: bool) -> None:
+        """Let the next forward and backward reduce if it is the *last* of a window."""
+
+    def before_backward(self, loss: torch.Tensor) -> None:
+        """Get ready for one more backward of a micro-batch, that of *loss*."""
+
+    def follow_forward(self) -> None:
+        """Take part in what the other ranks' forward sends, if none of this rank has."""
+
+    def take_part(self, loss: torch.Tensor | None = None) -> None:
+        """Take part with zeros in the reduction that the other ranks' backward makes."""
+
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002 - nothing to reduce
+        """Average gradients that no backward has reduced; return whether that could be done."""
+        return True
+
+    def complete(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Average what a backward that reduced has left out."""
+
+    def settle(self) -> None:
+        """Do, where all ranks are, what would need them all at the next forward."""
+
+    def layout(self) -> list[int]:
+        """Return the order of parameters in what is reduced at once, if that is not the same from the beginning on."""
+        return []
+
+    def lay_out(self, order: Sequence[int]) -> None:
+        """Reduce from the beginning on in *order*, from :meth:`layout` in another process; needs all ranks."""
