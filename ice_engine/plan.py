@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, overload
 from ice_engine import pictures
 from ice_engine.arguments import count
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
-from ice_engine.problems import PlannedRun, find_problems
+from ice_engine.problems import find_problems
 from ice_engine.processors.group import check_processors
 from ice_engine.rehearsal import Rehearsal, StandIn
+from ice_engine.schedule_lengths import PlannedRun
 from ice_engine.typing import DictProcessor
 from ice_engine.window import Tail, Window, closing_windows
 
