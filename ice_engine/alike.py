@@ -9,13 +9,15 @@ from ice_engine.errors import RankError
 from ice_engine.member import Member
 
 
-def agree(rounds: Rounds, facts: dict[str, Any], free: frozenset[str] | set[str] = frozenset()) -> dict[str, list[Any]]:
-    """Compare *facts* over ranks, all but the *free* ones, and return those of all.
+def agree(
+    rounds: Rounds, facts: dict[str, Any], doing: str, free: frozenset[str] | set[str] = frozenset()
+) -> dict[str, list[Any]]:
+    """Compare *facts* over ranks, all but the *free* ones, at *doing*, and return those of all.
 
     Raises:
         RankError: Naming the first that differs.
     """
-    told = [json.loads(text) for text in rounds.texts(json.dumps(facts), "the start of a run")]
+    told = [json.loads(text) for text in rounds.texts(json.dumps(facts), doing)]
     keys = sorted({key for facts in told for key in facts})
     found = {key: [facts.get(key) for facts in told] for key in keys}
     for key, values in found.items():
@@ -97,7 +99,8 @@ def check_close(
         message = f"the losses of optimizer {member.name!r} came {said} weight=; pass it on every rank or on none"
         raise RankError(message)
     if len({row.digest for row in rows}) > 1:
-        agree(rounds, {f"{key} of {group}": v for group, entries in values.items() for key, v in entries.items()})
+        facts = {f"{key} of {group}": v for group, entries in values.items() for key, v in entries.items()}
+        agree(rounds, facts, f"a step of {member.name!r}")
 
 
 def _by_rank(values: Sequence[Any]) -> str:

@@ -32,6 +32,8 @@ from ice_engine.orders import LAST, PEERS
 
 logger = logging.getLogger(__name__)
 
+_START = "the start of a run"
+
 
 class Peers(Meeting):
     """Keeps the runs of one engine on all ranks together.
@@ -113,11 +115,11 @@ class Peers(Meeting):
         facts = {"max_epochs": state.max_epochs, "max_iters": state.max_iters}
         for member in self._members:
             facts |= {f"{key} of optimizer {member.name!r}": value for key, value in member.facts().items()}
-        self._rounds.exchange(Kind.START, doing="the start of a run")
+        self._rounds.exchange(Kind.START, doing=_START)
         self._rounds.leave_note(None)
         begun = [member.window.micro_batches for member in self._members]
         places = {"epoch_length": state.epoch_length, "position": self._resumed, "micro-batches": begun}
-        told = agree(self._rounds, facts | places, free={*places})
+        told = agree(self._rounds, facts | places, _START, free={*places})
         lengths = told["epoch_length"]
         self._length = lengths[0] if len(set(lengths)) == len(set(told["position"])) == 1 else None
         check_lengths(lengths, self._members)

@@ -173,7 +173,7 @@ def two_hosts() -> Iterator[list[list[str]]]:
             try:
                 subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True)  # noqa: S607
             except (OSError, subprocess.CalledProcessError) as error:
-                pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
+                pytest.skip(f"no two hosts here: ip {command}: {getattr(error, 'stderr', None) or error}")
         yield [
             ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={link}"]
             for name, link in zip(names, cable, strict=True)
