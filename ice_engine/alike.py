@@ -64,6 +64,7 @@ class CloseRow(NamedTuple):
         unit: In which its losses are weighed.
         micro_batches: It has here.
         leaving: Whether this rank is at the end of its data or its run.
+        iteration: Of this rank.
     """
 
     member: float
@@ -74,6 +75,7 @@ class CloseRow(NamedTuple):
     unit: float
     micro_batches: float
     leaving: float
+    iteration: float
 
     @classmethod
     def of(cls, row: Row) -> "CloseRow":

@@ -106,6 +106,7 @@ class Attaching(Stepping):
             drop=self._drop_tail,
             discard=self._discard,
             touched=self._note_gradients,
+            common=self._clocks.common,
         )
         together.join(member)
         return member

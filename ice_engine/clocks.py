@@ -46,6 +46,8 @@ class Clocks:
     Attributes:
         counts: ``step``, ``attempt``, ``skipped`` and ``iteration``, each so far.
         run: The state of the engine that runs it, for epoch and length; None in a loop of the user's own.
+        common: What is the same on all ranks, where theirs differ: the longest ``epoch_length``, and ``iteration`` on
+            the rank that is ahead; empty with one process.
         plan: Entries of :meth:`context` that stand for the present ones, such as the lengths of a run as it was
             before it was resumed.
     """
@@ -53,6 +55,7 @@ class Clocks:
     def __init__(self) -> None:
         self.counts: dict[str, int] = {"step": 0, "attempt": 0, "skipped": 0, "iteration": 0}
         self.run: Any = None
+        self.common: dict[str, Any] = {}
         self.plan: dict[str, Any] = {}
         self._given: dict[str, int | None] = {}
         self._lengths: tuple[tuple[dict[str, int | None], int, str], dict[str, Any], dict[str, Any]] | None = None
@@ -63,6 +66,7 @@ class Clocks:
     def leave(self) -> None:
         """Forget the engine, whose clocks say nothing about what comes."""
         self.run, self._given = None, {}
+        self.common.clear()
 
     def micro_batch(self, **given: int | None) -> None:
         """Count a micro-batch; *given* is what the caller of ``update()`` knows of the run.
@@ -76,6 +80,12 @@ class Clocks:
         self._given = given
         counted = self.counts["iteration"] + 1 if self.run is None else int(self.run.iteration)
         self.counts["iteration"] = given.get("global_steps") or counted
+
+    @property
+    def iteration(self) -> int:
+        """The iteration that schedules go by: the one on the rank that is ahead."""
+        own = self.counts["iteration"]
+        return max(own, self.common["iteration"]) if self.common else own
 
     @property
     def epoch(self) -> int | None:
@@ -92,7 +102,7 @@ class Clocks:
         run = self.run
         if run is not None and not self._given:  # as in every step of an attached optimizer
             return {
-                "epoch_length": getattr(run, "epoch_length", None),
+                "epoch_length": self._now("epoch_length"),
                 "max_epochs": getattr(run, "max_epochs", None),
                 "max_iters": getattr(run, "max_iters", None),
             }
@@ -109,7 +119,7 @@ class Clocks:
     def position(self) -> dict[str, int | None]:
         """Return the part of :meth:`context` that changes from step to step."""
         counts = self.counts
-        iteration, epoch = counts["iteration"], self._now("epoch", "current_epoch")
+        iteration, epoch = self.iteration, self._now("epoch", "current_epoch")
         done = self._given.get("epoch_steps")
         if done is None and self.run is not None:
             length = self._now("epoch_length", "epoch_size")
@@ -149,4 +159,5 @@ class Clocks:
         given = self._given.get(argument) if self._given else None
         if given is not None or self.run is None:
             return given
-        return cast("int | None", getattr(self.run, attribute, None))
+        found = self.common[attribute] if attribute in self.common else getattr(self.run, attribute, None)
+        return cast("int | None", found)

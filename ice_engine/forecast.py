@@ -23,7 +23,7 @@ class Scene:
         self.groups = groups
         self.clocks = clocks
         self.owners = owners
-        self.iteration: int = clocks.counts["iteration"] - pending  # before the window that is being closed
+        self.iteration: int = clocks.iteration - pending  # before the window that is being closed
         self.step: int = clocks.counts["step"]
 
     def ahead(self, steps: int, size: int, length: int | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ice_engine.distributed.world import world_size
 from ice_engine.errors import ArgumentValueError, AttachError
 from ice_engine.member import Member
 
+UNKNOWN = -1.0  # length of an epoch
 _MANY = 32  # optimizers on one engine: what a row has room for
 
 
@@ -107,19 +108,25 @@ class Meeting:
             is_open = [float(m.window.is_open) for m in self._members]
             flags = [flag for pair in zip(closing, is_open, strict=True) for flag in pair]
             saves = sum(1 << i for i, saver in enumerate(self.savers) if saver.asks)
-            row = [-1 if length is None else length, *flags, float(self.wants_stop()), saves]
+            row = [UNKNOWN if length is None else length, *flags, float(self.wants_stop()), saves]
             rows = self._rounds.exchange(kind, row, self._place(kind))
             if not self._take_unit(rows):
                 break
         self.stop_wanted = any(row[2 + 2 * len(self._members)] for row in rows)
         for i, saver in enumerate(self.savers):
             saver.agreed |= any(int(row[3 + 2 * len(self._members)]) >> i & 1 for row in rows)
+        self._share_length([row[1] for row in rows])
         kinds = {row[0] for row in rows}
         if Kind.EPOCH_END in kinds and kinds & {Kind.GATE, Kind.EPOCH_LAST}:
             self._length = None
         self._inside = self._may_be_open(rows, kinds)
         check_gate(rows, self._members, self._engine.state.epoch)
         return rows
+
+    def _share_length(self, lengths: Sequence[float]) -> None:
+        """Let the schedules of every rank count on the longest epoch; on none, while that of a rank is unknown."""
+        for member in self._members:
+            member.common["epoch_length"] = None if UNKNOWN in lengths else int(max(lengths))
 
     def _may_be_open(self, rows: Sequence[Row], kinds: set[float]) -> bool:
         """Whether a window may be open on some rank between the step that comes now, if any, and the next gate."""
@@ -202,6 +209,7 @@ class Meeting:
                 unit=window.unit,
                 micro_batches=window.micro_batches,
                 leaving=float(leaving),
+                iteration=float(self._engine.state.iteration),
             )
             told = self._rounds.exchange(Kind.CLOSE, own, self._place(Kind.CLOSE))
             if not (self._take_unit(told) or self._take_part_again(told)):
@@ -223,6 +231,7 @@ class Meeting:
         # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.
         window.unit = window.unit or max(row.unit for row in rows)
         window.share(sum(row.weight for row in rows), world_size())
+        member.common["iteration"] = int(max(row.iteration for row in rows))
         if reduced:
             member.sync.complete(member.parameters())
         whole = reduced or member.sync.reduce(member.parameters())

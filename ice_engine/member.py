@@ -24,6 +24,7 @@ class Member:
         close: Steps or skips the window.
         drop: Drops it, as its tail says.
         discard: Drops it, with a warning that names a cause.
+        common: What its clocks are to take for the same on all ranks, see :class:`~ice_engine.clocks.Clocks`.
         touched: Is told that other ranks' gradients have been averaged into this one's.
         differentiated: Backward passes so far.
         broken: Whether the last of them raised.
@@ -41,6 +42,7 @@ class Member:
     drop: Callable[[], Any]
     discard: Callable[[str], Any]
     touched: Callable[[], Any]
+    common: dict[str, Any]
     differentiated: int = 0
     broken: bool = False
     begun: int = 0

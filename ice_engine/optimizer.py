@@ -1,6 +1,7 @@
 """The optimizer that steps itself: composes window, precision, clipping, processors and events."""
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -232,16 +233,16 @@ class Optimizer(Saving):
                 "processors, so there is nothing to plan"
             )
             raise ClosureError(message)
-        run = None if self._engine is None else self._engine.state
+        run: Mapping[str, Any] = {} if self._engine is None else self._clocks.run_lengths()
         if epoch_length is None:
-            epoch_length = getattr(run, "epoch_length", None)
+            epoch_length = run.get("epoch_length")
         if max_epochs is None and max_iters is None:
-            max_iters = getattr(run, "max_iters", None)
-            max_epochs = getattr(run, "max_epochs", None) if max_iters is None else None
+            max_iters = run.get("max_iters")
+            max_epochs = run.get("max_epochs") if max_iters is None else None
         unknown = ["epoch_length"] if epoch_length is None else []
         unknown += ["max_epochs (or max_iters)"] if max_epochs is None and max_iters is None else []
         if epoch_length is None or unknown:
-            why = "is attached to no engine" if run is None else "is attached to an engine that does not know it yet"
+            why = "is attached to an engine that does not know it yet" if run else "is attached to no engine"
             message = (
                 f"plan() needs {' and '.join(unknown)}: optimizer {self._name!r} {why}; "
                 "write optimizer.plan(epoch_length=len(loader), max_epochs=...)"

@@ -25,10 +25,10 @@ from ice_engine.distributed.world import listed, rank
 from ice_engine.endings import when_left
 from ice_engine.errors import RankError
 from ice_engine.hooks import HookRegistry
-from ice_engine.meeting import Meeting
+from ice_engine.meeting import UNKNOWN, Meeting
 from ice_engine.member import Member
 from ice_engine.of_engine import of_engine
-from ice_engine.orders import LAST, PEERS
+from ice_engine.orders import LAST, MEETING, PEERS
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Peers(Meeting):
         self.ending = False
         registry = HookRegistry(engine)
         for event, handler, order in (
+            (Events.STARTED, self._on_starting, MEETING),
             (Events.STARTED, self._on_started, PEERS),
             (Events.EPOCH_STARTED, self._on_epoch_started, PEERS),
             (Events.ITERATION_STARTED, self._on_iteration_started, PEERS),
@@ -105,9 +106,18 @@ class Peers(Meeting):
                 return  # they come to one with their first loss
             sync.take_part()
 
-    def _on_started(self, engine: Engine) -> None:
+    def _on_starting(self, engine: Engine) -> None:
         self._closing, self._reducing, self._expected = [], False, []
         self._run_over = self.stop_wanted = self.ending = False
+        length = engine.state.epoch_length
+        own = [UNKNOWN if length is None else length, engine.state.iteration]
+        rows = self._rounds.exchange(Kind.START, own, _START)
+        self._rounds.leave_note(None)
+        self._share_length([row[1] for row in rows])
+        for member in self._members:
+            member.common["iteration"] = int(max(row[2] for row in rows))
+
+    def _on_started(self, engine: Engine) -> None:
         state = engine.state
         self._resumed = state.iteration % state.epoch_length if state.iteration and state.epoch_length else 0
         if engine._init_iter is not None:  # noqa: SLF001 - no public way to it
@@ -115,8 +125,6 @@ class Peers(Meeting):
         facts = {"max_epochs": state.max_epochs, "max_iters": state.max_iters}
         for member in self._members:
             facts |= {f"{key} of optimizer {member.name!r}": value for key, value in member.facts().items()}
-        self._rounds.exchange(Kind.START, doing=_START)
-        self._rounds.leave_note(None)
         begun = [member.window.micro_batches for member in self._members]
         places = {"epoch_length": state.epoch_length, "position": self._resumed, "micro-batches": begun}
         told = agree(self._rounds, facts | places, _START, free={*places})
@@ -223,7 +231,7 @@ class Peers(Meeting):
         # With windows that go on in the next epoch, ranks that were out of step close them at different micro-batches.
         carried = any(m.window.tail == "carry" and not m.sync.together for m in self._members_of(rows, 3))
         was_in_step = self.in_step
-        in_step = len(lengths) == 1 and lengths != {-1.0} and (was_in_step or not carried)
+        in_step = len(lengths) == 1 and lengths != {UNKNOWN} and (was_in_step or not carried)
         self._length = int(lengths.pop()) if in_step else None
         for member in self._members_of(rows, 3):
             if member.window.tail == "step":

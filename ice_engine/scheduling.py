@@ -70,7 +70,7 @@ class Scheduling(Announcing):
     @property
     def steps_left(self) -> int | None:
         """Steps of this run still to come, if none is skipped, outside of a step; None while that is unknown."""
-        since = self._clocks.counts["iteration"] - self._window.micro_batches
+        since = self._clocks.iteration - self._window.micro_batches
         return count_steps(**self._clocks.run_lengths(), window_size=self._size, tail=self._window.tail, since=since)
 
     @property

@@ -7,6 +7,7 @@ way it can: sizes of micro-batches, their number, ranks without any, epochs whos
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -59,11 +60,14 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def plain_loop(windows: Iterable[Sequence[Batch]]) -> list[list[float]]:
-    """The parameters after a plain loop, whose step is of one big batch per window."""
+def plain_loop(
+    windows: Iterable[Sequence[Batch]], rate: Callable[[int], float] = lambda step: 0.1
+) -> list[list[float]]:
+    """The parameters after a plain loop, whose step is of one big batch per window, with a *rate* of its own."""
     model = network()
     optimizer = sgd(model)
-    for window in windows:
+    for step, window in enumerate(windows):
+        optimizer.param_groups[0]["lr"] = rate(step)
         x, y = (torch.cat([batch[i] for batch in window]) for i in (0, 1))
         optimizer.zero_grad()
         torch.nn.functional.mse_loss(model(x), y).backward()
@@ -71,7 +75,9 @@ def plain_loop(windows: Iterable[Sequence[Batch]]) -> list[list[float]]:
     return [p.flatten().tolist() for p in model.parameters()]
 
 
-def oracle(world: int, sizes: list[list[int]], k: int, tail: str = "step") -> list[list[float]]:
+def oracle(
+    world: int, sizes: list[list[int]], k: int, tail: str = "step", rate: Callable[[int], float] = lambda step: 0.1
+) -> list[list[float]]:
     """A plain loop over windows of the items of all ranks."""
     windows: list[list[Batch]] = []
     data = [batches(rank, sizes) for rank in range(world)]
@@ -89,7 +95,7 @@ def oracle(world: int, sizes: list[list[int]], k: int, tail: str = "step") -> li
                 carried = window
                 continue
             windows.append([batch for own in window for batch in own])
-    return plain_loop(windows)
+    return plain_loop(windows, rate)
 
 
 def trained(
@@ -131,6 +137,28 @@ def trained(
         "step": optimizer.clocks["step"],
         "weight": optimizer.record.weight if optimizer.record else None,
     }
+
+
+# In epochs of 10 and of 5 micro-batches, windows of 4 close after 4, 8, 10, 14, 18 and 20 of the longer ones.
+RATES: dict[str, tuple[Any, Callable[[int], float]]] = {
+    "over the run": (ice.schedules.cosine(), lambda step: 0.05 * (1 + math.cos(math.pi * step / 6))),
+    "by iteration": (
+        ice.schedules.linear(total=40, unit="iteration"),
+        lambda step: 0.1 * (1 - ([4, 8, 10, 14, 18, 20][step] - 1) / 40),
+    ),
+    "by epoch": (ice.schedules.step(step_size=1, unit="epoch"), lambda step: 0.1 if step < 3 else 0.01),
+}
+
+
+def _scheduled(name: str) -> list[list[float]]:
+    return trained(SHORT, 4, settings={"processors": [RATES[name][0]]})["parameters"]
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_schedules_go_by_the_longest_epoch(name):
+    first, second = launch(_scheduled, 2, name)
+    assert first == second
+    torch.testing.assert_close(flat(first), flat(oracle(2, SHORT, 4, rate=RATES[name][1])), rtol=1e-12, atol=1e-12)
 
 
 CASES: dict[str, dict[str, Any]] = {
