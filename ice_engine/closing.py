@@ -62,7 +62,8 @@ class Closing(Accumulating):
             raise
         finally:
             self._closing = False
-            self._clear()
+            if self._in_close:
+                self._clear()
             self._in_close = False
 
     def _attempt(self) -> bool:

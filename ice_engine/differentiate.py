@@ -5,7 +5,13 @@ import logging
 import torch
 from torch.autograd import Variable, graph
 
-_one = torch.ones(())
+
+def _made() -> torch.Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.ones((), dtype=torch.float32, device="cpu")
+
+
+_one = _made()
 
 
 def backward(loss: torch.Tensor, *, retain_graph: bool = False) -> None:
@@ -29,5 +35,5 @@ def _root() -> torch.Tensor:
     """Return the gradient of a loss by itself, 1; always the same tensor, unless somebody's hook wrote to it."""
     global _one  # noqa: PLW0603 - a constant that has to be guarded
     if _one._version:  # noqa: SLF001 - has no public name
-        _one = torch.ones(())
+        _one = _made()
     return _one

@@ -94,7 +94,7 @@ class Gradient:
         for device, tensors in self._by_kind():
             by = self._factor(device)
             if tensors[0].dtype in _CHECKED:
-                found_inf = torch.zeros((), device=device)
+                found_inf = torch.zeros((), dtype=torch.float32, device=device)
                 factor = torch.as_tensor(by, dtype=torch.float32, device=device)
                 torch._amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, factor)
             else:

@@ -163,7 +163,7 @@ class Measures:
 
     @of_first.setter
     def of_first(self, value: tuple[float, float] | None) -> None:
-        self._first = None if value is None else (torch.tensor(value[0]), value[1])
+        self._first = None if value is None else (torch.tensor(value[0], device="cpu"), value[1])
 
     def whole(self, norm: torch.Tensor | None) -> None:
         """Keep the norm of the window's gradient, before clipping."""

@@ -207,7 +207,7 @@ class Precision:
         if known is not None and known.device.type == "cpu":
             return factor / shared(scaler).scale()  # numbers cost less than tensors of shape ()
         # scale() is the public way to the scale that does not make the host wait for it.
-        scale = scaler.scale(torch.ones((), device=device))
+        scale = scaler.scale(torch.ones((), dtype=torch.float32, device=device))
         return scale.double().reciprocal() * factor
 
     def close(self, *, overflowed: bool | None = None) -> None:

@@ -109,13 +109,12 @@ class Scheduling(Announcing):
 
     def _run_processors(self) -> list[Written]:
         """Let processors write to the groups, and return what was there before."""
-        binding = self._binding
         # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed.
         if self._course.configured is not None or self._course.outdated(self._clocks):
             self._settle(self._window.micro_batches)
         if self._window.batch is not None and self._engine is not None and self._course.unsettled:
             self._settle(self._window.micro_batches)  # the first loss has told how long windows are
-            binding = self._binding
+        binding = self._binding
         context = self._clocks.context(self._size, self._window.tail)
         written = binding.run(context)
         if written is None:

@@ -76,7 +76,8 @@ class SharedScale:
         if self.open_beside(window) or self._overflowed is None or scaler is None:
             return
         # torch looks for infinities itself, in unscale_(); ours looked in the same pass that makes the window's mean.
-        found_inf = torch.full((), float(self._overflowed), device=scaler._device)  # noqa: SLF001 - has no public name
+        device = scaler._device  # noqa: SLF001 - has no public name
+        found_inf = torch.full((), float(self._overflowed), dtype=torch.float32, device=device)
         found = {found_inf.device: found_inf}
         scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = found  # noqa: SLF001 - no public way to tell it
         self._adapt(scaler, overflowed=self._overflowed)

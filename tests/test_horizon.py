@@ -638,3 +638,21 @@ def test_a_run_without_any_step_is_saved_and_loaded() -> None:
 
     assert state["optimizer"]["ice_engine"]["horizon"]["plan"]["total_steps"] == 0
     assert Run(linear(), state=state, accumulation_steps=20, tail="drop")(4).lr == []
+
+
+def test_in_a_loop_of_ones_own_the_first_step_is_by_the_policy_too() -> None:
+    def steps(schedule: Any, number: int, state: Any = None, **settings: Any) -> tuple[list[float], Any]:
+        weight = torch.nn.Parameter(torch.ones(()))
+        optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), processors=[schedule], **settings)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        rates = []
+        for _ in range(number):
+            optimizer.backward(weight * 0.01)
+            optimizer.update()
+            rates.append(optimizer.param_groups[0]["lr"])
+        return rates, optimizer.state_dict()
+
+    _, state = steps(linear(total=10), 5)
+    kept, _ = steps(linear(total=20), 3, state, on_change="keep")
+    assert kept == exactly([0.5, 0.4, 0.3])

@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from torch import nn
 
 import ice_engine as ice
@@ -684,3 +684,27 @@ def test_loading_through_ignite_still_works():
     assert torch.equal(
         optimizer.state[second.body[0].weight]["momentum_buffer"], saved.state[first.body[0].weight]["momentum_buffer"]
     )
+
+
+def test_a_window_that_is_loaded_in_a_handler_of_a_step_goes_on():
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.1), accumulation_steps=3)
+    trainer = Engine(lambda engine, batch: optimizer.backward(weight * batch))
+    optimizer.attach(trainer)
+    saved = {}
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=2))
+    def save():
+        saved.update(copy.deepcopy(optimizer.state_dict()))
+
+    @trainer.on(optimizer.event("STEP_COMPLETED"))
+    def roll_back():
+        if trainer.state.iteration > 3:
+            return
+        with torch.no_grad():
+            weight.fill_(1.0)
+        optimizer.load_state_dict(saved)
+
+    trainer.run([1.0, 2.0, 3.0, 4.0])
+    assert optimizer.record.micro_batches == 3
+    assert weight.item() == pytest.approx(1.0 - 0.1 * (1.0 + 2.0 + 4.0) / 3)

@@ -30,7 +30,7 @@ def average(parameters: Sequence[torch.Tensor], group: dist.ProcessGroup) -> Non
 
 def present(parameters: Sequence[torch.Tensor]) -> list[bool]:
     """Return which of *parameters* have a gradient on any rank."""
-    found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device="cpu")
     dist.all_reduce(found, dist.ReduceOp.MAX, group=own_group())
     return [bool(here) for here in found.tolist()]
 

@@ -134,7 +134,7 @@ def _snapshot(wholes: dict[Keys, torch.Tensor]) -> Callable[[torch.Tensor, Keys]
         if not isinstance(tensor, DTensor):
             return tensor.detach().to("cpu", copy=True)
         # Room for all; its own piece comes from itself, the others from their ranks.
-        wholes[keys] = whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+        wholes[keys] = whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         if is_first_copy(tensor):
             cut(whole, box(tensor)).copy_(tensor.to_local())
         return whole
@@ -156,7 +156,7 @@ def _decode(tree: dict[str, Any], rooms: list[torch.Tensor]) -> Any:
     match kind:
         case "tensor":
             dtype, shape, order = content
-            room = torch.empty([shape[i] for i in order], dtype=getattr(torch, dtype))
+            room = torch.empty([shape[i] for i in order], dtype=getattr(torch, dtype), device="cpu")
             rooms.append(room)
             return room.permute([order.index(i) for i in range(len(order))])
         case "float":

@@ -95,7 +95,7 @@ class Rounds:
         self._group = own_group()
         self._doing = ""
         # Made once: between forward and backward passes, which take the cache, five small tensors are 0.2 ms a round.
-        self._rows = torch.empty(world_size(), WIDTH, dtype=torch.float64)
+        self._rows = torch.empty(world_size(), WIDTH, dtype=torch.float64, device="cpu")
         self._parts = [*self._rows.unbind()]
         self._kept: collections.deque[Any] = collections.deque(maxlen=2)
         self._left: RankError | None = None  # why this rank gave a round up, which the others may still come to

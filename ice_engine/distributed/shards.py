@@ -29,4 +29,4 @@ def empty_state(parameter: torch.Tensor, key: str, size: torch.Size, dtype: torc
     """Return room for the state *key* of *parameter*: spread as the parameter is, or a plain tensor on the CPU."""
     if is_sharded(parameter) and size == parameter.shape and key != "step":
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    return torch.empty(size, dtype=dtype)
+    return torch.empty(size, dtype=dtype, device="cpu")

@@ -25,8 +25,8 @@ def send(text: str, tensors: Sequence[torch.Tensor], rank: int) -> None:
         rank: To whom.
     """
     data = bytearray(text.encode())
-    dist.send(torch.tensor([len(data)]), rank, group=own_group())
-    dist.send(torch.frombuffer(data, dtype=torch.uint8), rank, group=own_group())
+    dist.send(torch.tensor([len(data)], device="cpu"), rank, group=own_group())
+    dist.send(torch.frombuffer(data, dtype=torch.uint8, device="cpu"), rank, group=own_group())
     for batch in _batches(tensors):
         # Over the CPU, whatever device they are on; a chunk at a time.
         if len(batch) == 1:
@@ -38,7 +38,7 @@ def send(text: str, tensors: Sequence[torch.Tensor], rank: int) -> None:
 
 def receive_text(rank: int) -> str:
     """Return the text that *rank* sends."""
-    length = torch.zeros(1, dtype=torch.int64)
+    length = torch.zeros(1, dtype=torch.int64, device="cpu")
     dist.recv(length, rank, group=own_group())
     data = bytearray(int(length))
     dist.recv(torch.frombuffer(data, dtype=torch.uint8), rank, group=own_group())

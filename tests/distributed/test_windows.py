@@ -281,6 +281,24 @@ def test_a_rank_may_pass_over_a_micro_batch(passed_over, k, windows):
     torch.testing.assert_close(flat(first), flat(expected), rtol=1e-12, atol=1e-12)
 
 
+def _with_default_device() -> int:
+    model = DistributedDataParallel(network())
+    data = batches(dist.get_rank(), SHORT)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=4)
+    trainer = Engine(lambda engine, batch: learn(model, optimizer, batch))
+    with torch.device("meta"):  # stands for a GPU, which gloo cannot send from
+        rounds()
+    optimizer.attach(trainer, model=model)  # where Ignite asks what meta cannot answer
+    with torch.device("meta"):
+        trainer.run(data, max_epochs=1)
+        optimizer.state_dict()
+    return optimizer.clocks["step"]
+
+
+def test_ranks_talk_on_the_cpu_whatever_the_default_device():
+    assert launch(_with_default_device, 2) == [3, 3]
+
+
 def _nan_on_one_rank() -> list[Any]:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     skipped: list[str] = []
