@@ -1,5 +1,6 @@
 """How a loss gets into the open window: differentiated into gradients that nobody else touches meanwhile."""
 
+import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from ice_engine import differentiate
+from ice_engine.distributed.synchroniser import Synchroniser
 from ice_engine.distributed.world import require_one_process
 from ice_engine.errors import ArgumentTypeError, BackwardError, ClosureError, warn
 from ice_engine.events import is_running
@@ -135,7 +137,10 @@ class Accumulating(Scheduling):
             if not alone and (foreign := self._foreign_parameters()):
                 # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters
                 # that it must not train: what it leaves there would enter the other's step.
-                with gradients_aside(foreign) as reached:
+                with contextlib.ExitStack() as stack:
+                    reached = stack.enter_context(gradients_aside(foreign))
+                    for sync in self._syncs():
+                        stack.enter_context(sync.aside(foreign))
                     differentiate.backward(part, retain_graph=retain_graph)
                     if self._engine is None and reached():
                         self._refuse_reaching()
@@ -150,6 +155,11 @@ class Accumulating(Scheduling):
             # Part of the gradients may be there and part not; the caller may catch this and go on.
             self._discard("a backward() that failed")
             raise
+
+    def _syncs(self) -> list[Synchroniser]:
+        """What reduces gradients of this optimizer and of those beside it."""
+        members = [o._member for o in vars(self._engine).get("_ice_optimizers", ())] if self._member else []  # noqa: SLF001
+        return list({id(m.sync): m.sync for m in members if m is not None}.values())
 
     def _refuse_bypassing(self) -> None:
         message = (
@@ -258,6 +268,8 @@ class Accumulating(Scheduling):
         if self._window.is_open:
             self._window.reset()
         self._left.forget()
+        if self._member is not None:
+            self._member.sync.forget(self._parameters())
         self._release()
 
     def _release(self) -> None:

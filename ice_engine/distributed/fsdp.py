@@ -1,9 +1,11 @@
 """FSDP2's reduction, driven by windows."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from ice_engine.distributed.synchroniser import Sync, Synchroniser
 from ice_engine.distributed.world import rank
@@ -48,3 +50,37 @@ class FSDPSync(Synchroniser):
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002 - reduced already, or out of reach
         """Return whether the last backward has reduced; what was not, nobody can reach."""
         return not self._behind
+
+    def forget(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Drop what backward passes have left of *parameters* that did not reduce."""
+        if self._behind:
+            for held in self._held(parameters):
+                held._unsharded_param.grad = held.unsharded_accumulated_grad = None  # noqa: SLF001 - see _held
+
+    @contextlib.contextmanager
+    def aside(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Let what :meth:`forget` drops be the same at the end as at the beginning, whatever comes between."""
+        before = [
+            (held, held._unsharded_param.grad, held.unsharded_accumulated_grad)  # noqa: SLF001 - see _held
+            for held in self._held(parameters)
+        ]
+        try:
+            for held, *_ in before:
+                held._unsharded_param.grad = held.unsharded_accumulated_grad = None  # noqa: SLF001 - likewise
+            yield
+        finally:
+            for held, gradient, accumulated in before:
+                held._unsharded_param.grad = gradient  # noqa: SLF001 - likewise
+                held.unsharded_accumulated_grad = accumulated
+
+    def _held(self, parameters: Iterable[torch.Tensor]) -> list[Any]:
+        """Where FSDP2 keeps whole gradients of *parameters* until it reduces them; it has no public way there."""
+        wanted = {id(parameter) for parameter in parameters}
+        found: dict[int, Any] = {}
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                state: Any = module._get_fsdp_state()  # noqa: SLF001 - as said
+                several = getattr(state, "_fsdp_param_groups", None)  # before torch 2.12 each has one
+                for group in [state._fsdp_param_group] if several is None else several:  # noqa: SLF001 - as said
+                    found |= {id(held): held for held in (group.fsdp_params if group else ())}
+        return [h for h in found.values() if id(h.sharded_param) in wanted and hasattr(h, "_unsharded_param")]

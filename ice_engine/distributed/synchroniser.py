@@ -5,7 +5,8 @@ one backward reduces the whole window, while it still computes. Where a window c
 end of data whose length nobody knew, what it would have done is done after it.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -56,6 +57,13 @@ class Synchroniser:
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002 - nothing to reduce
         """Average gradients that no backward has reduced; return whether that could be done."""
         return True
+
+    def forget(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Drop what backward passes have left of *parameters*, besides their gradients, to be reduced later."""
+
+    def aside(self, parameters: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+        """Let what :meth:`forget` drops be the same at the end as at the beginning, whatever comes between."""
+        return contextlib.nullcontext()
 
     def complete(self, parameters: Sequence[torch.Tensor]) -> None:
         """Average what a backward that reduced has left out."""

@@ -26,7 +26,7 @@ def send(text: str, tensors: Sequence[torch.Tensor], rank: int) -> None:
     """
     data = bytearray(text.encode())
     dist.send(torch.tensor([len(data)], device="cpu"), rank, group=own_group())
-    dist.send(torch.frombuffer(data, dtype=torch.uint8, device="cpu"), rank, group=own_group())
+    dist.send(torch.frombuffer(data, dtype=torch.uint8), rank, group=own_group())
     for batch in _batches(tensors):
         # Over the CPU, whatever device they are on; a chunk at a time.
         if len(batch) == 1:
@@ -71,7 +71,7 @@ def _receive(rank: int, tensors: Sequence[torch.Tensor]) -> Iterator[int]:
             if memory is not tensor:
                 tensor.copy_(memory)
         else:
-            data = torch.empty(sum(map(_size, batch)), dtype=torch.uint8)
+            data = torch.empty(sum(map(_size, batch)), dtype=torch.uint8, device="cpu")
             dist.recv(data, rank, group=own_group())
             for tensor, part in zip(batch, torch.split(data, [*map(_size, batch)]), strict=True):
                 tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))  # cloned: at an address of its dtype
