@@ -147,6 +147,7 @@ class Accumulating(Scheduling):
             else:
                 differentiate.backward(part, retain_graph=retain_graph)
             if member is not None:
+                member.sync.after_backward()
                 member.differentiated += 1
         except BaseException as error:
             if member is not None:

@@ -180,7 +180,6 @@ class Meeting:
         again = {int(row[1]) for row in rows if row[0] == Kind.AGAIN}
         for index in sorted(again):
             sync = self._syncs()[index]
-            sync.settle()  # as they do
             sync.take_part()
         return bool(again)
 
@@ -223,8 +222,6 @@ class Meeting:
             # windows are longer.
             member.begun = int(max(row.micro_batches for row in rows))
             self._inside |= member.begun > 0
-            if reduced:
-                member.sync.settle()  # which may move gradients to new buckets
             member.touched()
             return
         member.begun = 0
@@ -235,7 +232,6 @@ class Meeting:
         if reduced:
             member.sync.complete(member.parameters())
         whole = reduced or member.sync.reduce(member.parameters())
-        member.sync.settle()  # before the handlers of the step, which may keep a rank
         if whole:
             member.close()
         else:

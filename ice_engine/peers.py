@@ -166,8 +166,11 @@ class Peers(Meeting):
         self._before = [m.differentiated for m in self._members]
         for member in self._members:
             member.broken = False
-        # Where even the forward needs all ranks, a window whose end nobody knows cannot be reduced after the fact.
-        alone = together and self._length is None
+        # Where even the forward needs all ranks, a window cannot be reduced after the fact: nor one whose end nobody
+        # knows, nor one that would be carried on.
+        state = engine.state
+        ends = (last and state.epoch == state.max_epochs) or state.iteration == state.max_iters
+        alone = together and (self._length is None or ends)
         reduced = self._members if alone else self._closing if self._reducing else []
         self._switch(last=False, closing=reduced)
         if self._reducing:
@@ -189,7 +192,6 @@ class Peers(Meeting):
         self._reducing, self._closing, self._expected = False, [], []
         for member in expected:
             if member not in closing:
-                member.sync.settle()  # which may move gradients to new buckets
                 member.touched()
         self._rounds.guard.leave()
         if not closing:
@@ -239,8 +241,10 @@ class Peers(Meeting):
         for member in self._members:
             if member.window.tail == "drop" and member.window.is_open:
                 member.drop()
-            if member.window.tail != "carry" or not was_in_step:
+            if member.window.tail != "carry":
                 member.begun = 0
+            elif not was_in_step:
+                member.begun = member.window.micro_batches
 
     def _on_run_ended(self, engine: Engine) -> None:
         if self._run_over:

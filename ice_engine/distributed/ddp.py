@@ -59,7 +59,6 @@ class DDPSync(Synchroniser):
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
         if self.reduces and self._used:
             self.again()
-            self.settle()  # what DDP notes of its first backward for its buckets must be of one
             self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
         self._used = True
 
@@ -72,6 +71,7 @@ class DDPSync(Synchroniser):
     def take_part(self, loss: torch.Tensor | None = None) -> None:  # noqa: ARG002 - needs none
         """Take part with zeros in the reduction that the other ranks' backward makes."""
         self._differentiate_zeros([p for p in self.model.module.parameters() if p.requires_grad])
+        self.after_backward()
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Average gradients that no backward has reduced."""
@@ -90,9 +90,9 @@ class DDPSync(Synchroniser):
         if late:
             average(late, self.model.process_group)
 
-    def settle(self) -> None:
+    def after_backward(self) -> None:
         """Let DDP agree on its buckets now; it would in the next forward, where a rank may be missing."""
-        if not self._settled:
+        if self.reduces and not self._settled:
             # Not before it has reduced, which may be late, if the first windows were reduced here.
             self._settled = self.model.reducer._rebuild_buckets()  # noqa: SLF001 - no public way to it
 
@@ -122,7 +122,7 @@ class DDPSync(Synchroniser):
         self.on(last=True)
         # Of several gradients that are at hand, autograd takes the one whose graph was made last.
         self._differentiate_zeros([parameters[index] for index in reversed(order)])
-        self.settle()
+        self.after_backward()
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
 

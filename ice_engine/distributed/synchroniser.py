@@ -48,6 +48,9 @@ class Synchroniser:
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch, that of *loss*."""
 
+    def after_backward(self) -> None:
+        """Do, where all ranks are, what would need them all at the next forward."""
+
     def follow_forward(self) -> None:
         """Take part in what the other ranks' forward sends, if none of this rank has."""
 
@@ -67,9 +70,6 @@ class Synchroniser:
 
     def complete(self, parameters: Sequence[torch.Tensor]) -> None:
         """Average what a backward that reduced has left out."""
-
-    def settle(self) -> None:
-        """Do, where all ranks are, what would need them all at the next forward."""
 
     def layout(self) -> list[int]:
         """Return the order of parameters in what is reduced at once, if that is not the same from the beginning on."""

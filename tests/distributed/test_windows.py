@@ -281,6 +281,35 @@ def test_a_rank_may_pass_over_a_micro_batch(passed_over, k, windows):
     torch.testing.assert_close(flat(first), flat(expected), rtol=1e-12, atol=1e-12)
 
 
+def _one_loss_more(view: bool) -> list[list[float]]:
+    model = DistributedDataParallel(network(), gradient_as_bucket_view=view)
+    optimizer = ice.Optimizer(sgd(model))
+
+    def step(engine: Engine, batch: Batch) -> None:
+        for _ in range(1 + dist.get_rank()):  # each with a forward of its own
+            optimizer.backward(torch.nn.functional.mse_loss(model(batch[0]), batch[1]))
+
+    trainer = Engine(step)
+    optimizer.attach(trainer, model=model)
+    trainer.run(batches(dist.get_rank(), EVEN)[:3])
+    return [p.flatten().tolist() for p in model.module.parameters()]
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_rank_may_have_one_loss_more_with_a_forward_of_its_own(view):
+    model = network()
+    optimizer = sgd(model)
+    for i in range(3):
+        optimizer.zero_grad()
+        for rank in range(2):
+            x, y = batches(rank, EVEN)[i]
+            ((1 + rank) * torch.nn.functional.mse_loss(model(x), y) / 2).backward()
+        optimizer.step()
+    expected = flat([p.flatten().tolist() for p in model.parameters()])
+    for found in launch(_one_loss_more, 2, view):
+        torch.testing.assert_close(flat(found), expected, rtol=1e-12, atol=1e-12)
+
+
 def _with_default_device() -> int:
     model = DistributedDataParallel(network())
     data = batches(dist.get_rank(), SHORT)

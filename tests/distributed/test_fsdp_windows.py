@@ -1,0 +1,123 @@
+"""Windows of ``fully_shard``'ed models: whole gradients that FSDP2 keeps until it reduces belong to one window.
+
+The oracle is a float64 loop with one big batch per window.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import softplus
+
+import ice_engine as ice
+from tests.distributed.launch import launch
+from tests.unsized import Unsized
+
+pytestmark = pytest.mark.distributed
+
+LENGTH, EPOCHS, RANKS = 5, 2, 2
+
+
+def network(inputs: int, outputs: int) -> torch.nn.Module:
+    torch.manual_seed(inputs)
+    layers = torch.nn.Linear(inputs, 4), torch.nn.Tanh(), torch.nn.Linear(4, outputs)
+    return torch.nn.Sequential(*layers).double()
+
+
+def batches(rank: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(LENGTH)]
+
+
+def whole(model: torch.nn.Module) -> list[float]:
+    return torch.cat([p.full_tensor().flatten() for p in model.parameters()]).tolist()  # type: ignore[operator]
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.5)
+
+
+def _trained(tail: Any, sync: Any, unknown: bool) -> tuple[list[float], list[int]]:
+    model = network(3, 1)
+    fully_shard(model)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=3, tail=tail)
+    trainer = Engine(lambda engine, batch: optimizer.backward(model(batch).square().mean()))
+    optimizer.attach(trainer, model=model, sync=sync)
+    sizes: list[int] = []
+    trainer.add_event_handler(optimizer.event("STEP_COMPLETED"), lambda: sizes.append(optimizer.record.micro_batches))
+    data = batches(dist.get_rank())
+    trainer.run(Unsized(data) if unknown else data, max_epochs=EPOCHS)
+    return whole(model), sizes
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+@pytest.mark.parametrize("sync", ["communication", "memory"])
+@pytest.mark.parametrize(("tail", "sizes"), [("step", [3, 2, 3, 2]), ("drop", [3, 3]), ("carry", [3, 3, 3, 1])])
+def test_windows_of_every_tail(tail, sizes, sync, unknown):
+    model = network(3, 1)
+    optimizer = sgd(model)
+    # Of each window the micro-batches, counted over both epochs.
+    begins = {"step": [0, 3, 5, 8], "drop": [0, 5], "carry": [0, 3, 6, 9]}[tail]
+    for begin, size in zip(begins, sizes, strict=True):
+        window = [batches(rank)[i % LENGTH] for rank in range(RANKS) for i in range(begin, begin + size)]
+        optimizer.zero_grad()
+        model(torch.cat(window)).square().mean().backward()
+        optimizer.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for parameters, found in launch(_trained, RANKS, tail, sync, unknown):
+        assert found == sizes
+        torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+
+
+def critics_loss(critic: torch.nn.Module, generator: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return softplus(-critic(batch)).mean() + softplus(critic(generator(batch[:, :2]).detach())).mean()
+
+
+def generators_loss(critic: torch.nn.Module, generator: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return softplus(-critic(generator(batch[:, :2]))).mean()
+
+
+def _gan(steps: tuple[int, int], sync: Any) -> list[float]:
+    critic, generator = network(3, 1), network(2, 3)
+    fully_shard(critic)
+    fully_shard(generator)
+    judge = ice.Optimizer(sgd(critic), name="critic", accumulation_steps=steps[0])
+    draw = ice.Optimizer(sgd(generator), name="generator", accumulation_steps=steps[1])
+
+    def train_step(engine: Engine, batch: torch.Tensor) -> None:
+        judge.backward(critics_loss(critic, generator, batch))
+        draw.backward(generators_loss(critic, generator, batch))  # which goes through the critic, without a toggle()
+
+    trainer = Engine(train_step)
+    judge.attach(trainer, model=critic, sync=sync)
+    draw.attach(trainer, model=generator, sync=sync)
+    trainer.run(batches(dist.get_rank()))
+    return whole(critic) + whole(generator)
+
+
+@pytest.mark.parametrize("sync", ["communication", "memory"])
+@pytest.mark.parametrize("steps", [(2, 2), (2, 3), (3, 1)])
+def test_a_loss_through_another_optimizers_model_stays_out_of_its_window(steps, sync):
+    models = network(3, 1), network(2, 3)
+    losses = critics_loss, generators_loss
+    optimizers = [sgd(model) for model in models]
+    sums = [[torch.zeros_like(p) for p in model.parameters()] for model in models]
+    begun = [0, 0]
+    for i in range(LENGTH):
+        for which, (model, loss) in enumerate(zip(models, losses, strict=True)):
+            for rank in range(RANKS):
+                found = torch.autograd.grad(loss(*models, batches(rank)[i]), list(model.parameters()))
+                sums[which] = [a + b for a, b in zip(sums[which], found, strict=True)]
+            begun[which] += 1
+        for which, model in enumerate(models):
+            if begun[which] == steps[which] or i == LENGTH - 1:
+                for parameter, total in zip(model.parameters(), sums[which], strict=True):
+                    parameter.grad = total / (begun[which] * RANKS)
+                optimizers[which].step()
+                sums[which], begun[which] = [torch.zeros_like(p) for p in model.parameters()], 0
+    expected = torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+    for parameters in launch(_gan, RANKS, steps, sync):
+        torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
