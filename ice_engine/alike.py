@@ -65,6 +65,7 @@ class CloseRow(NamedTuple):
         micro_batches: It has here.
         leaving: Whether this rank is at the end of its data or its run.
         iteration: Of this rank.
+        beside: Whether another optimizer with the same GradScaler has an open window here.
     """
 
     member: float
@@ -76,6 +77,7 @@ class CloseRow(NamedTuple):
     micro_batches: float
     leaving: float
     iteration: float
+    beside: float
 
     @classmethod
     def of(cls, row: Row) -> "CloseRow":

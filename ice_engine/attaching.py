@@ -98,6 +98,7 @@ class Attaching(Stepping):
         member = Member(
             self._name,
             self._window,
+            self._precision,
             driven,
             parameters=self._parameters,
             facts=self._facts,

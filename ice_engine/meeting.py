@@ -209,6 +209,7 @@ class Meeting:
                 micro_batches=window.micro_batches,
                 leaving=float(leaving),
                 iteration=float(self._engine.state.iteration),
+                beside=float(member.precision.open_beside),
             )
             told = self._rounds.exchange(Kind.CLOSE, own, self._place(Kind.CLOSE))
             if not (self._take_unit(told) or self._take_part_again(told)):
@@ -229,6 +230,7 @@ class Meeting:
         window.unit = window.unit or max(row.unit for row in rows)
         window.share(sum(row.weight for row in rows), world_size())
         member.common["iteration"] = int(max(row.iteration for row in rows))
+        member.precision.elsewhere = any(row.beside for row in rows)
         if reduced:
             member.sync.complete(member.parameters())
         whole = reduced or member.sync.reduce(member.parameters())

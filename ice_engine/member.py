@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ice_engine.distributed.synchroniser import Synchroniser
+from ice_engine.precision import Precision
 from ice_engine.window import Window
 
 
@@ -17,6 +18,7 @@ class Member:
     Attributes:
         name: Its name.
         window: Its window.
+        precision: Its loss scale, which it may share.
         sync: What reduces its gradients.
         parameters: Returns them.
         facts: Returns what must be the same on all ranks when a run starts, as plain data.
@@ -34,6 +36,7 @@ class Member:
 
     name: str
     window: Window
+    precision: Precision
     sync: Synchroniser
     parameters: Callable[[], list[torch.Tensor]]
     facts: Callable[[], dict[str, Any]]

@@ -69,6 +69,7 @@ class Peers(Meeting):
         """Let an optimizer go; with the last one, the engine is as it was."""
         member.sync.on(last=True)
         member.window.unit_of = float
+        member.precision.elsewhere = False
         self._members.remove(member)
         if not self._members:
             HookRegistry(self._engine).remove_of(self)

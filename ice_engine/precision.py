@@ -32,6 +32,7 @@ class Precision:
     Attributes:
         scaler: The scaler in use.
         goes_on: Whether somebody will close the open window; not if the run that it belongs to has failed.
+        elsewhere: Whether, when its window was last closed, another one with the scaler was open on another rank.
         consecutive_skips: Skips in a row.
         last_finite_norm: The last norm that was neither infinite nor NaN; None if nobody computed one.
     """
@@ -43,6 +44,7 @@ class Precision:
         self.max_consecutive_skips = count("max_consecutive_skips", max_consecutive_skips, 1)
         self.scaler: torch.amp.GradScaler | None = None
         self.goes_on: Callable[[], bool] = always
+        self.elsewhere: bool = False
         self._entered: tuple[torch.Tensor, int] | None = None
         self._use(check_scaler(scaler))
         self.start_afresh()
@@ -98,7 +100,7 @@ class Precision:
             shared(scaler).users.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "goes_on": always, "_entered": None}
+        return {**vars(self), "goes_on": always, "elsewhere": False, "_entered": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -185,13 +187,18 @@ class Precision:
             message = f"the GradScaler's unscale_() or step() was called inside a window; {_ONE_OWNER}"
             raise BackwardError(message)
 
+    @property
+    def open_beside(self) -> bool:
+        """Whether another optimizer, which shares the scaler, has an open window."""
+        return self.enabled and shared(cast("torch.amp.GradScaler", self.scaler)).open_beside(self)
+
     def require_loadable(self) -> None:
         """Refuse to load a loss scale into the open windows of others.
 
         Raises:
             AttachError: If there is one.
         """
-        if self.enabled and shared(cast("torch.amp.GradScaler", self.scaler)).open_beside(self):
+        if self.open_beside:
             message = (
                 "load_state_dict() would change the loss scale inside an open window of another optimizer, which "
                 "shares the GradScaler; load before the run, or where all their windows are closed"

@@ -14,9 +14,11 @@ class ScaleUser(Protocol):
 
     Attributes:
         goes_on: Whether somebody will close it if it is open.
+        elsewhere: Whether, when it was last closed, another one was open on another rank.
     """
 
     goes_on: Callable[[], bool]
+    elsewhere: bool
 
 
 class _Known(NamedTuple):
@@ -73,7 +75,7 @@ class SharedScale:
         if overflowed is not None:
             self._overflowed = bool(self._overflowed) or overflowed
         scaler = self._scaler()
-        if self.open_beside(window) or self._overflowed is None or scaler is None:
+        if window.elsewhere or self.open_beside(window) or self._overflowed is None or scaler is None:
             return
         # torch looks for infinities itself, in unscale_(); ours looked in the same pass that makes the window's mean.
         device = scaler._device  # noqa: SLF001 - has no public name

@@ -310,6 +310,32 @@ def test_a_rank_may_have_one_loss_more_with_a_forward_of_its_own(view):
         torch.testing.assert_close(flat(found), expected, rtol=1e-12, atol=1e-12)
 
 
+def _one_scaler_for_two() -> tuple[float, list[list[float]]]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
+    models = [DistributedDataParallel(network()) for _ in range(2)]
+    first, second = (
+        ice.Optimizer(sgd(model), name=name, accumulation_steps=k, grad_scaler=scaler)
+        for model, name, k in zip(models, ("first", "second"), (4, 1), strict=True)
+    )
+
+    def step(engine: Engine, batch: Batch) -> None:
+        learn(models[0], first, batch)
+        learn(models[1], second, batch)
+
+    trainer = Engine(step)
+    first.attach(trainer, model=models[0])
+    second.attach(trainer, model=models[1])
+    trainer.run(batches(dist.get_rank(), [[4] * 6, [4] * 2]), max_epochs=4)
+    return scaler.get_scale(), [p.flatten().tolist() for model in models for p in model.parameters()]
+
+
+def test_a_shared_scaler_adapts_where_no_window_is_open_on_any_rank():
+    found = launch(_one_scaler_for_two, 2)
+    assert found[0] == found[1]
+    # After 4 and 6 of each epoch's 6 micro-batches no window is open: 8 rounds, and each second one doubles the scale.
+    assert found[0][0] == 16.0 * 2**4
+
+
 def _with_default_device() -> int:
     model = DistributedDataParallel(network())
     data = batches(dist.get_rank(), SHORT)
