@@ -21,6 +21,7 @@ from ice_engine.errors import ArgumentValueError, AttachError
 from ice_engine.member import Member
 
 UNKNOWN = -1.0  # length of an epoch
+_NONE = -1  # no model
 _MANY = 32  # optimizers on one engine: what a row has room for
 
 
@@ -61,6 +62,7 @@ class Meeting:
         self._closing: list[Member] = []
         self._expected: list[Member] = []  # which all ranks reduce in this micro-batch
         self._reducing = False
+        self._joined: set[int] = set()  # models, by number, that this rank has reduced zeros of in this micro-batch
         self._before: list[int] = []
         self.savers: list[Saver] = []
         self.wants_stop: Callable[[], bool] = bool
@@ -96,7 +98,7 @@ class Meeting:
                     raise AttachError(message)
                 member.sync = other.sync  # one switch for one model
         self._members.append(member)
-        member.sync.again = functools.partial(self._reduce_again, member.sync)
+        member.sync.meet = functools.partial(self._meet, member.sync)
         member.window.unit_of = functools.partial(self._unit_of, member)
         member.window.ranks = world_size()
 
@@ -168,19 +170,42 @@ class Meeting:
                     break  # else others were at the first loss of another optimizer
         sync.take_part()
 
-    def _reduce_again(self, sync: Synchroniser) -> None:
-        """Meet all ranks before one more backward of the micro-batch that reduces, which others may not have."""
-        if self._reducing:
-            row = [self._syncs().index(sync)]
-            while self._take_unit(self._rounds.exchange(Kind.AGAIN, row, "one more loss of a micro-batch")):
-                pass
+    def _meet(self, sync: Synchroniser, first: bool) -> None:
+        """Meet all ranks before a backward of *sync* that reduces, which may be of another one on others, or of none.
+
+        Then the one that was attached first goes first, and whoever is not there takes part with zeros.
+        """
+        if not self._reducing or (first and not self._several):
+            return
+        own = self._syncs().index(sync)
+        while True:
+            rows = self._rounds.exchange(Kind.AGAIN, [own], "a loss of a micro-batch that reduces")
+            if not self._take_unit(rows):
+                chosen = min(_said(rows))
+                if chosen == own:
+                    return
+                self._syncs()[chosen].take_part()
+                self._joined.add(chosen)
+                for member in self._members:
+                    if member.sync is self._syncs()[chosen]:
+                        member.touched()
+
+    def _take_parts(self) -> None:
+        """Take part in the reductions of several models that this rank has had no backward for."""
+        waiting = {self._syncs().index(sync) for sync in self._waiting()} - self._joined
+        while waiting:
+            self._syncs()[min(waiting)].follow_forward()
+            rows = self._rounds.exchange(Kind.AGAIN, [_NONE], "the end of a micro-batch that reduces")
+            if not self._take_unit(rows):
+                chosen = min(_said(rows) or waiting)  # where no rank has a loss, what was accumulated is reduced
+                self._syncs()[chosen].take_part()
+                waiting.discard(chosen)
 
     def _take_part_again(self, rows: Sequence[Row]) -> bool:
         """Reduce zeros, where other ranks reduce one more loss of the micro-batch that this one is through with."""
-        again = {int(row[1]) for row in rows if row[0] == Kind.AGAIN}
-        for index in sorted(again):
-            sync = self._syncs()[index]
-            sync.take_part()
+        again = _said(rows)
+        if again:
+            self._syncs()[min(again)].take_part()
         return bool(again)
 
     def _take_unit(self, rows: Sequence[Row]) -> bool:
@@ -250,6 +275,12 @@ class Meeting:
         done = {id(m.sync) for m, n in zip(self._members, self._before, strict=False) if m.differentiated > n}
         return list({id(m.sync): m.sync for m in self._expected if id(m.sync) not in done}.values())
 
+    @property
+    def _several(self) -> bool:
+        """Whether there are several models, whose reductions ranks with fewer losses could take for each other."""
+        syncs = self._syncs()
+        return len(syncs) > 1 and not any(sync.together for sync in syncs)
+
     def _syncs(self) -> list[Synchroniser]:
         return list({id(m.sync): m.sync for m in self._members}.values())
 
@@ -265,3 +296,8 @@ class Meeting:
         if kind in {Kind.EPOCH_START, Kind.EPOCH_END}:
             return f"the {'end' if kind is Kind.EPOCH_END else 'beginning'} of epoch {state.epoch}"
         return f"iteration {state.iteration} (epoch {state.epoch})"
+
+
+def _said(rows: Sequence[Row]) -> set[int]:
+    """The models, by number, that some rank is about to reduce."""
+    return {int(row[1]) for row in rows if row[0] == Kind.AGAIN and row[1] != _NONE}

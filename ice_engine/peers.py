@@ -101,6 +101,8 @@ class Peers(Meeting):
 
     def _release(self) -> None:
         """Let the other ranks go on that wait for this one in a forward or a reduction, up to a round."""
+        if self._several:
+            return  # they come to a round before they reduce
         for sync in self._waiting():
             sync.follow_forward()
             if not all(m.met for m in self._expected if m.sync is sync):
@@ -154,6 +156,7 @@ class Peers(Meeting):
         ]
         together = any(m.sync.together for m in self._members)
         self._reducing, self._expected = False, []
+        self._joined.clear()
         if self._closing or together:
             rows = self._gate(Kind.GATE)
             if self._stopped_by(rows):
@@ -188,7 +191,9 @@ class Peers(Meeting):
         closing, reducing, expected = self._closing, self._reducing, self._expected
         for member in self._members:
             member.begun += 1
-        for sync in self._waiting():
+        if self._several:
+            self._take_parts()
+        for sync in self._waiting() if not self._several else ():
             self._take_part(sync)
         self._reducing, self._closing, self._expected = False, [], []
         for member in expected:

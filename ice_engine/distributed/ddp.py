@@ -57,9 +57,10 @@ class DDPSync(Synchroniser):
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
-        if self.reduces and self._used:
-            self.again()
-            self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
+        if self.reduces:
+            self.meet(not self._used)
+            if self._used:
+                self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
         self._used = True
 
     def follow_forward(self) -> None:
@@ -72,6 +73,7 @@ class DDPSync(Synchroniser):
         """Take part with zeros in the reduction that the other ranks' backward makes."""
         self._differentiate_zeros([p for p in self.model.module.parameters() if p.requires_grad])
         self.after_backward()
+        self._used = True
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Average gradients that no backward has reduced."""

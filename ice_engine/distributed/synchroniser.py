@@ -26,8 +26,8 @@ class Synchroniser:
         together: Whether even a forward needs all ranks, so that none may have a micro-batch more than the others.
         reduces: Whether a backward reduces now.
         always: Whether every micro-batch does, and not only the last of a window.
-        again: Called before one more backward reduces in a micro-batch that has had one: other ranks may have fewer
-            losses.
+        meet: Called before a backward that reduces, with whether it is the first one of its micro-batch: other ranks
+            may have fewer losses, or another model's.
     """
 
     together = True
@@ -35,7 +35,7 @@ class Synchroniser:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model: Any = model
         self.reduces = self.always = False
-        self.again: Callable[[], object] = bool
+        self.meet: Callable[[bool], object] = bool
 
     @property
     def is_bypassed(self) -> bool:

@@ -310,6 +310,51 @@ def test_a_rank_may_have_one_loss_more_with_a_forward_of_its_own(view):
         torch.testing.assert_close(flat(found), expected, rtol=1e-12, atol=1e-12)
 
 
+def _two_models(orders: list[list[str]]) -> list[list[float]]:
+    """In each micro-batch a rank has the losses that *orders* name, by number of the micro-batch and rank, in order."""
+    models = {name: DistributedDataParallel(network()) for name in "ab"}
+    optimizers = {name: ice.Optimizer(sgd(model), name=name) for name, model in models.items()}
+
+    def step(engine: Engine, batch: Batch) -> None:
+        for name in orders[engine.state.iteration - 1][dist.get_rank()]:
+            loss = torch.nn.functional.mse_loss(models[name](batch[0]), batch[1])
+            optimizers[name].backward(loss * (1.0 if name == "a" else 10.0), weight=len(batch[0]))
+
+    trainer = Engine(step)
+    for name, model in models.items():
+        optimizers[name].attach(trainer, model=model)
+    trainer.run(batches(dist.get_rank(), EVEN)[: len(orders)])
+    return [p.flatten().tolist() for model in models.values() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "orders",
+    [
+        [["ba", "ba"], ["ba", ""], ["ba", "ba"]],  # attached in another order than trained
+        [["ab", "ab"], ["ab", "b"], ["ab", "ab"]],
+        [["ab", "ab"], ["b", "ab"], ["ba", "ab"], ["", "b"], ["ab", "ba"]],
+        [["ab", "b"], ["ab", "ab"]],  # with the first losses of all
+    ],
+)
+def test_ranks_may_have_losses_of_different_models(orders):
+    expected = []
+    for name, factor in (("a", 1.0), ("b", 10.0)):
+        model = network()
+        optimizer = sgd(model)
+        for i, of_ranks in enumerate(orders):
+            having = [rank for rank in range(2) if name in of_ranks[rank]]
+            if not having:
+                continue
+            x, y = (torch.cat([batches(rank, EVEN)[i][j] for rank in having]) for j in (0, 1))
+            optimizer.zero_grad()
+            (factor * torch.nn.functional.mse_loss(model(x), y)).backward()
+            optimizer.step()
+        expected += [p.flatten().tolist() for p in model.parameters()]
+    first, second = launch(_two_models, 2, orders)
+    assert first == second
+    torch.testing.assert_close(flat(first), flat(expected), rtol=1e-12, atol=1e-12)
+
+
 def _one_scaler_for_two() -> tuple[float, list[list[float]]]:
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
     models = [DistributedDataParallel(network()) for _ in range(2)]
