@@ -58,14 +58,18 @@ class Stepping(Closing):
         precision = Precision(grad_scaler, nonfinite, max_consecutive_skips, has_norm=clip is not None)
         if isinstance(optimizer, OptimizerFacade):
             message = (
-                "optimizer is wrapped already; wrap a torch optimizer once: pass optimizer.inner, or use it as it is"
+                "optimizer is wrapped already; use it as it is or, for other settings, wrap a new torch optimizer: "
+                "Optimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), ...)"
             )
             raise ArgumentTypeError(message)
         inner = build(optimizer, params, sharding)
         check_entries(inner.param_groups, inner.defaults)
         owner = vars(inner).get("_ice_owner", lambda: None)()
         if owner is not None:
-            message = f"this {type(inner).__name__} is wrapped already, by optimizer {owner.name!r}; use that one"
+            message = (
+                f"this {type(inner).__name__} is wrapped already, by optimizer {owner.name!r}; use that one or, for "
+                f"other settings, make a new {type(inner).__name__}"
+            )
             raise ArgumentTypeError(message)
         super().__init__(
             inner, clip, precision=precision, name=name, processors=given, window=window, on_change=on_change

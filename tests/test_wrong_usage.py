@@ -304,10 +304,20 @@ def a_generator_is_used_up(_):
 
 @mistake(
     errors.ArgumentTypeError,
-    "optimizer is wrapped already; wrap a torch optimizer once: pass optimizer.inner, or use it as it is",
+    "optimizer is wrapped already; use it as it is or, for other settings, wrap a new torch optimizer: "
+    "Optimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), ...)",
 )
 def it_is_wrapped_twice(_):
     ice.Optimizer(trainer().optimizer)
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "this SGD is wrapped already, by optimizer 'optimizer'; use that one or, for other settings, make a new SGD",
+)
+def what_is_inside_it_is_wrapped_again(_):
+    its = trainer()
+    ice.Optimizer(its.optimizer.inner)
 
 
 @mistake(
