@@ -248,8 +248,15 @@ class Stepping(Closing):
 
 
 def _check_clip(clip: Clip | None) -> Clip | None:
+    if isinstance(clip, list | tuple):
+        message = (
+            f"clip must be one callable, got {clip!r}; to call several, one after the other: "
+            "clip=lambda parameters: (clips[0](parameters), clips[1](parameters))[0]"
+        )
+        raise ArgumentTypeError(message)
     if clip is not None and not callable(clip):
-        message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({clip!r})"
+        limit = clip if type(clip) in {int, float} else 1.0
+        message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({limit!r})"
         raise ArgumentTypeError(message)
     name = getattr(clip, "__name__", clip)
     if getattr(clip, "__module__", None) == ClipNorm.__module__ and inspect.isfunction(clip):

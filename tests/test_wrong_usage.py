@@ -371,6 +371,25 @@ def the_clip_is_a_number(_):
 
 @mistake(
     errors.ArgumentTypeError,
+    "clip must be callable, got 'norm'; such as clip=ice.clip_norm(1.0)",
+)
+def the_clip_is_a_name(_):
+    trainer(clip="norm")
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "clip must be one callable, got [clip_value(0.5), clip_norm(1.0)]; to call several, one after the other: "
+    "clip=lambda parameters: (clips[0](parameters), clips[1](parameters))[0]",
+)
+def there_are_two_clips(_):
+    clips = [ice.clip_value(0.5), ice.clip_norm(1.0)]
+    trainer(clip=lambda parameters: (clips[0](parameters), clips[1](parameters))[0]).engine.run(BATCHES)  # as it says
+    trainer(clip=clips)
+
+
+@mistake(
+    errors.ArgumentTypeError,
     "clip is the function clip_norm itself; call it, with its limit: clip=ice.clip_norm(...)",
 )
 def the_clip_has_no_limit(_):
