@@ -139,6 +139,7 @@ class Attaching(Stepping):
             this = "this" if self._engine is engine else "another"
             message = f"optimizer {self._name!r} is attached to {this} engine already; call optimizer.detach() first"
             raise AttachError(message)
+        self._refuse_shared(engine, self._parameters())
         for other in vars(engine).get("_ice_optimizers", ()):
             if other.name.lower() == self._name.lower() or other.name.upper() == self._name.upper():
                 message = (
@@ -146,7 +147,6 @@ class Attaching(Stepping):
                     "Optimizer(..., name='generator')"
                 )
                 raise AttachError(message)
-        self._refuse_shared(engine, self._parameters())
 
     def _refuse_shared(self, engine: Engine, parameters: Iterable[torch.Tensor]) -> None:
         mine = {id(p) for p in parameters}
@@ -155,7 +155,8 @@ class Attaching(Stepping):
             if shared:
                 message = (
                     f"optimizers {other.name!r} and {self._name!r} share {len(shared)} parameters ({shared[0]!r}...); "
-                    "each would step on the other's gradients; give every parameter to one optimizer"
+                    "each would step on the other's gradients; give every parameter to one optimizer, or, if a new one "
+                    "takes the place of an old one, call old.detach() first or make the engine anew"
                 )
                 raise AttachError(message)
 

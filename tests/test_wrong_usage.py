@@ -591,11 +591,24 @@ def two_optimizers_have_one_name(_):
 @mistake(
     errors.AttachError,
     "optimizers 'optimizer' and 'second' share 2 parameters ('param_groups.0.params.0'...); each "
-    "would step on the other's gradients; give every parameter to one optimizer",
+    "would step on the other's gradients; give every parameter to one optimizer, or, if a new one takes "
+    "the place of an old one, call old.detach() first or make the engine anew",
 )
 def two_optimizers_share_the_model(_):
     its = trainer()
     ice.Optimizer(torch.optim.SGD(its.model.parameters(), lr=0.1), name="second").attach(its.engine)
+
+
+@mistake(
+    errors.AttachError,
+    "optimizers 'optimizer' and 'optimizer' share 2 parameters ('param_groups.0.params.0'...); each "
+    "would step on the other's gradients; give every parameter to one optimizer, or, if a new one takes "
+    "the place of an old one, call old.detach() first or make the engine anew",
+)
+def a_cell_that_makes_the_optimizer_is_run_again(_):
+    its = trainer()
+    new = ice.Optimizer(torch.optim.SGD(its.model.parameters(), lr=0.1), accumulation_steps=2)
+    new.attach(its.engine)
 
 
 @mistake(
