@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, Events, create_supervised_trainer
 from ignite.handlers import LinearCyclicalScheduler
 
 import ice_engine as ice
@@ -99,8 +99,24 @@ def the_model_clears_its_gradients_in_train_step(_):
 @mistake(
     errors.BackwardError,
     "parameters of optimizer 'optimizer' have gradients that did not come from its backward(); call "
-    "optimizer.backward(loss) instead of loss.backward(), and keep another optimizer's loss from "
-    "them: write with other.toggle(module): around it, of the module that has them, or detach(); "
+    "optimizer.backward(loss) instead of loss.backward() (ice.create_trainer(model, optimizer, "
+    "loss_fn) does, create_supervised_trainer does not), and keep another optimizer's loss from them: "
+    "write with other.toggle(module): around it, of the module that has them, or detach(); "
+    "optimizer.zero_grad() clears what is left from before",
+)
+def the_trainer_is_ignites(_):
+    its = trainer(attach=False)
+    engine = create_supervised_trainer(its.model, its.optimizer, torch.nn.MSELoss())
+    its.optimizer.attach(engine)
+    engine.run([(torch.ones(4, 2), torch.ones(4, 1))])
+
+
+@mistake(
+    errors.BackwardError,
+    "parameters of optimizer 'optimizer' have gradients that did not come from its backward(); call "
+    "optimizer.backward(loss) instead of loss.backward() (ice.create_trainer(model, optimizer, "
+    "loss_fn) does, create_supervised_trainer does not), and keep another optimizer's loss from them: "
+    "write with other.toggle(module): around it, of the module that has them, or detach(); "
     "optimizer.zero_grad() clears what is left from before",
 )
 def the_loss_goes_backward_by_itself(_):
