@@ -1,4 +1,4 @@
-"""An Ignite trainer in one call, shaped like ``ignite.engine.create_supervised_trainer``."""
+"""An Ignite trainer in one call, as ``ignite.engine.create_supervised_trainer`` is."""
 
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +70,11 @@ def create_trainer(
     """
     if not isinstance(model, torch.nn.Module):
         message = f"model must be a torch.nn.Module, got {type(model).__name__}"
+        raise ArgumentTypeError(message)
+    if isinstance(loss_fn, torch.optim.Optimizer):
+        message = (
+            f"loss_fn is an optimizer, {type(loss_fn).__name__}; the order is create_trainer(model, optimizer, loss_fn)"
+        )
         raise ArgumentTypeError(message)
     if not isinstance(optimizer, Optimizer):
         message = (

@@ -645,6 +645,15 @@ def a_trainer_is_made_of_a_torch_optimizer(_):
     ice.create_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.MSELoss())
 
 
+@mistake(
+    errors.ArgumentTypeError,
+    "loss_fn is an optimizer, Optimizer; the order is create_trainer(model, optimizer, loss_fn)",
+)
+def a_trainer_is_made_in_another_order(_):
+    its = trainer(attach=False)
+    ice.create_trainer(its.model, torch.nn.functional.mse_loss, its.optimizer)
+
+
 # -- state -------------------------------------------------------------
 
 
