@@ -766,6 +766,14 @@ def a_hook_is_called_where_it_is_added(_):
 
 
 @mistake(
+    errors.ArgumentTypeError,
+    "event and hook are swapped; the order is hooks.add(event, hook)",
+)
+def a_hook_is_added_in_another_order(_):
+    trainer().optimizer.hooks.add(lambda: None, Events.ITERATION_COMPLETED(every=2))
+
+
+@mistake(
     errors.HookError,
     "hook 'show': GENERATOR_STEP_COMPLETED is not an event of this engine; attach the optimizer of "
     "that name first, or engine.register_events(...)",
