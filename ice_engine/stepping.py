@@ -1,10 +1,12 @@
 """An optimizer that steps once per window, whoever says that a micro-batch has ended."""
 
+import difflib
+import functools
 import inspect
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
@@ -25,6 +27,37 @@ from ice_engine.window import Reduction, Tail, Window
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+
+
+def _as_optimizer(init: Callable[P, None]) -> Callable[P, None]:
+    """Let *init* refuse arguments by the name that users call it by; types and help() see its own signature."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as err:
+            unknown = next((key for key in kwargs if key not in signature.parameters), None)
+            optimizer = args[1] if len(args) > 1 else kwargs.get("optimizer")
+            hint = "" if unknown is None else _meant(unknown, kwargs[unknown], optimizer, list(signature.parameters))
+            message = f"Optimizer(...) {err}{hint}"
+            raise ArgumentTypeError(message) from None
+        init(*args, **kwargs)
+
+    return checked
+
+
+def _meant(unknown: str, value: Any, optimizer: Any, known: Sequence[str]) -> str:
+    """Return, for an error, where an *unknown* argument belongs."""
+    made = type(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    if isinstance(made, type) and unknown in inspect.signature(made).parameters:
+        name = f"torch.optim.{made.__name__}" if made.__module__.startswith("torch.optim.") else made.__name__
+        return f", which {name} takes: Optimizer(functools.partial({name}, {unknown}={value!r}), model.parameters())"
+    close = difflib.get_close_matches(unknown, known, n=1)
+    return f"; did you mean {close[0]}=?" if close else ""
+
 
 class Stepping(Closing):
     """Steps a torch optimizer once per window; see :class:`ice_engine.optimizer.Optimizer` for the arguments.
@@ -33,6 +66,7 @@ class Stepping(Closing):
     and what is planned is the subclass's.
     """
 
+    @_as_optimizer
     def __init__(
         self,
         optimizer: torch.optim.Optimizer | OptimizerFactory,

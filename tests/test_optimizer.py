@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 import math
 
@@ -746,6 +747,13 @@ def test_an_engine_that_goes_on_under_a_new_optimizer_is_said():
 
     with pytest.warns(ice.IceEngineWarning, match="goes on at iteration 2, optimizer 'optimizer' starts at step 0"):
         engine.run([1.0] * 2, max_epochs=2)
+
+
+def test_help_and_type_checkers_see_the_arguments():
+    parameters = inspect.signature(ice.Optimizer).parameters
+
+    assert list(parameters)[:3] == ["optimizer", "params", "name"]
+    assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def test_a_torch_optimizer_is_wrapped_once():

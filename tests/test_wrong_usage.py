@@ -301,6 +301,31 @@ def a_factory_has_no_parameters(_):
 
 @mistake(
     errors.ArgumentTypeError,
+    "Optimizer(...) got an unexpected keyword argument 'lr', which torch.optim.SGD takes: "
+    "Optimizer(functools.partial(torch.optim.SGD, lr=0.1), model.parameters())",
+)
+def what_the_factory_takes_is_given_beside_it(_):
+    ice.Optimizer(torch.optim.SGD, torch.nn.Linear(2, 1).parameters(), lr=0.1)
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "Optimizer(...) got an unexpected keyword argument 'accum_steps'; did you mean accumulation_steps=?",
+)
+def an_argument_is_misspelt(_):
+    trainer(accum_steps=4)
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "Optimizer(...) missing a required argument: 'optimizer'",
+)
+def an_optimizer_is_made_of_nothing(_):
+    ice.Optimizer()
+
+
+@mistake(
+    errors.ArgumentTypeError,
     "params must be parameters, pairs or groups, got Linear; pass model.parameters()",
 )
 def a_factory_is_given_the_model(_):
