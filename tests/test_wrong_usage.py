@@ -818,6 +818,14 @@ def a_hook_would_swallow_exceptions(_):
 
 
 @mistake(
+    errors.ArgumentValueError,
+    "event() must be one of 'GRADIENTS_READY', 'STEP_STARTED', 'STEP_COMPLETED', 'STEP_SKIPPED'; got 'STEPS_COMPLETED'",
+)
+def an_event_is_misspelt(_):
+    trainer().optimizer.event("STEPS_COMPLETED")
+
+
+@mistake(
     AttributeError,
     "OptimizerEvents has no STEP_COMPLETED, only OPTIMIZER_GRADIENTS_READY, OPTIMIZER_STEP_STARTED, "
     "OPTIMIZER_STEP_COMPLETED, OPTIMIZER_STEP_SKIPPED",
