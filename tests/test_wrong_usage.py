@@ -599,6 +599,14 @@ def a_plan_has_no_length(_):
     trainer(attach=False, processors=[ice.schedules.cosine()]).optimizer.plan()
 
 
+@mistake(
+    errors.ArgumentTypeError,
+    "epoch_length must be an int, got list; if its length is meant: epoch_length=len(...)",
+)
+def a_plan_is_given_the_data(_):
+    trainer(processors=[ice.schedules.cosine()]).optimizer.plan(epoch_length=BATCHES, max_epochs=2)
+
+
 # -- attach -------------------------------------------------------------
 
 
