@@ -7,7 +7,7 @@ import torch
 from ignite.engine import Engine
 from ignite.engine import _prepare_batch as _ignites
 
-from ice_engine.batches import batch_size
+from ice_engine.batches import batch_size, check_weight
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.optimizer import Optimizer
 from ice_engine.quiet_engine import QuietEngine
@@ -87,6 +87,7 @@ def create_trainer(
         if not callable(function):
             message = f"{argument} must be callable, got {function!r} ({type(function).__name__})"
             raise ArgumentTypeError(message)
+    check_weight(weight)
     _check_autocast(autocast)
     device = _device(device)
     kind = (device or next((p.device for p in model.parameters()), torch.device("cpu"))).type

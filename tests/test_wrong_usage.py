@@ -687,6 +687,16 @@ def a_trainer_is_made_in_another_order(_):
     ice.create_trainer(its.model, torch.nn.functional.mse_loss, its.optimizer)
 
 
+@mistake(
+    errors.ArgumentTypeError,
+    "weight is called as weight(x, y), and <lambda> cannot be: too many positional arguments; such as "
+    "weight=lambda x, y: len(y)",
+)
+def a_weight_is_of_the_batch(_):
+    its = trainer(attach=False)
+    ice.create_trainer(its.model, its.optimizer, torch.nn.MSELoss(), weight=lambda batch: len(batch[0]))
+
+
 # -- state -------------------------------------------------------------
 
 

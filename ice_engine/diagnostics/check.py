@@ -12,7 +12,7 @@ import torch
 from ignite.engine import _prepare_batch
 
 from ice_engine.arguments import count, positive
-from ice_engine.batches import batch_size, samples
+from ice_engine.batches import batch_size, check_weight, samples
 from ice_engine.diagnostics.culprits import Finding, culprits, notes
 from ice_engine.diagnostics.randomness import nothing_left_behind
 from ice_engine.diagnostics.trial import Gradients, Span, Trial, gap
@@ -154,6 +154,7 @@ def check_accumulation(
         if not callable(function):
             message = f"{argument} must be callable, got {function!r} ({type(function).__name__})"
             raise ArgumentTypeError(message)
+    check_weight(weight)
     steps = count("accumulation_steps", accumulation_steps, 2)
     if tolerance is not None:
         tolerance = positive("tolerance", tolerance)
