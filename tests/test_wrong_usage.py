@@ -852,6 +852,18 @@ def an_event_has_no_prefix(_):
     Engine(lambda engine, batch: None).add_event_handler(ice.OptimizerEvents.STEP_COMPLETED, lambda: None)
 
 
+@mistake(
+    errors.HookError,
+    "OPTIMIZER_STEP_COMPLETED is not an event of this engine, which has GENERATOR_STEP_COMPLETED; write "
+    "optimizer.event('STEP_COMPLETED'), of an optimizer that is attached",
+)
+def a_handler_is_on_the_event_of_another_name(_):
+    its = trainer(attach=False, name="generator")
+    engine = ice.create_trainer(its.model, its.optimizer, torch.nn.MSELoss())
+    engine.add_event_handler(its.optimizer.event("STEP_COMPLETED")(every=2), lambda: None)  # as it says
+    engine.on(ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED(every=2))(lambda: None)
+
+
 # -- what is recorded -------------------------------------------------------------
 
 
