@@ -134,6 +134,7 @@ class Stepping(Closing):
             raise ArgumentValueError(message)
         set_initial_values(given, self.param_groups if given else ())
         self._loaded: bool = False
+        self._loaded_plain: bool = False  # a state without clocks
         self._said_drop: bool = False
         self._epoch_began: int = 0
 
