@@ -119,6 +119,7 @@ def train(config: Config) -> torch.nn.Module:
         clip=ice.clip_norm(config.clip),
         grad_scaler=scaler,
         processors=[ice.schedules.linear()],
+        on_change="replan",  # more --epochs for a resumed run: the learning rate falls to 0 at its new end
     )
     judge = ice.Optimizer(
         adam,
@@ -126,6 +127,7 @@ def train(config: Config) -> torch.nn.Module:
         name="discriminator",
         grad_scaler=scaler,
         processors=[ice.schedules.linear()],
+        on_change="replan",
     )
 
     def train_step(engine: Engine, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:

@@ -307,8 +307,9 @@ class Accumulating(Scheduling):
 _ALL: weakref.WeakSet[Accumulating] = weakref.WeakSet()
 
 _OWN_GRADIENTS = (
-    "call optimizer.backward(loss) instead of loss.backward(), and keep another optimizer's loss from them: "
-    "write with other.toggle(module): around it, of the module that has them, or detach()"
+    "call optimizer.backward(loss) instead of loss.backward() (ice.create_trainer(model, optimizer, loss_fn) does, "
+    "create_supervised_trainer does not), and keep another optimizer's loss from them: write with "
+    "other.toggle(module): around it, of the module that has them, or detach()"
 )
 
 

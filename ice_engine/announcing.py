@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine
 
+from ice_engine.arguments import choice
 from ice_engine.clocks import Clocks
 from ice_engine.events import StepRecord, by_kind, fire, has_listeners, is_running, optimizer_events
 from ice_engine.facade import OptimizerFacade
@@ -36,8 +37,13 @@ class Announcing(OptimizerFacade):
         return optimizer_events(self._name)
 
     def event(self, kind: str) -> Any:
-        """Return its event of a kind, such as ``optimizer.event("STEP_COMPLETED")``, whatever its name."""
-        return self.events[f"{self._name}_{kind}".upper()]
+        """Return its event of a kind, such as ``optimizer.event("STEP_COMPLETED")``, whatever its name.
+
+        Raises:
+            ArgumentValueError: If there is no such kind.
+        """
+        choice("event()", kind, tuple(by_kind(self._name)))
+        return by_kind(self._name)[kind]
 
     @property
     def engine(self) -> Engine | None:

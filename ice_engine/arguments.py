@@ -4,6 +4,7 @@ Numbers come back plain, so that ``repr`` and checkpoints are free of numpy type
 """
 
 import math
+from collections.abc import Sized
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,6 +18,9 @@ def count(argument: str, value: Any, minimum: int) -> int:
         ArgumentTypeError: If it is not a whole number.
         ArgumentValueError: If it is below *minimum*.
     """
+    if isinstance(value, Sized) and not isinstance(value, str):
+        message = f"{argument} must be an int, got {type(value).__name__}; if its length is meant: {argument}=len(...)"
+        raise ArgumentTypeError(message)
     if isinstance(value, bool) or not isinstance(value, Integral):
         message = f"{argument} must be an int, got {value!r} ({type(value).__name__})"
         raise ArgumentTypeError(message)

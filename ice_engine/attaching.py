@@ -141,6 +141,7 @@ class Attaching(Stepping):
             this = "this" if self._engine is engine else "another"
             message = f"optimizer {self._name!r} is attached to {this} engine already; call optimizer.detach() first"
             raise AttachError(message)
+        self._refuse_shared(engine, self._parameters())
         for other in vars(engine).get("_ice_optimizers", ()):
             if other.name.lower() == self._name.lower() or other.name.upper() == self._name.upper():
                 message = (
@@ -148,7 +149,6 @@ class Attaching(Stepping):
                     "Optimizer(..., name='generator')"
                 )
                 raise AttachError(message)
-        self._refuse_shared(engine, self._parameters())
 
     def _refuse_shared(self, engine: Engine, parameters: Iterable[torch.Tensor]) -> None:
         mine = {id(p) for p in parameters}
@@ -157,7 +157,8 @@ class Attaching(Stepping):
             if shared:
                 message = (
                     f"optimizers {other.name!r} and {self._name!r} share {len(shared)} parameters ({shared[0]!r}...); "
-                    "each would step on the other's gradients; give every parameter to one optimizer"
+                    "each would step on the other's gradients; give every parameter to one optimizer, or, if a new one "
+                    "takes the place of an old one, call old.detach() first or make the engine anew"
                 )
                 raise AttachError(message)
 
@@ -203,18 +204,28 @@ class Attaching(Stepping):
                 "run, raise max_epochs"
             )
         elif engine.state.iteration > 0 and not self._loaded and not self._clocks.counts["iteration"]:
-            warn(
-                f"the engine goes on at iteration {engine.state.iteration}, optimizer {self._name!r} starts at step 0, "
-                "and so do its schedules; load its state too: optimizer.load_state_dict(...)"
-            )
+            self._say_behind(engine)
         self._settle()
-        self._loaded = self._said_drop = False
+        self._loaded = self._loaded_plain = self._said_drop = False
         self._short_windows = 0
         self._measures.watch.restart()
         self._epoch_began = engine.state.iteration
         if not self._window.is_open:
             self.zero_grad()
         self._publish()
+
+    def _say_behind(self, engine: Engine) -> None:
+        goes_on = f"the engine goes on at iteration {engine.state.iteration}, optimizer {self._name!r}"
+        if not self._loaded_plain:
+            warn(
+                f"{goes_on} starts at step 0, and so do its schedules; load its state too: "
+                "optimizer.load_state_dict(...)"
+            )
+        elif any("step" in getattr(processor, "units", {"step"}) for processor in self._processors):
+            warn(
+                f"{goes_on} was given a plain optimizer's state, without clocks: it starts at step 0, and so do its "
+                "schedules; those with unit='iteration', such as ice.schedules.cosine(unit='iteration'), go on too"
+            )
 
     def _on_iteration_started(self, _: Engine) -> None:
         if self._window.pending:

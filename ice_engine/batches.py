@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -27,6 +28,24 @@ def batch_size(x: Any, y: Any) -> int:
         "say so: create_trainer(..., weight=lambda x, y: ...)"
     )
     raise ArgumentTypeError(message)
+
+
+def check_weight(weight: Callable[[Any, Any], float]) -> None:
+    """Check that *weight* can be called with x and y.
+
+    Raises:
+        ArgumentTypeError: If not.
+    """
+    try:
+        signature = inspect.signature(weight)
+    except (TypeError, ValueError):  # of compiled code
+        return
+    try:
+        signature.bind((), ())
+    except TypeError as err:
+        name = getattr(weight, "__name__", weight)
+        message = f"weight is called as weight(x, y), and {name} cannot be: {err}; such as weight=lambda x, y: len(y)"
+        raise ArgumentTypeError(message) from err
 
 
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:

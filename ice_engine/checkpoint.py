@@ -63,7 +63,8 @@ class Checkpoint(IgniteCheckpoint):
 
     - A file is written beside, read back and renamed; only then an older one is removed. It carries its sha256.
     - With the trainer in *to_save* (and not alone), the file holds where the run is: epoch, place in the data, random
-      generators, metrics, and the open window. What goes on from there is bit-equal to what would have been.
+      generators, the numbers in ``state.metrics``, and the open window. What goes on from there is bit-equal to what
+      would have been.
     - It is written by a thread. Parameters and optimizer state are copied during the next forward and backward, in
       memory of their own; everything else at once. ``last_checkpoint`` waits for it, and so does the end of a run.
     - SIGTERM or SIGUSR1 lets the run save and end at its next window's edge, with :class:`Preempted

@@ -169,6 +169,17 @@ def step_events(engine: Engine) -> list[EventEnum]:
     return [event for event in events if not event.name.endswith("_GRADIENTS_READY")]
 
 
+def instead(engine: Engine, event: Any) -> str:
+    """Return, for an error, what *engine* has instead of an optimizer's *event*; empty if that is no optimizer's."""
+    kind = next((kind for kind in _KINDS if str(getattr(event, "name", "")).endswith(f"_{kind}")), None)
+    if kind is None:
+        return ""
+    found = [one.name for one in engine._allowed_events if isinstance(one, _Events) and one.name.endswith(f"_{kind}")]  # noqa: SLF001 - no public list
+    return (
+        f"{', '.join(found) or 'none of that kind'}; write optimizer.event({kind!r}), of an optimizer that is attached"
+    )
+
+
 def is_running(engine: Engine) -> bool:
     """Whether *engine* is inside of its ``run()``, or was interrupted there and will go on."""
     return engine._dataloader_iter is not None  # noqa: SLF001 - set while run() iterates

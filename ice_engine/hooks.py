@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ignite.engine import Engine, Events, State
-from ignite.engine.events import EventsList
+from ignite.engine.events import CallableEventWithFilter, EventsList
 
 from ice_engine.calling import Caller, caller, check_hook, own_name
 from ice_engine.errors import ArgumentTypeError, HookError
@@ -110,6 +110,9 @@ class HookRegistry:
             HookSignatureError: If the hook cannot be called with the engine or with nothing.
             UnknownKeyError: If a processor would write what the run counts with.
         """
+        if isinstance(hook, CallableEventWithFilter | EventsList):
+            message = "event and hook are swapped; the order is hooks.add(event, hook)"
+            raise ArgumentTypeError(message)
         check_hook(hook)
         _check_name_and_order(name, order)
         name = name or self.free_name(own_name(hook))

@@ -142,10 +142,15 @@ def _sides(groups: Sequence[Mapping[str, Any]], names: list[list[str]]) -> tuple
             if all(max(Counter(chain.from_iterable(keys)).values(), default=1) == 1 for keys in (there, here)):
                 return _Side(saved, there), _Side(names, here)
     if sizes != [len(own) for own in names]:
+        named = (
+            "; give this state the names that it lacks: plain = ice.Optimizer(torch.optim.AdamW("
+            "model.named_parameters())), with the groups it was saved with; plain.load_state_dict(state); "
+            "optimizer.load_state_dict(plain.state_dict())"
+        )
         message = (
             f"the state dict's param groups have {sizes} parameters, the optimizer's {[len(own) for own in names]}; "
             "build the optimizer with the groups it was saved with, or, to load by name, from "
-            "model.named_parameters() or ice.param_groups(model, ...)"
+            f"model.named_parameters() or ice.param_groups(model, ...){named if saved == places else ''}"
         )
         raise StateDictError(message)
     saved = [own if len(own) == size else place for own, size, place in zip(saved, sizes, places, strict=True)]

@@ -307,7 +307,8 @@ def _entries(
     if decay is not None and depth is not None:
         lr = rule.overrides.get("lr", default.get("lr"))
         if lr is None:
-            message = f"layer_decay needs an 'lr' to multiply; give one to {rule.label} or to default={{'lr': 1e-3}}"
+            own = f"{rule.label} or to " if rule.pattern is not None else ""
+            message = f"layer_decay needs an 'lr' to multiply; give one to {own}default={{'lr': 1e-3}}"
             raise ArgumentValueError(message)
         entries["lr"] = (lr if isinstance(lr, torch.Tensor) else number(f"{rule.label}['lr']", lr)) * decay**depth
     # Of its own in each group: a tensor is written in place, and one for two groups would be scheduled twice.

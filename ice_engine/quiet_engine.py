@@ -6,7 +6,8 @@ from typing import Any
 
 from ignite.engine import Engine
 
-from ice_engine.events import call_handlers
+from ice_engine.errors import HookError
+from ice_engine.events import call_handlers, instead
 
 
 class QuietEngine(Engine):
@@ -27,6 +28,12 @@ class QuietEngine(Engine):
     def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
         super().__init__(process_function)
         self.logger = logging.getLogger(f"{Engine.__module__}.{Engine.__name__}")  # where a script sets the level
+
+    def _assert_allowed_event(self, event_name: Any) -> None:
+        if event_name not in self._allowed_events and (has := instead(self, event_name)):
+            message = f"{event_name.name} is not an event of this engine, which has {has}"
+            raise HookError(message)
+        super()._assert_allowed_event(event_name)
 
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
         # Ignite formats a line for the log, and makes a list, at every event: most of what an iteration costs.

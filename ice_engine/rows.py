@@ -122,7 +122,7 @@ def _kept(value: Any) -> Any:
 
 def _number(value: Any) -> float | None:
     if isinstance(value, torch.Tensor):
-        return float(value) if value.numel() == 1 and not value.is_complex() else None
+        return float(value.detach()) if value.numel() == 1 and not value.is_complex() else None
     if not isinstance(value, Real):
         return None
     try:

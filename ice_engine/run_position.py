@@ -135,8 +135,9 @@ class RunPosition:
         engine.state.iteration = state["began"] + (state["data"]["taken"] if state["in_epoch"] else 0)
         if world.rank() == 0:
             logger.warning(
-                "the run of %d rank%s goes on with %d after iteration %d: an epoch has %d micro-batches instead of %d",
-                *(self._ranks, "s" if self._ranks > 1 else "", world.world_size(), engine.state.iteration, now, before),
+                "the run of %d rank%s goes on with %d after iteration %d%s",
+                *(self._ranks, "s" if self._ranks > 1 else "", world.world_size(), engine.state.iteration),
+                f": an epoch has {now} micro-batches instead of {before}" if now != before else "",
             )
 
     def _on_started(self, engine: Engine) -> None:

@@ -135,6 +135,7 @@ class Saving(Attaching):
             self._measures.noise.load_state_dict(extra.get("noise", (0.0, 0.0, 0.0)))
             self._loaded = True
             self._publish()
+        self._loaded_plain = extra is None
         self._discard("load_state_dict()")
         self._clear()
         if extra is not None:

@@ -1,10 +1,12 @@
 """An optimizer that steps once per window, whoever says that a micro-batch has ended."""
 
+import difflib
+import functools
 import inspect
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
@@ -25,6 +27,37 @@ from ice_engine.window import Reduction, Tail, Window
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+
+
+def _as_optimizer(init: Callable[P, None]) -> Callable[P, None]:
+    """Let *init* refuse arguments by the name that users call it by; types and help() see its own signature."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as err:
+            unknown = next((key for key in kwargs if key not in signature.parameters), None)
+            optimizer = args[1] if len(args) > 1 else kwargs.get("optimizer")
+            hint = "" if unknown is None else _meant(unknown, kwargs[unknown], optimizer, list(signature.parameters))
+            message = f"Optimizer(...) {err}{hint}"
+            raise ArgumentTypeError(message) from None
+        init(*args, **kwargs)
+
+    return checked
+
+
+def _meant(unknown: str, value: Any, optimizer: Any, known: Sequence[str]) -> str:
+    """Return, for an error, where an *unknown* argument belongs."""
+    made = type(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    if isinstance(made, type) and unknown in inspect.signature(made).parameters:
+        name = f"torch.optim.{made.__name__}" if made.__module__.startswith("torch.optim.") else made.__name__
+        return f", which {name} takes: Optimizer(functools.partial({name}, {unknown}={value!r}), model.parameters())"
+    close = difflib.get_close_matches(unknown, known, n=1)
+    return f"; did you mean {close[0]}=?" if close else ""
+
 
 class Stepping(Closing):
     """Steps a torch optimizer once per window; see :class:`ice_engine.optimizer.Optimizer` for the arguments.
@@ -33,6 +66,7 @@ class Stepping(Closing):
     and what is planned is the subclass's.
     """
 
+    @_as_optimizer
     def __init__(
         self,
         optimizer: torch.optim.Optimizer | OptimizerFactory,
@@ -58,14 +92,18 @@ class Stepping(Closing):
         precision = Precision(grad_scaler, nonfinite, max_consecutive_skips, has_norm=clip is not None)
         if isinstance(optimizer, OptimizerFacade):
             message = (
-                "optimizer is wrapped already; wrap a torch optimizer once: pass optimizer.inner, or use it as it is"
+                "optimizer is wrapped already; use it as it is or, for other settings, wrap a new torch optimizer: "
+                "Optimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), ...)"
             )
             raise ArgumentTypeError(message)
         inner = build(optimizer, params, sharding)
         check_entries(inner.param_groups, inner.defaults)
         owner = vars(inner).get("_ice_owner", lambda: None)()
         if owner is not None:
-            message = f"this {type(inner).__name__} is wrapped already, by optimizer {owner.name!r}; use that one"
+            message = (
+                f"this {type(inner).__name__} is wrapped already, by optimizer {owner.name!r}; use that one or, for "
+                f"other settings, make a new {type(inner).__name__}"
+            )
             raise ArgumentTypeError(message)
         super().__init__(
             inner, clip, precision=precision, name=name, processors=given, window=window, on_change=on_change
@@ -96,6 +134,7 @@ class Stepping(Closing):
             raise ArgumentValueError(message)
         set_initial_values(given, self.param_groups if given else ())
         self._loaded: bool = False
+        self._loaded_plain: bool = False  # a state without clocks
         self._said_drop: bool = False
         self._epoch_began: int = 0
 
@@ -244,8 +283,15 @@ class Stepping(Closing):
 
 
 def _check_clip(clip: Clip | None) -> Clip | None:
+    if isinstance(clip, list | tuple):
+        message = (
+            f"clip must be one callable, got {clip!r}; to call several, one after the other: "
+            "clip=lambda parameters: (clips[0](parameters), clips[1](parameters))[0]"
+        )
+        raise ArgumentTypeError(message)
     if clip is not None and not callable(clip):
-        message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({clip!r})"
+        limit = clip if type(clip) in {int, float} else 1.0
+        message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({limit!r})"
         raise ArgumentTypeError(message)
     name = getattr(clip, "__name__", clip)
     if getattr(clip, "__module__", None) == ClipNorm.__module__ and inspect.isfunction(clip):

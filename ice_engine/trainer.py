@@ -1,4 +1,4 @@
-"""An Ignite trainer in one call, shaped like ``ignite.engine.create_supervised_trainer``."""
+"""An Ignite trainer in one call, as ``ignite.engine.create_supervised_trainer`` is."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from ignite.engine import Engine
 from ignite.engine import _prepare_batch as _ignites
 
-from ice_engine.batches import batch_size
+from ice_engine.batches import batch_size, check_weight
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.optimizer import Optimizer
 from ice_engine.quiet_engine import QuietEngine
@@ -71,6 +71,11 @@ def create_trainer(
     if not isinstance(model, torch.nn.Module):
         message = f"model must be a torch.nn.Module, got {type(model).__name__}"
         raise ArgumentTypeError(message)
+    if isinstance(loss_fn, torch.optim.Optimizer):
+        message = (
+            f"loss_fn is an optimizer, {type(loss_fn).__name__}; the order is create_trainer(model, optimizer, loss_fn)"
+        )
+        raise ArgumentTypeError(message)
     if not isinstance(optimizer, Optimizer):
         message = (
             f"optimizer must be an ice_engine.Optimizer, got {type(optimizer).__name__}; "
@@ -82,6 +87,7 @@ def create_trainer(
         if not callable(function):
             message = f"{argument} must be callable, got {function!r} ({type(function).__name__})"
             raise ArgumentTypeError(message)
+    check_weight(weight)
     _check_autocast(autocast)
     device = _device(device)
     kind = (device or next((p.device for p in model.parameters()), torch.device("cpu"))).type

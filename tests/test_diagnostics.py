@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 import ice_engine as ice
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, BackwardError, NoGradientsError
@@ -1066,6 +1067,23 @@ def test_tensors_of_different_lengths_are_refused():
 def test_a_batch_without_tensors_is_refused():
     with pytest.raises(ArgumentTypeError, match="no tensor in a batch of int and str"):
         check(mlp(), (1, "2"), prepare_batch=lambda batch, device, non_blocking: batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        (DataLoader(TensorDataset(*regression()), 6), "DataLoader"),
+        ((*regression(), torch.ones(12)), "tuple of 3"),
+        (torch.ones(2, 4), "Tensor"),
+    ],
+    ids=["loader", "three", "tensor"],
+)
+def test_what_is_no_pair_is_refused_with_what_a_batch_is(batch, found):
+    match = (
+        rf"batch must be a pair \(x, y\), got {found}; of a loader, give one batch: next\(iter\(loader\)\); of another"
+    )
+    with pytest.raises(ArgumentTypeError, match=match):
+        check(mlp(), batch)
 
 
 def test_a_batch_that_is_no_pair_is_refused():

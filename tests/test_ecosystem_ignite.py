@@ -412,6 +412,8 @@ def test_ignites_tensorboard_logger_writes_parameters_and_gradients_of_each_step
     with TensorboardLogger(log_dir=str(tmp_path)) as logger:
         logger.attach(trainer, OptimizerParamsHandler(optimizer, "lr"), event_name=STEP_COMPLETED)
         logger.attach(trainer, GradsScalarHandler(model), event_name=GRADIENTS_READY)
+        logger.attach(trainer, GradsScalarHandler(model, tag="then"), event_name=STEP_COMPLETED)
+        logger.attach(trainer, GradsScalarHandler(model, tag="late"), event_name=Events.ITERATION_COMPLETED)
         logger.attach(trainer, WeightsScalarHandler(model), event_name=STEP_COMPLETED)
         logger.attach_opt_params_handler(
             trainer, event_name=STEP_COMPLETED(every=2), optimizer=optimizer, param_name="weight_decay", tag="seldom"
@@ -423,6 +425,8 @@ def test_ignites_tensorboard_logger_writes_parameters_and_gradients_of_each_step
     assert seen["grads_norm/0/weight"] == [(i, pytest.approx(norm)) for i, norm in enumerate(norms, start=1)]
     assert seen["weights_norm/0/weight"] == [(i, pytest.approx(norm)) for i, norm in enumerate(weights, start=1)]
     assert len(norms) == len(weights) == 6
+    assert seen["then/grads_norm/0/weight"] == seen["grads_norm/0/weight"]
+    assert len(seen["late/grads_norm/0/weight"]) == 16  # none at the 4 iterations that filled a window
     assert [step for step, _ in seen["seldom/weight_decay/group_0"]] == [2, 4, 6]
 
 

@@ -172,6 +172,14 @@ def test_interrupted_gan_draws_the_same_digits(two_epochs, tmp_path):
     assert (folder / "runs/gan/gan.png").read_bytes() == (two_epochs[0] / "runs/gan/gan.png").read_bytes()
 
 
+def test_gan_resumes_after_the_last_epoch(two_epochs, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_epochs[0], folder)
+    output = run(GAN, folder, "--epochs", "3", "--resume")
+    assert "gan_checkpoint_2.pt: epoch 2" in output
+    assert GAN_STEPS.search(output).groups() == ("3", "84", "84")
+
+
 def test_gan_draws_others_with_another_seed_and_in_bf16(two_epochs, tmp_path):
     output = run(GAN, tmp_path, "--epochs", "1", "--seed", "1", "--precision", "bf16")
     assert GAN_STEPS.search(output).groups() == ("1", "28", "28")

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 import math
 
@@ -746,6 +747,33 @@ def test_an_engine_that_goes_on_under_a_new_optimizer_is_said():
 
     with pytest.warns(ice.IceEngineWarning, match="goes on at iteration 2, optimizer 'optimizer' starts at step 0"):
         engine.run([1.0] * 2, max_epochs=2)
+
+
+@pytest.mark.parametrize("unit", [None, "iteration", "step"])
+def test_an_optimizer_that_got_a_plain_ones_state_is_told_how_its_schedules_go_on(unit, recwarn):
+    weight, plain = parameter(), torch.optim.SGD([parameter()], lr=1.0, momentum=0.9)
+    optimizer = sgd(weight, processors=[] if unit is None else [ice.schedules.linear(unit=unit)])
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    optimizer.load_state_dict(plain.state_dict())
+    engine.load_state_dict({"iteration": 2, "epoch_length": 2, "max_epochs": 2})
+
+    engine.run([1.0] * 2, max_epochs=2)
+
+    behind = (
+        "the engine goes on at iteration 2, optimizer 'optimizer' was given a plain optimizer's state, without "
+        "clocks: it starts at step 0, and so do its schedules; those with unit='iteration', such as "
+        "ice.schedules.cosine(unit='iteration'), go on too"
+    )
+    assert [str(warning.message) for warning in recwarn] == ([behind] if unit == "step" else [])
+    assert optimizer.param_groups[0]["lr"] == {None: 1.0, "iteration": 0.25, "step": 0.75}[unit]
+
+
+def test_help_and_type_checkers_see_the_arguments():
+    parameters = inspect.signature(ice.Optimizer).parameters
+
+    assert list(parameters)[:3] == ["optimizer", "params", "name"]
+    assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def test_a_torch_optimizer_is_wrapped_once():

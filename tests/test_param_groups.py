@@ -545,7 +545,12 @@ def test_a_tensor_lr_is_decayed_into_tensors_of_their_own():
         (
             {"layers": r"blocks\.(\d)", "layer_decay": 0.5, "default": {}},
             ArgumentValueError,
-            r"layer_decay needs an 'lr' to multiply; give one to default or to default={'lr': 1e-3}",
+            r"layer_decay needs an 'lr' to multiply; give one to default={'lr': 1e-3}",
+        ),
+        (
+            {"rules": {".": {}}, "layers": r"blocks\.(\d)", "layer_decay": 0.5, "default": {}},
+            ArgumentValueError,
+            r"give one to rules\['\.'\] or to default={'lr': 1e-3}",
         ),
         (
             {"layers": r"blocks\.(\d)", "layer_decay": 0.5, "default": {"lr": "fast"}},

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ice_engine as ice
+from ice_engine import checkpoint_file
 from ice_engine.errors import CheckpointError
 from tests.forked import python
 from tests.test_checkpoint import assert_equal
@@ -275,6 +276,22 @@ def test_epochs_that_were_ended_early_are_counted(tmp_path):
     second.train(max_epochs=3)
     assert whole.trainer.state.iteration == 4 + 2 * LENGTH
     assert_same_run(whole, second, 8)
+
+
+def test_with_fewer_ranks_and_as_long_an_epoch_the_log_says_nothing_of_its_length(tmp_path, caplog):
+    first = Training(tmp_path)
+    with pytest.raises(Stops):
+        first.train(until=2)
+    file = tmp_path / "checkpoint_2.pt"
+    content = checkpoint_file.read(file)
+    content["ice_engine"]["positions"] *= 2  # as of two ranks, each with all of the data
+    checkpoint_file.write(file, content)
+    second = Training(tmp_path)
+    second.checkpoint.resume(second.trainer)
+    second.train()
+    assert [said for said in caplog.messages if said.startswith("the run of")] == [
+        "the run of 2 ranks goes on with 1 after iteration 4"
+    ]
 
 
 PROGRAM = """

@@ -318,6 +318,26 @@ def test_frozen_and_kept_needs_nothing_and_unfreezing_in_place_works(factory):
 
 
 @every
+def test_torchs_state_goes_by_name_into_other_groups_as_the_error_says(factory):
+    oracle, model = Net(), Net()
+    reference = factory(oracle.parameters())
+    plain(oracle, reference, 0, 2)
+    adopt(model, oracle)
+    state = copy.deepcopy(reference.state_dict())
+    optimizer = ice.Optimizer(factory, by_rule(model))
+    with pytest.raises(StateDictError, match=r"the names that it lacks: .*load_state_dict\(plain\.state_dict\(\)\)"):
+        optimizer.load_state_dict(state)
+
+    ungrouped = ice.Optimizer(factory, model.named_parameters())
+    ungrouped.load_state_dict(state)
+    optimizer.load_state_dict(ungrouped.state_dict())
+    plain(oracle, reference, 2, 4)
+    train(model, optimizer, 2, 4)
+
+    assert same(model, oracle)
+
+
+@every
 def test_an_added_head_starts_afresh(factory):
     first, second, oracle = Net("a"), Net("b", "a"), Net("b", "a")
     saved = ice.Optimizer(factory, first.named_parameters())

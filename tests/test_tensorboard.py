@@ -738,6 +738,26 @@ def test_what_a_run_returns_is_read_as_it_was_then(tmp_path):
     assert read(tmp_path)["training/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
+def test_a_loss_that_is_returned_with_its_graph_is_a_number(tmp_path):
+    weight = torch.ones((), requires_grad=True)
+    losses = []
+
+    def output(batch):
+        loss = weight * batch
+        losses.append(weakref.ref(loss))
+        return loss
+
+    engine, optimizer = parts(output=output)
+    ice.TensorBoard(tmp_path).attach(engine, optimizer)
+    torch.set_warn_always(True)  # else torch warns once in a process
+    try:
+        engine.run([1.0, 2.0, 3.0])
+    finally:
+        torch.set_warn_always(False)
+    assert read(tmp_path)["training/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [loss() is None for loss in losses] == [True, True, False]  # the last is engine.state.output
+
+
 def test_a_norm_that_a_clip_keeps_in_one_buffer_is_read_as_it_was_then(tmp_path):
     buffer = torch.zeros(())
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, Events, create_supervised_trainer
 from ignite.handlers import LinearCyclicalScheduler
 
 import ice_engine as ice
@@ -99,8 +99,24 @@ def the_model_clears_its_gradients_in_train_step(_):
 @mistake(
     errors.BackwardError,
     "parameters of optimizer 'optimizer' have gradients that did not come from its backward(); call "
-    "optimizer.backward(loss) instead of loss.backward(), and keep another optimizer's loss from "
-    "them: write with other.toggle(module): around it, of the module that has them, or detach(); "
+    "optimizer.backward(loss) instead of loss.backward() (ice.create_trainer(model, optimizer, "
+    "loss_fn) does, create_supervised_trainer does not), and keep another optimizer's loss from them: "
+    "write with other.toggle(module): around it, of the module that has them, or detach(); "
+    "optimizer.zero_grad() clears what is left from before",
+)
+def the_trainer_is_ignites(_):
+    its = trainer(attach=False)
+    engine = create_supervised_trainer(its.model, its.optimizer, torch.nn.MSELoss())
+    its.optimizer.attach(engine)
+    engine.run([(torch.ones(4, 2), torch.ones(4, 1))])
+
+
+@mistake(
+    errors.BackwardError,
+    "parameters of optimizer 'optimizer' have gradients that did not come from its backward(); call "
+    "optimizer.backward(loss) instead of loss.backward() (ice.create_trainer(model, optimizer, "
+    "loss_fn) does, create_supervised_trainer does not), and keep another optimizer's loss from them: "
+    "write with other.toggle(module): around it, of the module that has them, or detach(); "
     "optimizer.zero_grad() clears what is left from before",
 )
 def the_loss_goes_backward_by_itself(_):
@@ -285,6 +301,31 @@ def a_factory_has_no_parameters(_):
 
 @mistake(
     errors.ArgumentTypeError,
+    "Optimizer(...) got an unexpected keyword argument 'lr', which torch.optim.SGD takes: "
+    "Optimizer(functools.partial(torch.optim.SGD, lr=0.1), model.parameters())",
+)
+def what_the_factory_takes_is_given_beside_it(_):
+    ice.Optimizer(torch.optim.SGD, torch.nn.Linear(2, 1).parameters(), lr=0.1)
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "Optimizer(...) got an unexpected keyword argument 'accum_steps'; did you mean accumulation_steps=?",
+)
+def an_argument_is_misspelt(_):
+    trainer(accum_steps=4)
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "Optimizer(...) missing a required argument: 'optimizer'",
+)
+def an_optimizer_is_made_of_nothing(_):
+    ice.Optimizer()
+
+
+@mistake(
+    errors.ArgumentTypeError,
     "params must be parameters, pairs or groups, got Linear; pass model.parameters()",
 )
 def a_factory_is_given_the_model(_):
@@ -304,10 +345,20 @@ def a_generator_is_used_up(_):
 
 @mistake(
     errors.ArgumentTypeError,
-    "optimizer is wrapped already; wrap a torch optimizer once: pass optimizer.inner, or use it as it is",
+    "optimizer is wrapped already; use it as it is or, for other settings, wrap a new torch optimizer: "
+    "Optimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), ...)",
 )
 def it_is_wrapped_twice(_):
     ice.Optimizer(trainer().optimizer)
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "this SGD is wrapped already, by optimizer 'optimizer'; use that one or, for other settings, make a new SGD",
+)
+def what_is_inside_it_is_wrapped_again(_):
+    its = trainer()
+    ice.Optimizer(its.optimizer.inner)
 
 
 @mistake(
@@ -357,6 +408,25 @@ def an_optimizer_that_is_there_would_be_sharded(_):
 )
 def the_clip_is_a_number(_):
     trainer(clip=1.0)
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "clip must be callable, got 'norm'; such as clip=ice.clip_norm(1.0)",
+)
+def the_clip_is_a_name(_):
+    trainer(clip="norm")
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "clip must be one callable, got [clip_value(0.5), clip_norm(1.0)]; to call several, one after the other: "
+    "clip=lambda parameters: (clips[0](parameters), clips[1](parameters))[0]",
+)
+def there_are_two_clips(_):
+    clips = [ice.clip_value(0.5), ice.clip_norm(1.0)]
+    trainer(clip=lambda parameters: (clips[0](parameters), clips[1](parameters))[0]).engine.run(BATCHES)  # as it says
+    trainer(clip=clips)
 
 
 @mistake(
@@ -529,6 +599,14 @@ def a_plan_has_no_length(_):
     trainer(attach=False, processors=[ice.schedules.cosine()]).optimizer.plan()
 
 
+@mistake(
+    errors.ArgumentTypeError,
+    "epoch_length must be an int, got list; if its length is meant: epoch_length=len(...)",
+)
+def a_plan_is_given_the_data(_):
+    trainer(processors=[ice.schedules.cosine()]).optimizer.plan(epoch_length=BATCHES, max_epochs=2)
+
+
 # -- attach -------------------------------------------------------------
 
 
@@ -562,11 +640,24 @@ def two_optimizers_have_one_name(_):
 @mistake(
     errors.AttachError,
     "optimizers 'optimizer' and 'second' share 2 parameters ('param_groups.0.params.0'...); each "
-    "would step on the other's gradients; give every parameter to one optimizer",
+    "would step on the other's gradients; give every parameter to one optimizer, or, if a new one takes "
+    "the place of an old one, call old.detach() first or make the engine anew",
 )
 def two_optimizers_share_the_model(_):
     its = trainer()
     ice.Optimizer(torch.optim.SGD(its.model.parameters(), lr=0.1), name="second").attach(its.engine)
+
+
+@mistake(
+    errors.AttachError,
+    "optimizers 'optimizer' and 'optimizer' share 2 parameters ('param_groups.0.params.0'...); each "
+    "would step on the other's gradients; give every parameter to one optimizer, or, if a new one takes "
+    "the place of an old one, call old.detach() first or make the engine anew",
+)
+def a_cell_that_makes_the_optimizer_is_run_again(_):
+    its = trainer()
+    new = ice.Optimizer(torch.optim.SGD(its.model.parameters(), lr=0.1), accumulation_steps=2)
+    new.attach(its.engine)
 
 
 @mistake(
@@ -585,6 +676,25 @@ def a_name_has_a_space(_):
 def a_trainer_is_made_of_a_torch_optimizer(_):
     model = torch.nn.Linear(2, 1)
     ice.create_trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.MSELoss())
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "loss_fn is an optimizer, Optimizer; the order is create_trainer(model, optimizer, loss_fn)",
+)
+def a_trainer_is_made_in_another_order(_):
+    its = trainer(attach=False)
+    ice.create_trainer(its.model, torch.nn.functional.mse_loss, its.optimizer)
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "weight is called as weight(x, y), and <lambda> cannot be: too many positional arguments; such as "
+    "weight=lambda x, y: len(y)",
+)
+def a_weight_is_of_the_batch(_):
+    its = trainer(attach=False)
+    ice.create_trainer(its.model, its.optimizer, torch.nn.MSELoss(), weight=lambda batch: len(batch[0]))
 
 
 # -- state -------------------------------------------------------------
@@ -699,6 +809,14 @@ def a_hook_is_called_where_it_is_added(_):
 
 
 @mistake(
+    errors.ArgumentTypeError,
+    "event and hook are swapped; the order is hooks.add(event, hook)",
+)
+def a_hook_is_added_in_another_order(_):
+    trainer().optimizer.hooks.add(lambda: None, Events.ITERATION_COMPLETED(every=2))
+
+
+@mistake(
     errors.HookError,
     "hook 'show': GENERATOR_STEP_COMPLETED is not an event of this engine; attach the optimizer of "
     "that name first, or engine.register_events(...)",
@@ -718,12 +836,32 @@ def a_hook_would_swallow_exceptions(_):
 
 
 @mistake(
+    errors.ArgumentValueError,
+    "event() must be one of 'GRADIENTS_READY', 'STEP_STARTED', 'STEP_COMPLETED', 'STEP_SKIPPED'; got 'STEPS_COMPLETED'",
+)
+def an_event_is_misspelt(_):
+    trainer().optimizer.event("STEPS_COMPLETED")
+
+
+@mistake(
     AttributeError,
     "OptimizerEvents has no STEP_COMPLETED, only OPTIMIZER_GRADIENTS_READY, OPTIMIZER_STEP_STARTED, "
     "OPTIMIZER_STEP_COMPLETED, OPTIMIZER_STEP_SKIPPED",
 )
 def an_event_has_no_prefix(_):
     Engine(lambda engine, batch: None).add_event_handler(ice.OptimizerEvents.STEP_COMPLETED, lambda: None)
+
+
+@mistake(
+    errors.HookError,
+    "OPTIMIZER_STEP_COMPLETED is not an event of this engine, which has GENERATOR_STEP_COMPLETED; write "
+    "optimizer.event('STEP_COMPLETED'), of an optimizer that is attached",
+)
+def a_handler_is_on_the_event_of_another_name(_):
+    its = trainer(attach=False, name="generator")
+    engine = ice.create_trainer(its.model, its.optimizer, torch.nn.MSELoss())
+    engine.add_event_handler(its.optimizer.event("STEP_COMPLETED")(every=2), lambda: None)  # as it says
+    engine.on(ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED(every=2))(lambda: None)
 
 
 # -- what is recorded -------------------------------------------------------------

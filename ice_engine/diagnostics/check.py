@@ -12,7 +12,7 @@ import torch
 from ignite.engine import _prepare_batch
 
 from ice_engine.arguments import count, positive
-from ice_engine.batches import batch_size, samples
+from ice_engine.batches import batch_size, check_weight, samples
 from ice_engine.diagnostics.culprits import Finding, culprits, notes
 from ice_engine.diagnostics.randomness import nothing_left_behind
 from ice_engine.diagnostics.trial import Gradients, Span, Trial, gap
@@ -154,6 +154,9 @@ def check_accumulation(
         if not callable(function):
             message = f"{argument} must be callable, got {function!r} ({type(function).__name__})"
             raise ArgumentTypeError(message)
+    check_weight(weight)
+    if prepare_batch is _prepare_batch:
+        _check_pair(batch)
     steps = count("accumulation_steps", accumulation_steps, 2)
     if tolerance is not None:
         tolerance = positive("tolerance", tolerance)
@@ -188,6 +191,17 @@ def _check_trainable(model: torch.nn.Module) -> None:
             "set model.requires_grad_(True) on what is to be trained"
         )
         raise ArgumentValueError(message)
+
+
+def _check_pair(batch: Any) -> None:
+    if not isinstance(batch, list | tuple) or len(batch) != 2:  # noqa: PLR2004 - x and y
+        found = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+        message = (
+            f"batch must be a pair (x, y), got {found}; of a loader, give one batch: next(iter(loader)); of another "
+            "batch, say what is x and y: "
+            "prepare_batch=lambda batch, device, non_blocking: (batch[0].to(device), batch[1].to(device))"
+        )
+        raise ArgumentTypeError(message)
 
 
 def _prepared(pair: Any) -> tuple[Any, Any]:
