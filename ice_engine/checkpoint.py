@@ -78,12 +78,20 @@ class Checkpoint(IgniteCheckpoint):
     Args:
         to_save: Objects with ``state_dict`` by name; the trainer among them, so that a run goes on where it was.
         save_handler: A folder; or a save handler of Ignite's, which is called at once, as there.
-        filename_prefix: Prefix of the file names.
+        filename_prefix: Prefix of the file names. This and what follows, up to *save_on_rank*, as Ignite has them.
+        score_function: Measures what is saved, of the engine; the *n_saved* files with the highest scores are kept.
+        score_name: What file names call the score.
+        n_saved: Files to keep, at least 1; None for all.
+        global_step_transform: Returns the number in a file's name, of the engine and the event; else it is the event's
+            own clock.
+        filename_pattern: Pattern of the file names.
+        include_self: Save which files there are, too.
+        greater_or_equal: Keep the newer one of two files with equal scores.
+        save_on_rank: The rank that writes.
         background: Write in a thread, from one copy of the state in the host's memory; else at once, without a copy.
         on_failure: What becomes of the run when a file cannot be written: ``"raise"`` stops it with the reason,
             ``"warn"`` lets it go on. Files that were there still are.
         signals: Those that a run saves and ends at; those of a trainer's first Checkpoint hold.
-        **settings: Ignite's other arguments, such as ``n_saved``, ``score_function`` and ``global_step_transform``.
 
     Raises:
         ArgumentTypeError: If an argument has the wrong type, or an object of *to_save* has no ``state_dict``.
@@ -93,16 +101,23 @@ class Checkpoint(IgniteCheckpoint):
     .. versionadded:: 0.1.0
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - in the order that Ignite has them
         self,
         to_save: Mapping[str, Any],
         save_handler: str | Path | Callable[..., None],
         filename_prefix: str = "",
+        score_function: Callable[[Engine], int | float] | None = None,
+        score_name: str | None = None,
+        n_saved: int | None = 1,
+        global_step_transform: Callable[..., Any] | None = None,
+        filename_pattern: str | None = None,
+        include_self: bool = False,
+        greater_or_equal: bool = False,
+        save_on_rank: int = 0,
         *,
         background: bool = True,
         on_failure: Literal["raise", "warn"] = "raise",
         signals: Iterable[int] = SIGNALS,
-        **settings: Any,
     ) -> None:
         if not isinstance(to_save, Mapping):
             message = (
@@ -119,14 +134,26 @@ class Checkpoint(IgniteCheckpoint):
                 message = f"save_handler must be a folder, got {self._folder}, which is a file"
                 raise ArgumentValueError(message)
             try:
-                save_handler = Folder(self._folder, settings.get("save_on_rank", 0))
+                save_handler = Folder(self._folder, save_on_rank)
             except OSError as err:
                 message = f"{self._folder} cannot be made: {err}; give a save_handler that can be written to"
                 raise CheckpointError(message) from err
-        if settings.get("n_saved") is not None:
-            settings["n_saved"] = count("n_saved", settings["n_saved"], 1)
+        if n_saved is not None:
+            n_saved = count("n_saved", n_saved, 1)
         try:
-            super().__init__(to_save, save_handler, filename_prefix, **settings)
+            super().__init__(
+                to_save,
+                save_handler,
+                filename_prefix,
+                score_function,
+                score_name,
+                n_saved,
+                global_step_transform,
+                filename_pattern,
+                include_self,
+                greater_or_equal,
+                save_on_rank,
+            )
         except TypeError as err:
             raise ArgumentTypeError(*err.args) from err
         except ValueError as err:
@@ -181,7 +208,30 @@ class Checkpoint(IgniteCheckpoint):
         if self._folder is None:
             self._save_by_ignite(engine, *args, **kwargs)
         else:
-            self._on_event(engine)
+            self._on_event(engine, clock_of(engine.last_event_name))
+
+    @staticmethod
+    def load_objects(to_load: Mapping[str, Any], checkpoint: str | Path | Mapping[str, Any], **kwargs: Any) -> None:
+        """Load states as Ignite does; those of a file only if it is as it was written.
+
+        Args:
+            to_load: Objects with ``load_state_dict`` by name.
+            checkpoint: A file, or what is in it.
+            **kwargs: For the ``load_state_dict`` of modules, such as ``strict``.
+
+        Raises:
+            CheckpointError: If the file is damaged, not there, or of a newer version; nothing is loaded then.
+        """
+        if isinstance(checkpoint, str | Path):
+            file = Path(checkpoint)
+            damage = checkpoint_file.damage(file)
+            if damage is not None:
+                message = (
+                    f"{file} is not loaded: {damage}; take an older one, or resume(), which passes over such files"
+                )
+                raise CheckpointError(message)
+            checkpoint = checkpoint_file.read(file)
+        IgniteCheckpoint.load_objects(to_load, checkpoint, **kwargs)
 
     @property
     def last_checkpoint(self) -> str | Path | None:

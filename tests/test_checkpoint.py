@@ -566,3 +566,42 @@ def test_a_save_handler_of_its_own_that_fails_can_be_asked_again(tmp_path):
         engine.run([1], max_epochs=3)
     checkpoint(engine)
     assert written == ["trainer_1.pt", "failed", "trainer_2.pt"]
+
+
+def test_it_takes_ignites_arguments_in_their_order(tmp_path):
+    run = Run(tmp_path)
+    checkpoint = ice.Checkpoint(run.to_save, tmp_path, "best", lambda engine: engine.state.iteration, "score", 2)
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=2), checkpoint)
+    run.train(1)
+    assert names(tmp_path) == ["best_checkpoint_score=2.pt", "best_checkpoint_score=4.pt"]
+
+
+def test_as_an_ignite_handler_it_numbers_by_the_events_clock_too(tmp_path):
+    run = Run(tmp_path, n_saved=None)
+    run.trainer.add_event_handler(run.optimizer.event("STEP_COMPLETED"), run.checkpoint)
+    run.train(1)
+    assert names(tmp_path) == ["checkpoint_1.pt", "checkpoint_2.pt", "checkpoint_3.pt"]
+
+
+@pytest.mark.parametrize("how", ["bit", "newer", "gone"])
+def test_objects_are_loaded_from_whole_files_alone(tmp_path, how):
+    run = Run(tmp_path)
+    run.checkpoint.attach(run.trainer, Events.COMPLETED)
+    run.train(1)
+    (file,) = tmp_path.iterdir()
+    other = Run(tmp_path / "other")
+    ice.Checkpoint.load_objects({"model": other.model}, file)
+    assert_equal(other.model.state_dict(), run.model.state_dict())
+    before = other.model.weight.tolist()
+    if how == "bit":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif how == "newer":
+        file.write_bytes(file.read_bytes().replace(b'{"ice_engine": 1,', b'{"ice_engine": 9,'))
+    else:
+        file.unlink()
+    reason = {"bit": "its sha256", "newer": "version 9", "gone": "not there"}[how]
+    with pytest.raises(CheckpointError, match=reason):
+        ice.Checkpoint.load_objects({"model": other.model}, file)
+    assert other.model.weight.tolist() == before
