@@ -513,7 +513,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
         ([1], {}, ArgumentTypeError, "to_save must be a dict of objects by name, such as {'model': model}, got list"),
         ({"lr": 0.1}, {}, ArgumentTypeError, "float.* should have `state_dict` method"),
         ({}, {"global_step_transform": 3}, ArgumentTypeError, "global_step_transform should be a function"),
-        ({}, {"no_such_setting": 3}, ArgumentTypeError, "no_such_setting"),
+        ({}, {"no_such_setting": 3}, TypeError, "no_such_setting"),
         ({}, {"n_saved": 0}, ArgumentValueError, "n_saved must be at least 1, got 0"),
     ],
 )
