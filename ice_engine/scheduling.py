@@ -15,6 +15,7 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.horizon import Course, OnChange
 from ice_engine.member import Member
 from ice_engine.processors.binding import Binding
+from ice_engine.processors.description import describe
 from ice_engine.processors.group import followed_metrics, run_processors
 from ice_engine.processors.group_mapping import Written
 from ice_engine.schedule_terms import Terms
@@ -45,6 +46,8 @@ class Scheduling(Announcing):
     ) -> None:
         super().__init__(inner, name)
         self._given = self._processors = processors
+        # Before they run: what one keeps on itself as it goes, such as a cache, is no change of the schedule.
+        self._described = {id(processor): describe(processor) for processor in processors}
         self._window = window
         self._size: int = window.size
         self._course = Course(on_change)
@@ -143,7 +146,9 @@ class Scheduling(Announcing):
 
     def _terms(self) -> Terms:
         window = self._window.terms()
-        return Terms.of(self._clocks, {**window, "accumulation_steps": self._size or None}, self._processors)
+        # One that was not given was made from a checkpoint: a schedule, which keeps nothing.
+        described = [self._described.get(id(p)) or describe(p) for p in self._processors]
+        return Terms.of(self._clocks, {**window, "accumulation_steps": self._size or None}, described)
 
     def _settle(self, pending: int = 0) -> None:
         if not self._size:

@@ -3,9 +3,12 @@
 The oracle is the cosine written down here, and a plain list of what every step trained with.
 """
 
+import dataclasses
+import functools
 import io
 import logging
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -484,6 +487,101 @@ def test_a_function_whose_code_changed_is_another_schedule() -> None:
     assert Run(function(of(0.99)), state=state)(4).lr == exactly([0.99**t for t in range(20, 40)])
     with pytest.raises(ScheduleChangedError, match=r"other code in \[function\(f=<lambda>\)\]"):
         Run(function(of(0.9)), state=state)(4)
+
+
+def scaled(group: Any, by: float, shape: Any = None) -> Any:
+    group["lr"] = group["initial_lr"] * by
+    return group
+
+
+def closure(by: float) -> Any:
+    return lambda group: scaled(group, by)
+
+
+@dataclasses.dataclass
+class Shaped:
+    by: float
+    shape: Any
+
+    def __call__(self, group: Any) -> Any:
+        return scaled(group, self.by)
+
+
+def with_default(value: float) -> Any:
+    # Another function in every process, and here in every call.
+    def ruled(group: Any, shape: Any = lambda: 0, by: float = value) -> Any:
+        return scaled(group, by)
+
+    return ruled
+
+
+RULES = {
+    "partial": lambda by: functools.partial(scaled, by=by, shape=lambda: 0),
+    "partial of a schedule": lambda by: function(functools.partial(lambda t, by: by, by=by)),
+    "closure": closure,
+    "dict as a default": lambda by: lambda group, entries={"by": by}: scaled(group, **entries),
+    "default": with_default,
+    "own repr": lambda by: Shaped(by, lambda: 0),
+}
+
+
+@pytest.mark.parametrize("make", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("policy", ["error", "keep"])
+def test_what_a_function_computes_with_is_compared_by_value(make: Any, policy: Any, caplog: Any) -> None:
+    state = interrupted(make(0.5))
+
+    assert Run(make(0.5), state=state, on_change=policy)(4).lr == [0.5] * 20
+    assert lines(caplog) == []
+    with pytest.raises(ScheduleChangedError, match="would change"):
+        Run(make(0.25), state=state)(4)
+
+
+class Cached:
+    """Without a ``__repr__``; its table fills as it goes."""
+
+    def __init__(self) -> None:
+        self.table: dict[int, float] = {}
+
+    def __call__(self, group: Any) -> Any:
+        group["lr"] = self.table.setdefault(group["step"], 1 / (1 + group["step"]))
+        return group
+
+
+def test_what_a_processor_keeps_on_itself_as_it_goes_is_no_change(caplog: Any) -> None:
+    state = interrupted(Cached())
+
+    assert Run(Cached(), state=state)(4).lr == exactly([1 / (1 + t) for t in range(20, 40)])
+    assert lines(caplog) == []
+
+
+def test_an_edited_docstring_is_no_change() -> None:
+    def documented() -> Any:
+        def ruled(group: Any) -> Any:
+            """Old."""
+            return scaled(group, 0.5)
+
+        return ruled
+
+    state = interrupted(documented())
+    ruled = documented()
+    ruled.__code__ = ruled.__code__.replace(co_consts=("New.", *ruled.__code__.co_consts[1:]))
+    ruled.__doc__ = "New."
+
+    assert Run(ruled, state=state)(4).lr == [0.5] * 20
+
+
+def test_a_print_of_an_earlier_version_of_ours_is_not_compared() -> None:
+    state = interrupted(scaled_by_half)
+    horizon = state["optimizer"]["ice_engine"]["horizon"]
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert horizon["processors"][0].startswith(f"scaled_by_half @{version}b:")
+    horizon["processors"] = [f"scaled_by_half @{version}:01234567"]
+
+    assert Run(scaled_by_half, state=state)(4).lr == [0.5] * 20
+
+
+def scaled_by_half(group: Any) -> Any:
+    return scaled(group, 0.5)
 
 
 def test_of_two_functions_of_one_name_each_is_kept() -> None:
