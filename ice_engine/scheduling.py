@@ -18,6 +18,7 @@ from ice_engine.processors.binding import Binding
 from ice_engine.processors.description import describe
 from ice_engine.processors.group import followed_metrics, run_processors
 from ice_engine.processors.group_mapping import Written
+from ice_engine.processors.history import History
 from ice_engine.schedule_terms import Terms
 from ice_engine.typing import DictProcessor
 from ice_engine.window import Window
@@ -51,7 +52,7 @@ class Scheduling(Announcing):
         self._window = window
         self._size: int = window.size
         self._course = Course(on_change)
-        self._measurements: dict[str, tuple[float, ...]] = {}
+        self._measurements: dict[str, History] = {}
         self._bound: Binding | None = None
         self._member: Member | None = None
 
@@ -108,7 +109,7 @@ class Scheduling(Announcing):
             if metric not in followed and (close := difflib.get_close_matches(metric, followed, n=1)):
                 message = f"report({metric}=...): no schedule follows {metric!r}; did you mean {close[0]!r}?"
                 raise ArgumentValueError(message)
-            self._measurements[metric] = (*self._measurements.get(metric, ()), float(plain))
+            self._measurements.setdefault(metric, History()).append(float(plain))
 
     def _run_processors(self) -> list[Written]:
         """Let processors write to the groups, and return what was there before."""
