@@ -48,7 +48,7 @@ class Scheduling(Announcing):
         super().__init__(inner, name)
         self._given = self._processors = processors
         # Before they run: what one keeps on itself as it goes, such as a cache, is no change of the schedule.
-        self._described = {id(processor): describe(processor) for processor in processors}
+        self._described = [(processor, describe(processor)) for processor in processors]
         self._window = window
         self._size: int = window.size
         self._course = Course(on_change)
@@ -147,9 +147,12 @@ class Scheduling(Announcing):
 
     def _terms(self) -> Terms:
         window = self._window.terms()
-        # One that was not given was made from a checkpoint: a schedule, which keeps nothing.
-        described = [self._described.get(id(p)) or describe(p) for p in self._processors]
+        described = [self._description(processor) for processor in self._processors]
         return Terms.of(self._clocks, {**window, "accumulation_steps": self._size or None}, described)
+
+    def _description(self, processor: DictProcessor) -> Any:
+        given = (described for known, described in self._described if known is processor)
+        return next(given, None) or describe(processor)  # made from a checkpoint: a schedule, which keeps nothing
 
     def _settle(self, pending: int = 0) -> None:
         if not self._size:

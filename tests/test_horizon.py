@@ -3,6 +3,7 @@
 The oracle is the cosine written down here, and a plain list of what every step trained with.
 """
 
+import copy
 import dataclasses
 import functools
 import io
@@ -552,6 +553,14 @@ def test_what_a_processor_keeps_on_itself_as_it_goes_is_no_change(caplog: Any) -
 
     assert Run(Cached(), state=state)(4).lr == exactly([1 / (1 + t) for t in range(20, 40)])
     assert lines(caplog) == []
+
+
+def test_a_copied_optimizer_describes_its_processors_as_they_were_given() -> None:
+    run = Run(Cached())(2)
+    copied = copy.deepcopy(run.optimizer)
+
+    terms = [optimizer.state_dict()["ice_engine"]["horizon"]["processors"] for optimizer in (run.optimizer, copied)]
+    assert terms[0] == terms[1]
 
 
 def test_an_edited_docstring_is_no_change() -> None:
