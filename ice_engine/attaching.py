@@ -191,7 +191,8 @@ class Attaching(Stepping):
             self._course.start_afresh()
             self._precision.start_afresh()
             self._processors = self._given
-            rewind(self._processors, self.param_groups if self._processors else ())
+            rewind(self._processors, self.param_groups if self._processors else (), self._changed)
+            self._changed = set()
             self._measurements.clear()
         elif engine.state.iteration == 0 and self._clocks.counts["step"]:
             step = self._clocks.counts["step"]

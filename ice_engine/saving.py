@@ -132,6 +132,7 @@ class Saving(Attaching):
                 self._window.resume({} if self._course.terms is None else self._course.terms.run)
                 self._size = self._window.size
             self._measurements = {metric: History(values) for metric, values in extra.get("measurements", {}).items()}
+            self._changed = None
             self._precision.load_state_dict(extra)
             self._measures.noise.load_state_dict(extra.get("noise", (0.0, 0.0, 0.0)))
             self._loaded = True

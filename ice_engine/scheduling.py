@@ -53,6 +53,7 @@ class Scheduling(Announcing):
         self._size: int = window.size
         self._course = Course(on_change)
         self._measurements: dict[str, History] = {}
+        self._changed: set[str] | None = set()  # by functions; None if those of an earlier process might have
         self._bound: Binding | None = None
         self._member: Member | None = None
 
@@ -126,6 +127,8 @@ class Scheduling(Announcing):
             # What the clocks alone decide is the same on every rank, as they are; anything else has to be compared.
             gather = gatherer() if self._member is not None and not binding.clocks_alone else None
             _, written = run_processors(self._processors, self.param_groups, {**context, **self._owners()}, gather)
+            if self._changed is not None:
+                self._changed.update(key for _, key, _ in written)
         return written
 
     @property

@@ -705,6 +705,18 @@ def test_a_fresh_run_starts_from_the_initial_values_and_its_own_processors() -> 
     assert kept(4).lr == exactly([1.0] * 20 + [1 - t / 40 for t in range(40)])
 
 
+def test_a_fresh_run_after_a_resumed_one_undoes_what_a_function_wrote_before_it() -> None:
+    def once(group: Any) -> Any:
+        if group["step"] == 5:
+            group["lr"] = 0.5
+        return group
+
+    resumed = Run(once, state=interrupted(once))(4)
+    resumed.trainer.state.max_epochs = None
+
+    assert resumed(1).lr == [0.5] * 20 + [1.0] * 5 + [0.5] * 5
+
+
 def test_a_detached_optimizer_counts_for_itself() -> None:
     run = Run(linear(total=20, unit="iteration"))(1)
     run.optimizer.detach()
