@@ -19,6 +19,7 @@ from ignite.engine import Engine, Events
 import ice_engine as ice
 from ice_engine.errors import ArgumentValueError, ScheduleChangedError, StateDictError
 from ice_engine.processors.curve import build
+from ice_engine.processors.description import describe
 from ice_engine.processors.schedules import constant, cosine, exponential, function, linear, step, warmup, wsd
 
 LENGTH = 10
@@ -553,6 +554,11 @@ def test_what_a_processor_keeps_on_itself_as_it_goes_is_no_change(caplog: Any) -
 
     assert Run(Cached(), state=state)(4).lr == exactly([1 / (1 + t) for t in range(20, 40)])
     assert lines(caplog) == []
+
+
+def test_the_order_in_which_a_set_was_filled_is_no_change() -> None:
+    assert list({0, 8}) != list({8, 0})  # as strings are in another order in every process
+    assert describe(Halve({0, 8})) == describe(Halve({8, 0}))
 
 
 def test_a_copied_optimizer_describes_its_processors_as_they_were_given() -> None:
