@@ -16,6 +16,7 @@ from ice_engine.gradients import Gradient
 from ice_engine.isolation import gradients_aside
 from ice_engine.left import Left
 from ice_engine.measures import Measures
+from ice_engine.of_engine import optimizers_of
 from ice_engine.precision import Precision
 from ice_engine.scheduling import Scheduling
 
@@ -133,7 +134,7 @@ class Accumulating(Scheduling):
         try:
             if self._precision.scaler is not None:
                 part = self._precision.scale(part)
-            alone = self._engine is not None and len(vars(self._engine)["_ice_optimizers"]) == 1
+            alone = self._engine is not None and len(optimizers_of(self._engine)) == 1
             if not alone and (foreign := self._foreign_parameters()):
                 # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters
                 # that it must not train: what it leaves there would enter the other's step.
@@ -159,7 +160,7 @@ class Accumulating(Scheduling):
 
     def _syncs(self) -> list[Synchroniser]:
         """What reduces gradients of this optimizer and of those beside it."""
-        members = [o._member for o in vars(self._engine).get("_ice_optimizers", ())] if self._member else []  # noqa: SLF001
+        members = [o._member for o in optimizers_of(self._engine)] if self._member and self._engine else []  # noqa: SLF001
         return list({id(m.sync): m.sync for m in members if m is not None}.values())
 
     def _refuse_bypassing(self) -> None:
@@ -202,7 +203,7 @@ class Accumulating(Scheduling):
 
     def _foreign_parameters(self) -> list[torch.Tensor]:
         if self._engine is not None:
-            others = vars(self._engine)["_ice_optimizers"]
+            others = optimizers_of(self._engine)
         else:
             # Those that a loss of this one would spoil; not windows whose losses the caller differentiates itself.
             others = [other for other in [*_ALL] if other._engine is None and other._window.losses]  # noqa: SLF001

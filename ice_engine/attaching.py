@@ -17,6 +17,7 @@ from ice_engine.hooks import HookRegistry
 from ice_engine.left import has_gradient
 from ice_engine.member import Member
 from ice_engine.names import class_name
+from ice_engine.of_engine import optimizers_of
 from ice_engine.orders import OPTIMIZERS
 from ice_engine.peers import Peers, peers
 from ice_engine.precision import always
@@ -67,7 +68,7 @@ class Attaching(Stepping):
         ):
             registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=OPTIMIZERS)
         summary(engine)
-        vars(engine).setdefault("_ice_optimizers", []).append(self)
+        optimizers_of(engine).append(self)
         self._precision.goes_on = functools.partial(is_running, engine)
         if self._running and not self._window.is_open:
             self.zero_grad()  # as at the start of a run
@@ -88,8 +89,8 @@ class Attaching(Stepping):
             peers(cast("Engine", self._engine)).leave(self._member)
             self._member = None
         self._clocks.leave()
-        vars(self._engine)["_ice_optimizers"].remove(self)
-        if not vars(self._engine)["_ice_optimizers"]:
+        optimizers_of(self._engine).remove(self)
+        if not optimizers_of(self._engine):
             summary(cast("Engine", self._engine)).leave()
         self._engine = None
         self._precision.goes_on = always
@@ -142,7 +143,7 @@ class Attaching(Stepping):
             message = f"optimizer {self._name!r} is attached to {this} engine already; call optimizer.detach() first"
             raise AttachError(message)
         self._refuse_shared(engine, self._parameters())
-        for other in vars(engine).get("_ice_optimizers", ()):
+        for other in optimizers_of(engine):
             if other.name.lower() == self._name.lower() or other.name.upper() == self._name.upper():
                 message = (
                     f"an optimizer named {other.name!r} is attached to this engine already; give each its own: "
@@ -152,7 +153,7 @@ class Attaching(Stepping):
 
     def _refuse_shared(self, engine: Engine, parameters: Iterable[torch.Tensor]) -> None:
         mine = {id(p) for p in parameters}
-        for other in vars(engine).get("_ice_optimizers", ()):
+        for other in optimizers_of(engine):
             shared = [n for n, p in other.named_parameters() if id(p) in mine] if other is not self else ()
             if shared:
                 message = (
@@ -194,7 +195,8 @@ class Attaching(Stepping):
             self._course.start_afresh()
             self._precision.start_afresh()
             self._processors = self._given
-            rewind(self._processors, self.param_groups if self._processors else ())
+            rewind(self._processors, self.param_groups if self._processors else (), self._changed)
+            self._changed = set()
             self._measurements.clear()
         elif engine.state.iteration == 0 and self._clocks.counts["step"]:
             step = self._clocks.counts["step"]

@@ -32,7 +32,7 @@ from ice_engine.distributed.together import agree, gather, gather_plain, togethe
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, warn
 from ice_engine.events import clock_of, is_running
 from ice_engine.hooks import HookRegistry
-from ice_engine.of_engine import of_engine
+from ice_engine.of_engine import of_engine, optimizers_of
 from ice_engine.optimizer import Optimizer
 from ice_engine.peers import Peers, peers
 from ice_engine.preemption import SIGNALS
@@ -251,7 +251,7 @@ class Checkpoint(IgniteCheckpoint):
     @property
     def _peers(self) -> Peers | None:
         """Those of the trainer, if it has an optimizer of ours that others take part in."""
-        together = world.world_size() > 1 and vars(self._trainer).get("_ice_optimizers")
+        together = world.world_size() > 1 and optimizers_of(self._trainer)
         return peers(self._trainer) if self._trainer is not None and together else None
 
     # -- saving --------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ class Checkpoint(IgniteCheckpoint):
     def _held_optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers whose steps wait for a copy of what they change."""
         found = [saved for saved in self.to_save.values() if isinstance(saved, torch.optim.Optimizer)]
-        found += [o for o in vars(self._times.run).get("_ice_optimizers", ()) if o not in found]
+        found += [o for o in optimizers_of(self._times.run) if o not in found]
         for optimizer in found:
             if id(optimizer) not in self._held:
                 self._held.add(id(optimizer))

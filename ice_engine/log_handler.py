@@ -6,8 +6,9 @@ from typing import Any
 from ignite.engine import Engine
 from ignite.handlers.base_logger import BaseHandler, BaseLogger
 
-from ice_engine.errors import ArgumentTypeError
+from ice_engine.errors import ArgumentTypeError, AttachError
 from ice_engine.memory import memory_rows
+from ice_engine.of_engine import optimizers_of
 from ice_engine.optimizer import Optimizer
 from ice_engine.rows import kept, step_rows
 
@@ -47,12 +48,21 @@ class RecordHandler(BaseHandler):
         self._optimizer = optimizer.measure("grad_norm", "times")
 
     def __call__(self, engine: Engine, logger: BaseLogger, event_name: Any) -> None:
-        """Write the last record; the handler that ``logger.attach`` adds."""
+        """Write the last record; the handler that ``logger.attach`` adds.
+
+        Raises:
+            AttachError: If the optimizer is not attached to *engine*.
+        """
         optimizer = self._optimizer
+        if optimizer.engine is not engine:
+            message = (
+                f"optimizer {optimizer.name!r} is not attached to this engine; call optimizer.attach(engine) before"
+            )
+            raise AttachError(message)
         record = optimizer.record
         if record is None:
             return
-        output = kept(engine.state.output) if vars(engine)["_ice_optimizers"][0] is optimizer else None
+        output = kept(engine.state.output) if optimizers_of(engine)[0] is optimizer else None
         rows = step_rows(optimizer.name, record, output) | memory_rows()
         by_source: dict[str, dict[str, float]] = {}
         for tag, value in rows.items():

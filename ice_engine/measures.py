@@ -16,6 +16,7 @@ References:
     McCandlish et al., `An Empirical Model of Large-Batch Training <https://arxiv.org/abs/1812.06162>`_, 2018.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,9 +42,14 @@ class NoiseScale:
         self.weight: float = 0.0
 
     def add(self, small: float, small_items: float, big: float, big_items: float) -> None:
-        """Add a window: the squared norms of its first micro-batch and of all of it, and the items of both."""
+        """Add a window: the squared norms of its first micro-batch and of all of it, and the items of both.
+
+        One that is not finite adds nothing.
+        """
         signal = (big_items * big - small_items * small) / (big_items - small_items)
         variance = (small - big) / (1 / small_items - 1 / big_items)
+        if not (math.isfinite(signal) and math.isfinite(variance)):
+            return  # a mean with it would stay NaN
         self.signal = _KEEP * self.signal + (1 - _KEEP) * signal
         self.variance = _KEEP * self.variance + (1 - _KEEP) * variance
         self.weight = _KEEP * self.weight + (1 - _KEEP)

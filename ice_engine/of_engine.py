@@ -7,6 +7,10 @@ T = TypeVar("T")
 _KEPT = "_ice_kept"
 
 
+class _Optimizers(list[Any]):
+    """Those attached to an engine."""
+
+
 def of_engine(engine: Any, kind: type[T], *args: Any) -> T:
     """Return the *kind* of *engine*; ``kind(*args)``, if there is none yet."""
     kept: dict[type[Any], Any] = vars(engine).setdefault(_KEPT, {})
@@ -14,6 +18,11 @@ def of_engine(engine: Any, kind: type[T], *args: Any) -> T:
         kept[kind] = kind(*args)
     found: T = kept[kind]
     return found
+
+
+def optimizers_of(engine: Any) -> list[Any]:
+    """Return the optimizers attached to *engine*, in that order: the list that attaching and detaching change."""
+    return of_engine(engine, _Optimizers)
 
 
 def forget(engine: Any, kind: type[Any]) -> None:

@@ -8,6 +8,7 @@ from ignite.handlers import ProgressBar as IgnitesProgressBar
 from ignite.handlers.base_logger import BaseLogger
 
 from ice_engine.errors import ArgumentValueError
+from ice_engine.of_engine import optimizers_of
 
 
 class ProgressBar(IgnitesProgressBar):
@@ -54,7 +55,7 @@ class ProgressBar(IgnitesProgressBar):
             ArgumentValueError: If a bar of steps would not span the run.
             ValueError: Ignite's, if the engine has no such event, or it comes after the closing one.
         """
-        optimizer = next((o for o in vars(engine).get("_ice_optimizers", ()) if event_name in [*o.events]), None)
+        optimizer = next((o for o in optimizers_of(engine) if event_name in [*o.events]), None)
         if optimizer is None:
             closing = Events.EPOCH_COMPLETED if closing_event_name is None else closing_event_name
             super().attach(engine, metric_names, output_transform, event_name, closing, state_attributes)

@@ -12,6 +12,7 @@ from ice_engine.endings import when_left
 from ice_engine.errors import Preempted
 from ice_engine.events import is_running
 from ice_engine.hooks import HookRegistry
+from ice_engine.of_engine import optimizers_of
 from ice_engine.orders import FIRST, LAST
 from ice_engine.peers import peers
 from ice_engine.preemption import Preemption, preemption
@@ -177,7 +178,7 @@ class SaveTimes:
             return False
         if world.world_size() == 1 or self._run is None:
             return self._position.at_last_iteration
-        optimizers, together = vars(self._run).get("_ice_optimizers", ()), peers(self._run)
+        optimizers, together = optimizers_of(self._run), peers(self._run)
         if together.in_step:
             return together.inside or self._position.at_last_iteration
         inside = together.inside or any(optimizer.in_window for optimizer in optimizers)

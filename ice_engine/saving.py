@@ -12,6 +12,7 @@ from ice_engine.errors import ArgumentValueError, warn
 from ice_engine.left import Left
 from ice_engine.matching import LoadReport, fit, shapes
 from ice_engine.names import class_name
+from ice_engine.processors.history import History
 from ice_engine.state import gradients_in, pack, stub, unpack
 
 _GRADIENT = "ice_engine.gradient"
@@ -130,7 +131,8 @@ class Saving(Attaching):
                 self._window.ranks = world.world_size()
                 self._window.resume({} if self._course.terms is None else self._course.terms.run)
                 self._size = self._window.size
-            self._measurements = {metric: tuple(values) for metric, values in extra.get("measurements", {}).items()}
+            self._measurements = {metric: History(values) for metric, values in extra.get("measurements", {}).items()}
+            self._changed = None
             self._precision.load_state_dict(extra)
             self._measures.noise.load_state_dict(extra.get("noise", (0.0, 0.0, 0.0)))
             self._loaded = True

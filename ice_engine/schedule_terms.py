@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ice_engine.clocks import Clocks, count_steps
-from ice_engine.processors.description import describe
-from ice_engine.typing import DictProcessor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +23,10 @@ class Terms:
     processors: Sequence[Any]
 
     @classmethod
-    def of(cls, clocks: Clocks, window: Mapping[str, Any], processors: Sequence[DictProcessor]) -> "Terms":
-        """Return those of the run that *clocks* count, as if it were fresh, with *window* that of its windows."""
+    def of(cls, clocks: Clocks, window: Mapping[str, Any], processors: Sequence[Any]) -> "Terms":
+        """Return those of the run that *clocks* count, as if it were fresh, with its window's and the processors'."""
         run = {**clocks.run_lengths(), **window}
-        return cls(run, cls.own_plan(run), [describe(processor) for processor in processors])
+        return cls(run, cls.own_plan(run), processors)
 
     @staticmethod
     def own_plan(run: Mapping[str, Any], step: int = 0, since: int = 0) -> dict[str, Any]:

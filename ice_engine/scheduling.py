@@ -15,8 +15,10 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.horizon import Course, OnChange
 from ice_engine.member import Member
 from ice_engine.processors.binding import Binding
+from ice_engine.processors.description import describe
 from ice_engine.processors.group import followed_metrics, run_processors
 from ice_engine.processors.group_mapping import Written
+from ice_engine.processors.history import History
 from ice_engine.schedule_terms import Terms
 from ice_engine.typing import DictProcessor
 from ice_engine.window import Window
@@ -45,10 +47,13 @@ class Scheduling(Announcing):
     ) -> None:
         super().__init__(inner, name)
         self._given = self._processors = processors
+        # Before they run: what one keeps on itself as it goes, such as a cache, is no change of the schedule.
+        self._described = [(processor, describe(processor)) for processor in processors]
         self._window = window
         self._size: int = window.size
         self._course = Course(on_change)
-        self._measurements: dict[str, tuple[float, ...]] = {}
+        self._measurements: dict[str, History] = {}
+        self._changed: set[str] | None = set()  # by functions; None if those of an earlier process might have
         self._bound: Binding | None = None
         self._member: Member | None = None
 
@@ -105,7 +110,7 @@ class Scheduling(Announcing):
             if metric not in followed and (close := difflib.get_close_matches(metric, followed, n=1)):
                 message = f"report({metric}=...): no schedule follows {metric!r}; did you mean {close[0]!r}?"
                 raise ArgumentValueError(message)
-            self._measurements[metric] = (*self._measurements.get(metric, ()), float(plain))
+            self._measurements.setdefault(metric, History()).append(float(plain))
 
     def _run_processors(self) -> list[Written]:
         """Let processors write to the groups, and return what was there before."""
@@ -121,6 +126,8 @@ class Scheduling(Announcing):
             # What the clocks alone decide is the same on every rank, as they are; anything else has to be compared.
             gather = gatherer() if self._member is not None and not binding.clocks_alone else None
             _, written = run_processors(self._processors, self.param_groups, {**context, **self._owners()}, gather)
+            if self._changed is not None:
+                self._changed.update(key for _, key, _ in written)
         return written
 
     @property
@@ -142,7 +149,12 @@ class Scheduling(Announcing):
 
     def _terms(self) -> Terms:
         window = self._window.terms()
-        return Terms.of(self._clocks, {**window, "accumulation_steps": self._size or None}, self._processors)
+        described = [self._description(processor) for processor in self._processors]
+        return Terms.of(self._clocks, {**window, "accumulation_steps": self._size or None}, described)
+
+    def _description(self, processor: DictProcessor) -> Any:
+        given = (described for known, described in self._described if known is processor)
+        return next(given, None) or describe(processor)  # made from a checkpoint: a schedule, which keeps nothing
 
     def _settle(self, pending: int = 0) -> None:
         if not self._size:

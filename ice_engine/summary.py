@@ -12,7 +12,7 @@ from ignite.engine import Engine, Events
 
 from ice_engine.distributed import world
 from ice_engine.hooks import HookRegistry
-from ice_engine.of_engine import forget, of_engine
+from ice_engine.of_engine import forget, of_engine, optimizers_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Summary:
 
     def _on_started(self, engine: Engine) -> None:
         self._begun = time.monotonic()
-        self._steps = {optimizer.name: optimizer.clocks["step"] for optimizer in _optimizers(engine)}
+        self._steps = {optimizer.name: optimizer.clocks["step"] for optimizer in optimizers_of(engine)}
 
     def _on_ended(self, engine: Engine) -> None:
         if self._begun is not None and world.rank() == 0:
@@ -77,7 +77,7 @@ class Summary:
             logger.info("%s", "; ".join(self._parts(engine, seconds)))
 
     def _parts(self, engine: Engine, seconds: float) -> Iterator[str]:
-        optimizers = _optimizers(engine)
+        optimizers = optimizers_of(engine)
         yield f"run ended in epoch {engine.state.epoch}, after {engine.state.iteration} iterations and {seconds:.1f} s"
         for optimizer in optimizers:
             counts = optimizer.clocks
@@ -100,8 +100,3 @@ class Summary:
 def summary(engine: Engine) -> Summary:
     """Return the summary of *engine*, one object for one engine."""
     return of_engine(engine, Summary, engine)
-
-
-def _optimizers(engine: Engine) -> list[Any]:
-    found: list[Any] = vars(engine).get("_ice_optimizers", [])
-    return found

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ignite.engine import Engine
+from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
 from ice_engine.distributed import rounds
@@ -83,6 +85,27 @@ def test_processors_that_differ_between_ranks_are_named_on_all_of_them(world_siz
         for case, (_, message) in CASES.items():
             assert message is None or message in outcome[case], (rank, case)
     assert len({str(outcome) for outcome in outcomes}) == 1
+
+
+def renew(group: Any) -> Any:
+    group["hook"] = lambda: None
+    return group
+
+
+def _entries_without_a_value() -> tuple[int, float]:
+    kept = [lambda: None for _ in range(1000 * dist.get_rank())]  # so that addresses differ
+    model = DistributedDataParallel(torch.nn.Linear(2, 1))
+    groups = [{"params": list(model.parameters()), "hook": lambda: kept, "owner": object()}]
+    optimizer = ice.Optimizer(torch.optim.SGD(groups, lr=1.0), processors=[linear(total=2), renew])
+    trainer = Engine(lambda engine, batch: optimizer.backward(model(batch).square().mean()))
+    optimizer.attach(trainer, model=model)
+    trainer.run(list(torch.ones(2, 3, 2)))
+    return trainer.state.optimizer_step, optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.distributed
+def test_an_entry_of_ones_own_that_has_no_value_is_not_compared() -> None:
+    assert launch(_entries_without_a_value, 2) == [(2, 0.5)] * 2
 
 
 def test_one_process_has_nobody_to_agree_with() -> None:

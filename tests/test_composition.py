@@ -8,7 +8,14 @@ import torch
 from ignite.engine import Engine
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError, ProcessorValueError
+from ice_engine.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    MissingKeyError,
+    ProcessorValueError,
+    UnknownKeyError,
+)
+from ice_engine.processors.group import run_processors
 from ice_engine.processors.schedules import (
     constant,
     cosine,
@@ -127,6 +134,20 @@ def test_a_schedule_of_a_tuple_or_of_no_number_is_refused_when_made() -> None:
         make(torch.optim.AdamW, "amsgrad")
     with pytest.raises(ProcessorValueError, match=r"'lr' of .* is a Tensor of torch\.int64; a schedule needs a float"):
         make(torch.optim.SGD, "lr", lr=torch.tensor(1))
+
+
+@pytest.mark.parametrize("dst", ["betas.5", "betas.x", "beta1"])
+def test_an_element_that_is_not_there_is_named_with_those_that_are(dst: str) -> None:
+    def write(group: Any) -> Any:
+        group[dst] = 0.9
+        return group
+
+    parameters = [torch.nn.Parameter(torch.ones(()))]
+    message = r"; 'betas' has 2 elements: 'betas\.0', 'betas\.1'$"
+    with pytest.raises(MissingKeyError, match=f"{dst!r}.* lacks.*{message}"):
+        ice.Optimizer(torch.optim.AdamW(parameters), processors=[linear(dst=dst)])
+    with pytest.raises(UnknownKeyError, match=f"{dst!r} is not an entry.*{message}"):
+        run_processors([write], torch.optim.AdamW(parameters).param_groups, {})
 
 
 def test_a_param_group_that_a_schedule_cannot_follow_is_not_added() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Engine
 from torch import nn, optim
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.nn.functional import mse_loss
@@ -257,6 +258,30 @@ def test_a_scheduler_steps_once_per_window_with_accumulation() -> None:
             scheduler.step()
         seen.append(optimizer.param_groups[0]["lr"])
     assert seen == [0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025, 0.025, 0.0125]
+
+
+@pytest.mark.parametrize(("key", "expected"), [("weight_decay", [1.0, 0.5, 0.25, 0.125]), ("lr", [1.0, 0.5] * 2)])
+def test_a_second_run_begins_anew_with_what_processors_wrote_and_nothing_else(key: str, expected: list[float]) -> None:
+    def halve(group: Any) -> Any:
+        group[key] *= 0.5 if group["step"] else 1.0
+        return group
+
+    weight = nn.Parameter(torch.ones(()))
+    optimizer = ice.Optimizer(optim.SGD([weight], lr=1.0, weight_decay=0.1), processors=[halve])
+    trainer = Engine(lambda _, batch: optimizer.backward(weight * batch))
+    optimizer.attach(trainer)
+    found: list[float] = []
+    trainer.add_event_handler(
+        ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED, lambda: found.append(optimizer.param_groups[0]["lr"])
+    )
+    if key == "weight_decay":
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+        trainer.add_event_handler(ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED, lambda: scheduler.step())
+    for _ in range(2):
+        trainer.run([0.0, 0.0])
+        trainer.state.max_epochs = None
+
+    assert found == expected
 
 
 def test_a_scheduler_fills_a_tensor_lr_in_place() -> None:

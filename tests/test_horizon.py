@@ -3,9 +3,13 @@
 The oracle is the cosine written down here, and a plain list of what every step trained with.
 """
 
+import copy
+import dataclasses
+import functools
 import io
 import logging
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from ignite.engine import Engine, Events
 import ice_engine as ice
 from ice_engine.errors import ArgumentValueError, ScheduleChangedError, StateDictError
 from ice_engine.processors.curve import build
+from ice_engine.processors.description import describe
 from ice_engine.processors.schedules import constant, cosine, exponential, function, linear, step, warmup, wsd
 
 LENGTH = 10
@@ -486,6 +491,114 @@ def test_a_function_whose_code_changed_is_another_schedule() -> None:
         Run(function(of(0.9)), state=state)(4)
 
 
+def scaled(group: Any, by: float, shape: Any = None) -> Any:
+    group["lr"] = group["initial_lr"] * by
+    return group
+
+
+def closure(by: float) -> Any:
+    return lambda group: scaled(group, by)
+
+
+@dataclasses.dataclass
+class Shaped:
+    by: float
+    shape: Any
+
+    def __call__(self, group: Any) -> Any:
+        return scaled(group, self.by)
+
+
+def with_default(value: float) -> Any:
+    # Another function in every process, and here in every call.
+    def ruled(group: Any, shape: Any = lambda: 0, by: float = value) -> Any:
+        return scaled(group, by)
+
+    return ruled
+
+
+RULES = {
+    "partial": lambda by: functools.partial(scaled, by=by, shape=lambda: 0),
+    "partial of a schedule": lambda by: function(functools.partial(lambda t, by: by, by=by)),
+    "closure": closure,
+    "dict as a default": lambda by: lambda group, entries={"by": by}: scaled(group, **entries),
+    "default": with_default,
+    "own repr": lambda by: Shaped(by, lambda: 0),
+}
+
+
+@pytest.mark.parametrize("make", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("policy", ["error", "keep"])
+def test_what_a_function_computes_with_is_compared_by_value(make: Any, policy: Any, caplog: Any) -> None:
+    state = interrupted(make(0.5))
+
+    assert Run(make(0.5), state=state, on_change=policy)(4).lr == [0.5] * 20
+    assert lines(caplog) == []
+    with pytest.raises(ScheduleChangedError, match="would change"):
+        Run(make(0.25), state=state)(4)
+
+
+class Cached:
+    """Without a ``__repr__``; its table fills as it goes."""
+
+    def __init__(self) -> None:
+        self.table: dict[int, float] = {}
+
+    def __call__(self, group: Any) -> Any:
+        group["lr"] = self.table.setdefault(group["step"], 1 / (1 + group["step"]))
+        return group
+
+
+def test_what_a_processor_keeps_on_itself_as_it_goes_is_no_change(caplog: Any) -> None:
+    state = interrupted(Cached())
+
+    assert Run(Cached(), state=state)(4).lr == exactly([1 / (1 + t) for t in range(20, 40)])
+    assert lines(caplog) == []
+
+
+def test_the_order_in_which_a_set_was_filled_is_no_change() -> None:
+    assert list({0, 8}) != list({8, 0})  # as strings are in another order in every process
+    assert describe(Halve({0, 8})) == describe(Halve({8, 0}))
+
+
+def test_a_copied_optimizer_describes_its_processors_as_they_were_given() -> None:
+    run = Run(Cached())(2)
+    copied = copy.deepcopy(run.optimizer)
+
+    terms = [optimizer.state_dict()["ice_engine"]["horizon"]["processors"] for optimizer in (run.optimizer, copied)]
+    assert terms[0] == terms[1]
+
+
+def test_an_edited_docstring_is_no_change() -> None:
+    def documented() -> Any:
+        def ruled(group: Any) -> Any:
+            """Old."""
+            return scaled(group, 0.5)
+
+        return ruled
+
+    state = interrupted(documented())
+    ruled = documented()
+    ruled.__code__ = ruled.__code__.replace(co_consts=("New.", *ruled.__code__.co_consts[1:]))
+    ruled.__doc__ = "New."
+
+    assert Run(ruled, state=state)(4).lr == [0.5] * 20
+
+
+def test_a_print_of_an_earlier_version_of_ours_is_not_compared() -> None:
+    state = interrupted(scaled_by_half)
+    horizon = state["optimizer"]["ice_engine"]["horizon"]
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert horizon["processors"][0].startswith(f"scaled_by_half @{version}b:")
+    horizon["processors"] = [f"scaled_by_half @{version}:01234567"]
+
+    assert Run(scaled_by_half, state=state)(4).lr == [0.5] * 20
+
+
+def scaled_by_half(group: Any) -> Any:
+    return scaled(group, 0.5)
+
+
 def test_of_two_functions_of_one_name_each_is_kept() -> None:
     first, second = (lambda g: {"lr": g["lr"] * 0.5 + 0.1}), (lambda g: {"lr": g["initial_lr"] * 0.25})
     resumed = Run(first, second, constant(), state=interrupted(first, second), on_change="keep")
@@ -596,6 +709,18 @@ def test_a_fresh_run_starts_from_the_initial_values_and_its_own_processors() -> 
     kept = Run(linear(), state=interrupted(constant()), on_change="keep")(4)
     kept.trainer.state.max_epochs = None
     assert kept(4).lr == exactly([1.0] * 20 + [1 - t / 40 for t in range(40)])
+
+
+def test_a_fresh_run_after_a_resumed_one_undoes_what_a_function_wrote_before_it() -> None:
+    def once(group: Any) -> Any:
+        if group["step"] == 5:
+            group["lr"] = 0.5
+        return group
+
+    resumed = Run(once, state=interrupted(once))(4)
+    resumed.trainer.state.max_epochs = None
+
+    assert resumed(1).lr == [0.5] * 20 + [1.0] * 5 + [0.5] * 5
 
 
 def test_a_detached_optimizer_counts_for_itself() -> None:

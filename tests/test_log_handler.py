@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from ignite.handlers import TensorboardLogger
 from ignite.handlers.base_logger import BaseLogger, BaseOutputHandler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentTypeError
+from ice_engine.errors import ArgumentTypeError, AttachError
 from tests.single_weight import parts
 
 
@@ -90,6 +90,18 @@ def test_of_two_optimizers_the_first_has_the_output():
     tags = [tag for _, rows in logger.written for tag in rows]
     assert tags.count("training/loss") == 1
     assert {"generator/lr/group_0", "critic/lr/group_0"} < set(tags)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_an_engine_that_the_optimizer_is_not_attached_to_is_refused_at_its_first_event(stepped):
+    engine, optimizer = parts()
+    if stepped:
+        engine.run([1.0])
+    other = Engine(lambda engine, batch: None)
+    ListLogger().attach(other, log_handler=ice.RecordHandler(optimizer), event_name=Events.ITERATION_COMPLETED)
+
+    with pytest.raises(AttachError, match=r"'optimizer' is not attached to this engine; call optimizer\.attach"):
+        other.run([1.0])
 
 
 def test_anything_else_is_refused():

@@ -90,6 +90,28 @@ def test_the_running_means_are_saved_and_go_on():
     assert second.record.noise_scale == whole[-1].noise_scale
 
 
+@pytest.mark.parametrize("place", [0, 1, 3], ids=["first", "second", "last"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_window_that_is_not_finite_adds_nothing_to_the_noise_scale(bad, place):
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    sgd = torch.optim.SGD([weight], lr=0.0)
+    optimizer = ice.Optimizer(sgd, accumulation_steps=4, nonfinite="off").measure("noise_scale")
+    windows = [[torch.randn(3, 3, dtype=torch.float64) + 1.0 for _ in range(4)] for _ in range(3)]
+    broken = [batch.clone() for batch in windows[1]]
+    broken[place] *= bad
+    found = []
+    for window in (windows[0], broken, windows[1], windows[2]):
+        for batch in window:
+            optimizer.backward((batch @ weight).mean(), weight=3)
+            optimizer.update()
+        weight.data.fill_(1.0)  # which the step has made NaN
+        found.append(NONE if optimizer.record.noise_scale is None else optimizer.record.noise_scale)
+
+    expected = noise(windows)
+    assert found == pytest.approx([expected[0], *expected], rel=1e-9)
+    assert all(map(math.isfinite, optimizer.state_dict()["ice_engine"]["noise"]))
+
+
 def test_the_gradient_norm_is_of_the_mean_without_a_clip():
     records, _ = run([torch.full((2, 3), 2.0, dtype=torch.float64)] * 4, "grad_norm")
 

@@ -22,6 +22,7 @@ from ice_engine.errors import (
     NotConsolidatedError,
     StateDictError,
 )
+from ice_engine.of_engine import optimizers_of
 
 
 def parameter(value=0.0):
@@ -153,7 +154,7 @@ def test_two_optimizers_of_one_name_do_not_attach(name):
     with pytest.raises(AttachError, match=r"named 'optimizer' is attached.*name='generator'"):
         sgd(name=name).attach(engine)
 
-    assert len(engine._ice_optimizers) == 1
+    assert len(optimizers_of(engine)) == 1
 
 
 @pytest.mark.parametrize(("one", "other"), [("ß", "ss"), ("ss", "ß")])

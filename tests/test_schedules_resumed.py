@@ -1,6 +1,7 @@
 """Every schedule, stopped after any epoch and resumed from a file: the rest is the same, bit by bit."""
 
 import io
+import timeit
 from typing import Any
 
 import pytest
@@ -87,3 +88,39 @@ def test_any_entry_of_a_group_is_scheduled_in_a_run(cls: Any, dst: str, initial:
         seen.append(value[int(index)] if index else value)
 
     assert seen == pytest.approx([initial * (1 - t / 4) for t in range(4)], rel=1e-12)
+
+
+def test_a_step_after_many_measurements_costs_what_one_after_few_does() -> None:
+    def seconds(measured: int) -> float:
+        weight = torch.nn.Parameter(torch.ones(()))
+        schedule = ice.schedules.plateau(metric="loss")
+        optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.5), processors=[schedule])
+        state = optimizer.state_dict()
+        state["ice_engine"]["measurements"] = {"loss": [1.0] * measured}
+        optimizer.load_state_dict(state)
+
+        def step() -> None:
+            optimizer.report(loss=1.0)
+            optimizer.backward(weight * 0.0)
+            optimizer.update()
+
+        return min(timeit.repeat(step, number=1, repeat=20))
+
+    assert seconds(200_000) < 10 * seconds(1)
+
+
+def test_groups_and_schedules_that_follow_one_metric_count_for_themselves() -> None:
+    weights = [torch.nn.Parameter(torch.ones(())) for _ in range(2)]
+    groups = [{"params": [w], "lr": lr, "weight_decay": 1.0} for w, lr in zip(weights, (1.0, 2.0), strict=True)]
+    hasty = ice.schedules.plateau(metric="loss", factor=0.5, patience=0)
+    patient = ice.schedules.plateau(metric="loss", factor=0.5, patience=1, dst="weight_decay")
+    optimizer = ice.Optimizer(torch.optim.SGD(groups), processors=[hasty, patient])
+    seen = []
+    for _ in range(5):
+        optimizer.report(loss=1.0)
+        optimizer.backward(weights[0] * 0.0 + weights[1] * 0.0)
+        optimizer.update()
+        seen.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
+
+    steps = [(1.0, 1.0), (0.5, 1.0), (0.25, 0.5), (0.125, 0.5), (0.0625, 0.25)]
+    assert seen == [[(lr, decay), (2 * lr, decay)] for lr, decay in steps]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
+from ice_engine.processors.history import History
 from ice_engine.processors.schedules import (
     Schedule,
     cosine,
@@ -392,12 +393,15 @@ def test_plateau_is_torchs(history: list[float], base: float, setting: dict[str,
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=base)
     theirs = lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=floor, **setting)
 
+    growing = History()
     for count in range(len(history) + 1):
-        told = {"loss": tuple(history[:count]), "other": (1.0,) * 99}
-        found = schedule({"step": 0, "initial_lr": base, "measurements": told})["lr"]
-        assert found == optimizer.param_groups[0]["lr"]  # to the last bit
+        for loss in (tuple(history[:count]), growing):
+            told = {"loss": loss, "other": (1.0,) * 99}
+            found = schedule({"step": 0, "initial_lr": base, "measurements": told})["lr"]
+            assert found == optimizer.param_groups[0]["lr"]  # to the last bit
         if count < len(history):
             theirs.step(history[count])
+            growing.append(history[count])
 
 
 def test_plateau_without_a_measurement_reduces_nothing() -> None:

@@ -59,6 +59,8 @@ def require_agreement(
 
 
 def exact(value: Any) -> str:
-    """Return a text that is the same for the same value, and another one for another."""
+    """Return a text that is the same for the same value, and another one for another; its type, if it has no value."""
     # The repr of a tensor rounds.
-    return repr(value.tolist() if isinstance(value, torch.Tensor) else value)
+    text = repr(value.tolist() if isinstance(value, torch.Tensor) else value)
+    # An address is another one in every process, and says nothing about the value.
+    return type(value).__qualname__ if " at 0x" in text else text

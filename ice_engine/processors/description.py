@@ -1,7 +1,9 @@
 """What a processor is, as plain data: whether the one of another process is the same, and how to make it again."""
 
+import contextlib
 import functools
 import hashlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,12 +20,15 @@ LENGTHS = frozenset({"epoch_length", "max_epochs", "max_iters", "total_steps", "
 """Keys of the mapping that say how long a run is."""
 
 _PLAIN = (str, int, float, bool, type(None))
+_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
+_KIND = "b"  # of print; another letter when what is printed changes, so that old files can still be resumed
 
 
 def describe(processor: Callable[..., Any]) -> Any:
     """Return *processor* as plain data: a schedule's ``spec``; of anything else its expression and a print of its code.
 
-    The code's print is of the Python version that made it, and is compared only with one of the same.
+    The code's print is of the Python version that made it, and is compared only with one of the same. What the
+    processor keeps on itself is in the expression; so it is to be described before it runs.
     """
     if isinstance(processor, Schedule):
         try:
@@ -31,11 +36,11 @@ def describe(processor: Callable[..., Any]) -> Any:
         except ArgumentTypeError:  # it holds a function
             pass
     codes = sorted(_prints(processor))
-    text = _expression(processor)
+    text = _ADDRESS.sub("", _expression(processor))  # another one in every process
     if not codes:
         return text
     digest = hashlib.sha256("".join(codes).encode()).hexdigest()[:8]
-    return f"{text} @{sys.version_info[0]}.{sys.version_info[1]}:{digest}"
+    return f"{text} @{sys.version_info[0]}.{sys.version_info[1]}{_KIND}:{digest}"
 
 
 def same(first: Any, second: Any) -> bool:
@@ -91,6 +96,10 @@ def _expression(processor: Callable[..., Any]) -> str:
     if isinstance(processor, Configured):
         settings = [f"{key}={_setting(value)}" for key, value in processor.arguments.items()]
         return f"{processor.name}({', '.join([*settings, f'dst={processor.dst!r}'])})"
+    if isinstance(processor, functools.partial):
+        given = [_setting(value) for value in processor.args if _is_plain(value)]
+        given += [f"{key}={_setting(value)}" for key, value in processor.keywords.items() if _is_plain(value)]
+        return f"partial({', '.join([_expression(processor.func), *given])})"
     if kind.__repr__ is not object.__repr__ and not hasattr(processor, "__code__"):
         return repr(processor)
     if hasattr(processor, "__code__"):
@@ -103,9 +112,19 @@ def _expression(processor: Callable[..., Any]) -> str:
 def _setting(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key!r}: {_setting(entry)}' for key, entry in value.items())}}}"
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, set | frozenset):
+        return f"[{', '.join(sorted(map(_setting, value)))}]"  # its own order is another one in every process
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(_setting, value))}]"
     return repr(value) if isinstance(value, _PLAIN) else type(value).__qualname__
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, (*value, *value.values())))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
 
 
 def _functions(processor: Any) -> Iterator[Any]:
@@ -128,18 +147,40 @@ def _functions(processor: Any) -> Iterator[Any]:
 
 def _codes(processor: Any) -> Iterator[Any]:
     for function in _functions(processor):
-        while isinstance(function, functools.partial):
-            function = function.func  # noqa: PLW2901 - what is inside
-        found = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+        found = getattr(_innermost(function), "__code__", None)
         if found is not None:
             yield found
 
 
+def _innermost(function: Any) -> Any:
+    """Return what has the code: inside of a partial, and the ``__call__`` of an instance."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if hasattr(function, "__code__") else type(function).__call__
+
+
 def _prints(processor: Any) -> Iterator[str]:
-    for code in _codes(processor):
-        yield repr((code.co_code, code.co_names, _texts(code), [c for c in code.co_consts if isinstance(c, _PLAIN)]))
     for function in _functions(processor):
-        yield repr((getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)))
+        inner = _innermost(function)
+        code = getattr(inner, "__code__", None)
+        if code is not None:
+            no_code = None, inner.__doc__  # None is there in place of a docstring
+            constants = [c for c in code.co_consts if isinstance(c, _PLAIN) and c not in no_code]
+            yield repr((code.co_code, code.co_names, [t for t in _texts(code) if t not in no_code], constants))
+        # What is not plain has no value to compare: its repr may be an address.
+        yield repr([_setting(value) for value in _bound(function) if _is_plain(value)])
+
+
+def _bound(function: Any) -> Iterator[Any]:
+    """Yield what *function* computes with besides its arguments: given to a partial, by default, or by a closure."""
+    if isinstance(function, functools.partial):
+        yield from (*function.args, *function.keywords.items())
+    inner = _innermost(function)
+    yield from getattr(inner, "__defaults__", None) or ()
+    yield from (getattr(inner, "__kwdefaults__", None) or {}).items()
+    for cell in getattr(inner, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # it is filled later
+            yield cell.cell_contents
 
 
 def _texts(code: Any) -> list[str]:

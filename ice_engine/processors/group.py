@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,11 +101,21 @@ def _check_number(schedule: Schedule, key: str, value: Any, label: str) -> None:
         raise ProcessorValueError(message)
 
 
-def rewind(processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]]) -> None:
-    """Set what *processors* changed back to its initial value, for a run that starts afresh."""
-    written = {key for _, key in written_keys(processors)}
+def rewind(
+    processors: Sequence[Callable[..., Any]],
+    groups: Sequence[dict[str, Any]],
+    changed: Collection[str] | None = None,
+) -> None:
+    """Set what *processors* changed back to its initial value, for a run that starts afresh.
+
+    Args:
+        processors: That are to begin again.
+        groups: The param groups.
+        changed: Entries that were seen to be written; None if nobody has looked.
+    """
+    written = {*(key for _, key in written_keys(processors)), *(changed or ())}
     # Only a schedule says all that it writes.
-    all_known = all(isinstance(processor, Schedule) for processor in processors)
+    all_known = changed is not None or all(isinstance(processor, Schedule) for processor in processors)
     for index, group in enumerate(groups):
         mapping = GroupMapping(group, {}, index)
         for key, value in group.items():

@@ -101,8 +101,7 @@ class GroupMapping(MutableMapping[str, Any]):
         if key in self._context or key == "params" or key in _OWN:
             message = f"{key!r} is read-only; writable are: {self._writable()}"
             raise UnknownKeyError(message)
-        meant = likely_entry(str(key), self._group)
-        hint = f"did you mean {meant!r}?" if meant else f"add it to the group first: param_group[{key!r}] = ..."
+        hint = self._meant(str(key)) or f"add it to the group first: param_group[{key!r}] = ..."
         message = f"{key!r} is not an entry of {self.label}; it has: {self._writable()}; {hint}"
         raise UnknownKeyError(message)
 
@@ -168,10 +167,19 @@ class GroupMapping(MutableMapping[str, Any]):
             MissingKeyError: If it is not.
         """
         if key not in self:
-            name, meant = name_of(processor), likely_entry(key, self._group)
-            hint = f"; did you mean {meant!r}?" if meant else ""
+            name, meant = name_of(processor), self._meant(key)
+            hint = f"; {meant}" if meant else ""
             message = f"processor {name!r} writes {key!r}, which {self.label} lacks; it has: {self._writable()}{hint}"
             raise MissingKeyError(message)
+
+    def _meant(self, key: str) -> str:
+        """Return what an error says of the entry that a *key* which is none may have meant."""
+        meant = likely_entry(key, (entry for entry in self._group if entry != "params"))
+        value = self._group[meant] if meant else None
+        if isinstance(value, tuple | list):
+            places = ", ".join(repr(f"{meant}.{i}") for i in range(len(value)))
+            return f"{meant!r} has {len(value)} elements: {places}"
+        return f"did you mean {meant!r}?" if meant else ""
 
     def commit(self) -> list[Written]:
         """Write what was staged to the group, tensors in place, and return what was there."""

@@ -1,6 +1,5 @@
 """The schedule that follows what was measured, and is a pure function of it."""
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -9,30 +8,38 @@ from ice_engine import arguments
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.processors.clocks import Unit
 from ice_engine.processors.curve import build
+from ice_engine.processors.history import History
 from ice_engine.processors.schedule import Schedule
 
 MODES = ("min", "max")
 THRESHOLD_MODES = ("rel", "abs")
 
 
-@functools.lru_cache(maxsize=32)  # one entry would do for one schedule: every group asks for the same
-def _reductions(
-    history: tuple[float, ...], *, mode: str, patience: int, threshold: float, threshold_mode: str, cooldown: int
-) -> int:
-    """Return how often the value is to be reduced after measuring *history*."""
-    sign = 1 if mode == "min" else -1
-    best, bad, resting, reductions = sign * math.inf, 0, 0, 0
-    for measured in map(float, history):
-        limit = best * (1 - sign * threshold) if threshold_mode == "rel" else best - sign * threshold
+class _Patience:
+    """Counts how often the value is to be reduced.
+
+    Attributes:
+        reductions: So far.
+    """
+
+    def __init__(self, mode: str, patience: int, threshold: float, threshold_mode: str, cooldown: int) -> None:
+        self._sign = 1 if mode == "min" else -1
+        self._patience, self._threshold, self._cooldown = patience, threshold, cooldown
+        self._relative = threshold_mode == "rel"
+        self._best, self._bad, self._resting = self._sign * math.inf, 0, 0
+        self.reductions = 0
+
+    def add(self, measured: float) -> None:
+        sign, best, threshold = self._sign, self._best, self._threshold
+        limit = best * (1 - sign * threshold) if self._relative else best - sign * threshold
         if sign * measured < sign * limit:  # false of NaN
-            best, bad = measured, 0
+            self._best, self._bad = measured, 0
         else:
-            bad += 1
-        if resting:
-            resting, bad = resting - 1, 0
-        if bad > patience:
-            reductions, resting, bad = reductions + 1, cooldown, 0
-    return reductions
+            self._bad += 1
+        if self._resting:
+            self._resting, self._bad = self._resting - 1, 0
+        if self._bad > self._patience:
+            self.reductions, self._resting, self._bad = self.reductions + 1, self._cooldown, 0
 
 
 def _plateau(
@@ -50,16 +57,11 @@ def _plateau(
     eps: float,
     measurements: Mapping[str, Any],
 ) -> float:
-    history = tuple(measurements.get(metric, ()))
-    reductions = _reductions(
-        history,
-        mode=mode,
-        patience=patience,
-        threshold=threshold,
-        threshold_mode=threshold_mode,
-        cooldown=cooldown,
-    )
-    for _reduction in range(reductions):
+    history = measurements.get(metric, ())
+    if not isinstance(history, History):
+        history = History(history)
+    counted = history.followed_by(_Patience, mode, patience, threshold, threshold_mode, cooldown)
+    for _reduction in range(counted.reductions):
         lower = max(base * factor, floor)
         if base - lower <= eps:
             break  # and so would every further one be
