@@ -16,6 +16,7 @@ from ice_engine.gradients import Gradient
 from ice_engine.isolation import gradients_aside
 from ice_engine.left import Left
 from ice_engine.measures import Measures
+from ice_engine.nonfinite import nonfinite_loss
 from ice_engine.of_engine import optimizers_of
 from ice_engine.precision import Precision
 from ice_engine.scheduling import Scheduling
@@ -287,6 +288,10 @@ class Accumulating(Scheduling):
             dropped = self._window.micro_batches + self._window.pending
             self._clear()
             warn(f"optimizer {self._name!r} dropped the {dropped} micro-batches of a window that {cause} left open")
+
+    def _is_spoiled(self) -> bool:
+        """Whether a loss of the open window was not finite, which nobody would find out when it steps."""
+        return self._precision.policy == "off" and bool(nonfinite_loss(self._window.losses))
 
     def _parameters(self) -> list[torch.Tensor]:
         groups = self._inner.param_groups

@@ -65,6 +65,7 @@ class CloseRow(NamedTuple):
         micro_batches: It has here.
         leaving: Whether this rank is at the end of its data or its run.
         iteration: Of this rank.
+        spoiled: Whether its run is over, after a loss that was not finite, which nobody would find out when it steps.
         beside: Whether another optimizer with the same GradScaler has an open window here.
     """
 
@@ -77,6 +78,7 @@ class CloseRow(NamedTuple):
     micro_batches: float
     leaving: float
     iteration: float
+    spoiled: float
     beside: float
 
     @classmethod

@@ -15,7 +15,7 @@ from ice_engine.errors import ArgumentTypeError, AttachError, warn
 from ice_engine.events import is_running, register
 from ice_engine.hooks import HookRegistry
 from ice_engine.left import has_gradient
-from ice_engine.member import Member
+from ice_engine.member import SPOILED, Member
 from ice_engine.names import class_name
 from ice_engine.of_engine import optimizers_of
 from ice_engine.orders import OPTIMIZERS
@@ -106,6 +106,7 @@ class Attaching(Stepping):
             values=self._values,
             close=lambda: self._close(self._window.size),
             drop=self._drop_tail,
+            is_spoiled=self._is_spoiled,
             discard=self._discard,
             touched=self._note_gradients,
             common=self._clocks.common,
@@ -275,5 +276,7 @@ class Attaching(Stepping):
     def _on_run_ended(self, *_: Any) -> None:
         self._loaded = False  # what was loaded in the middle of this run says nothing about the next
         if self._member is None:
+            if self._is_spoiled():  # as after Ignite's TerminateOnNan
+                self._discard(SPOILED)
             self._on_epoch_ended()
             self.flush()

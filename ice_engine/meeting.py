@@ -18,7 +18,7 @@ from ice_engine.distributed.rounds import Kind, Row, rounds
 from ice_engine.distributed.synchroniser import Synchroniser
 from ice_engine.distributed.world import world_size
 from ice_engine.errors import ArgumentValueError, AttachError
-from ice_engine.member import Member
+from ice_engine.member import SPOILED, Member
 
 UNKNOWN = -1.0  # length of an epoch
 _NONE = -1  # no model
@@ -218,7 +218,9 @@ class Meeting:
             window.decide(window.common)
         return bool(said)
 
-    def _close(self, member: Member, *, reduced: bool = False, at_end: bool = False, leaving: bool = False) -> None:
+    def _close(
+        self, member: Member, *, reduced: bool = False, at_end: bool = False, leaving: bool = False, over: bool = False
+    ) -> None:
         window = member.window
         last = self._position == self._length and window.tail == "step" and window.is_open
         values = member.values()
@@ -234,6 +236,7 @@ class Meeting:
                 micro_batches=window.micro_batches,
                 leaving=float(leaving),
                 iteration=float(self._engine.state.iteration),
+                spoiled=float(over and member.is_spoiled()),
                 beside=float(member.precision.open_beside),
             )
             told = self._rounds.exchange(Kind.CLOSE, own, self._place(Kind.CLOSE))
@@ -251,6 +254,9 @@ class Meeting:
             member.touched()
             return
         member.begun = 0
+        if any(row.spoiled for row in rows):
+            member.discard(SPOILED)
+            return
         # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.
         window.unit = window.unit or max(row.unit for row in rows)
         window.share(sum(row.weight for row in rows), world_size())

@@ -10,6 +10,8 @@ from ice_engine.distributed.synchroniser import Synchroniser
 from ice_engine.precision import Precision
 from ice_engine.window import Window
 
+SPOILED = "a run that ended after a loss that was not finite"
+
 
 @dataclass(eq=False)
 class Member:
@@ -25,6 +27,7 @@ class Member:
         values: Returns the entries of its param groups, likewise at every step.
         close: Steps or skips the window.
         drop: Drops it, as its tail says.
+        is_spoiled: Returns whether a loss in it was not finite, which nobody would find out when it steps.
         discard: Drops it, with a warning that names a cause.
         common: What its clocks are to take for the same on all ranks, see :class:`~ice_engine.clocks.Clocks`.
         touched: Is told that other ranks' gradients have been averaged into this one's.
@@ -43,6 +46,7 @@ class Member:
     values: Callable[[], dict[str, dict[str, str]]]
     close: Callable[[], Any]
     drop: Callable[[], Any]
+    is_spoiled: Callable[[], bool]
     discard: Callable[[str], Any]
     touched: Callable[[], Any]
     common: dict[str, Any]

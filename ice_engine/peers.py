@@ -264,7 +264,7 @@ class Peers(Meeting):
             if member.window.tail == "drop":
                 member.drop()
             else:
-                self._close(member, at_end=True)
+                self._close(member, at_end=True, over=True)
 
     def _stopped_by(self, rows: Sequence[Row]) -> bool:
         """Whether others have ended their run, so that this rank ends its own; one of those that do says who."""

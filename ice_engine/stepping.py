@@ -133,6 +133,7 @@ class Stepping(Closing):
             )
             raise ArgumentValueError(message)
         set_initial_values(given, self.param_groups if given else ())
+        self._of_windows = [argument for argument, given in of_windows.items() if given]
         self._loaded: bool = False
         self._loaded_plain: bool = False  # a state without clocks
         self._said_drop: bool = False
@@ -167,6 +168,12 @@ class Stepping(Closing):
             warn(
                 f"step() by hand in a run whose engine steps optimizer {self._name!r}: gradients are applied past its "
                 "window, clipping and clocks. Take step() out of train_step, or do not attach"
+            )
+        elif self._of_windows and self._engine is None and not (self._stepping or self._clocks.counts["iteration"]):
+            left_out, self._of_windows = self._of_windows, []
+            warn(
+                f"step() of optimizer {self._name!r} steps at once, without what it was given: {', '.join(left_out)}. "
+                "Call optimizer.backward(loss) and optimizer.update() in the loop, or attach it to an engine"
             )
         for wait in self._waits:
             wait()

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import TerminateOnNan
 
 import ice_engine as ice
 from ice_engine.errors import (
@@ -18,6 +19,7 @@ from ice_engine.errors import (
     BackwardError,
     ClosureError,
     HookError,
+    IceEngineWarning,
     NoGradientsError,
     NotConsolidatedError,
     StateDictError,
@@ -1393,3 +1395,31 @@ def test_a_gradient_that_is_final_already_may_be_changed_in_train_step():
     optimizer.attach(trainer)
     trainer.run([3.0, 0.5])
     assert weight.item() == pytest.approx(-1.5)
+
+
+def test_step_in_a_plain_loop_says_once_what_it_leaves_out():
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.1), clip=ice.clip_norm(1e-3), accumulation_steps=4)
+    (weight * 100.0).backward()
+    with pytest.warns(IceEngineWarning, match=r"without what it was given: accumulation_steps, clip\."):
+        optimizer.step()
+    optimizer.step()
+    assert weight.item() == pytest.approx(-19.0)
+
+
+@pytest.mark.parametrize("tail", ["step", "carry"])
+def test_a_run_that_ends_for_a_nan_does_not_step_with_it(tail):
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.1), accumulation_steps=4, tail=tail)
+
+    def train_step(engine, batch):
+        loss = weight * batch
+        optimizer.backward(loss)
+        return loss.item()
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
+    with pytest.warns(IceEngineWarning, match="dropped the 2 micro-batches of a window that a run that ended"):
+        trainer.run([1.0] * 5 + [math.nan] + [1.0] * 2)
+    assert (optimizer.clocks["step"], weight.item()) == (1, pytest.approx(0.9))

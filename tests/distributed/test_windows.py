@@ -779,3 +779,27 @@ def _too_long() -> list[list[float]]:
 
 def test_a_row_that_is_too_long_raises_before_it_is_sent():
     assert launch(_too_long, 2) == [[[Kind.GATE, 0.0, 7.0], [Kind.GATE, 1.0, 7.0]]] * 2
+
+
+def _nan_and_a_stop() -> tuple[int, list[list[float]]]:
+    model = DistributedDataParallel(network())
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=4)
+
+    def step(engine: Engine, batch: Batch) -> None:
+        loss = torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        bad = engine.state.iteration == 6 and dist.get_rank() == 1
+        optimizer.backward(loss * float("nan") if bad else loss, weight=len(batch[0]))
+        if bad:
+            engine.terminate()
+
+    trainer = Engine(step)
+    optimizer.attach(trainer, model=model)
+    trainer.run(batches(dist.get_rank(), EVEN))
+    return optimizer.clocks["step"], [p.flatten().tolist() for p in model.module.parameters()]
+
+
+def test_a_run_that_a_rank_ends_for_a_nan_steps_on_none_with_it():
+    expected = plain_loop([[batches(rank, EVEN)[i] for rank in range(2) for i in range(4)]])
+    for step, parameters in launch(_nan_and_a_stop, 2):
+        assert step == 1
+        torch.testing.assert_close(flat(parameters), flat(expected), rtol=1e-12, atol=1e-12)
