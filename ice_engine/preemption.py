@@ -24,11 +24,12 @@ class Preemption:
         signals: Those that are meant.
 
     Attributes:
+        signals: Those that are meant.
         asked: The signal that came; None as long as none did.
     """
 
     def __init__(self, signals: Iterable[int]) -> None:
-        self._signals = tuple(signals)
+        self.signals = tuple(signals)
         self._before: dict[int, Any] = {}
         self.asked: signal.Signals | None = None
 
@@ -40,13 +41,16 @@ class Preemption:
         """Take the signals over, where that is possible: in the main thread."""
         self.asked = None
         if threading.current_thread() is threading.main_thread() and not self._before:
-            self._before = {number: signal.signal(number, self._note) for number in self._signals}
+            self._before = {number: signal.signal(number, self._note) for number in self.signals}
+            _listening.append(self)
 
     def leave(self) -> None:
         """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
+        if self in _listening:
+            _listening.remove(self)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.asked is None:
@@ -62,3 +66,29 @@ class Preemption:
 def preemption(engine: Engine, signals: Iterable[int]) -> Preemption:
     """Return what listens for *engine*'s run, one object for one engine, made with the first *signals*."""
     return of_engine(engine, Preemption, signals)
+
+
+# -- children ------------------------------------------------------------------------------------------------------
+# A forked child has the handlers of before: it would note Process.terminate(), and go on. Until it has them, the
+# signals are held back, for Python forgets those that come in between.
+
+_listening: list[Preemption] = []
+_mask = threading.local()  # any thread may fork
+
+
+def _before_fork() -> None:
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, {n for one in _listening for n in one.signals})
+
+
+def _after_fork_in_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _after_fork_in_child() -> None:
+    for one in reversed(_listening.copy()):  # the last one gives back what those before it took
+        one.leave()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
