@@ -361,6 +361,33 @@ def test_a_failing_write_leaves_all_of_several_files(tmp_path):
     assert [item.filename for item in checkpoint._saved] == ["checkpoint_2.pt", "checkpoint_3.pt"]
 
 
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from tests.test_checkpoint import Run
+
+run = Run(Path(sys.argv[1]), background=False)
+run.checkpoint.attach(run.trainer)
+
+def press(event, arguments):
+    if event == "open" and "checkpoint_10.pt" in str(arguments[0]) and arguments[1]:  # to be checked
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(press)
+try:
+    run.train()
+except KeyboardInterrupt:
+    print(run.checkpoint.last_checkpoint)
+"""
+
+
+def test_ctrl_c_while_a_file_is_written_ends_the_run_and_the_previous_file_is_still_there(tmp_path):
+    done = python("-c", INTERRUPTED, str(tmp_path), timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "checkpoint_5.pt")
+    assert names(tmp_path) == ["checkpoint_5.pt"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_when_the_disk_is_full_the_previous_file_is_still_there_and_nothing_else(tmp_path):
     import resource
