@@ -1,5 +1,6 @@
 """The signal that a machine is about to be taken away: noted, for the run to end where nothing is lost."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -41,13 +42,14 @@ class Preemption:
         """Take the signals over, where that is possible: in the main thread."""
         self.asked = None
         if threading.current_thread() is threading.main_thread() and not self._before:
-            self._before = {number: signal.signal(number, self._note) for number in self.signals}
+            taken = [number for number in self.signals if not _is_handled_in_c(number)]
+            self._before = {number: signal.signal(number, self._note) for number in taken}
             _listening.append(self)
 
     def leave(self) -> None:
         """Give the signals back."""
         for number, handler in self._before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.signal(number, handler)
         self._before = {}
         if self in _listening:
             _listening.remove(self)
@@ -66,6 +68,17 @@ class Preemption:
 def preemption(engine: Engine, signals: Iterable[int]) -> Preemption:
     """Return what listens for *engine*'s run, one object for one engine, made with the first *signals*."""
     return of_engine(engine, Preemption, signals)
+
+
+def _is_handled_in_c(number: int) -> bool:
+    """Whether the handler is none of Python's, which could not give it back, such as faulthandler.register()'s."""
+    known = signal.getsignal(number)
+    # Python knows of those that were there before it began; the system, of all.
+    return known is None or (not callable(known) and _handler_of(number) not in {None, int(signal.SIG_IGN)})
+
+
+_handler_of = ctypes.pythonapi.PyOS_getsig
+_handler_of.argtypes, _handler_of.restype = [ctypes.c_int], ctypes.c_void_p
 
 
 # -- children ------------------------------------------------------------------------------------------------------

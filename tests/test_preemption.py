@@ -1,5 +1,6 @@
 """A run that is asked to stop saves where it is and ends with an exit code of its own; another one goes on."""
 
+import faulthandler
 import os
 import signal
 
@@ -155,3 +156,17 @@ def test_processes_that_a_run_forks_end_when_they_are_told(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n") == ["[1, 2]", f"{-signal.SIGTERM}", f"{-signal.SIGTERM}", ""]
     assert "the run saves and ends" not in done.stderr
+
+
+def test_a_signal_that_another_library_handles_in_c_is_left_alone(tmp_path):
+    with (tmp_path / "stacks.txt").open("w+") as stacks:
+        faulthandler.register(signal.SIGUSR1, stacks)
+        try:
+            run = Run(tmp_path)
+            run.trainer.add_event_handler(Events.ITERATION_STARTED, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+            run.train(max_epochs=1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        finally:
+            faulthandler.unregister(signal.SIGUSR1)
+        stacks.seek(0)
+        assert stacks.read().count("most recent call first") >= 6
