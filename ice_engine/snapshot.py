@@ -36,6 +36,8 @@ class Snapshots:
         waiting: list[tuple[torch.Tensor, torch.Tensor, str]] = []
 
         def copy(tensor: torch.Tensor, path: str) -> torch.Tensor:
+            if tensor.layout is not torch.strided:  # a sparse one has no memory that could be filled again
+                return tensor.clone().cpu()
             key = _key(tensor)
             if key not in copies:  # tied weights are one
                 room = self._memory.get(key)
@@ -104,7 +106,7 @@ def _has_storage(tensor: torch.Tensor) -> bool:
 
 def _key(tensor: torch.Tensor) -> _Key:
     place = tensor.data_ptr() if _has_storage(tensor) else id(tensor)
-    return place, tensor.shape, tensor.stride() if tensor.layout is torch.strided else None, tensor.dtype, tensor.device
+    return place, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -54,7 +54,8 @@ def assert_equal(first, second):
         for one, other in zip(first, second, strict=True):
             assert_equal(one, other)
     elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
+        assert first.layout is second.layout
+        assert torch.equal(first.to_dense(), second.to_dense())
     else:
         assert first == second
 
