@@ -14,6 +14,7 @@ import torch
 from ice_engine.batches import replaced
 from ice_engine.errors import CheckpointError
 from ice_engine.norms import shard
+from ice_engine.streams import mark, streamed, wait
 
 _Key = tuple[Any, ...]
 
@@ -65,6 +66,7 @@ class Snapshot:
         self._state = state
         self._waiting = waiting
         self._versions = [_version(source) for _, source, _ in waiting]
+        self._marks = mark(streamed(source for _, source, _ in waiting))
         self._copied = threading.Event()
 
     def complete(self) -> dict[str, Any]:
@@ -74,6 +76,7 @@ class Snapshot:
             CheckpointError: If something was changed meanwhile by anything but ``optimizer.step()``.
         """
         try:
+            wait(self._marks)
             for (target, source, path), version in zip(self._waiting, self._versions, strict=True):
                 target.copy_(source)
                 if _version(source) != version:
