@@ -1,6 +1,5 @@
 """What a checkpoint holds, whether it is whole, and how it differs from another; tensors stay on the disk."""
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ice_engine import checkpoint_file
+from ice_engine import bitwise, checkpoint_file
 from ice_engine.distributed.parts import Parts
 from ice_engine.errors import CheckpointError
 from ice_engine.names import few
@@ -23,7 +22,6 @@ _NAMES = {"params", "param_names"}  # of a group: as many as it has parameters
 _SUFFIXES = {".pt", ".pth", ".ckpt"}
 _SHOWN = 20
 _WIDTH = 40
-_CHUNK = 1 << 18  # elements compared at a time
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,9 @@ class Contents:
         for key, value in self.values.items():
             row = rows.setdefault(key.partition(".")[0], [0, 0, 0, 0])
             if isinstance(value, torch.Tensor):
-                row[:3] = row[0] + 1, row[1] + value.numel(), row[2] + value.numel() * value.element_size()
+                entries = bitwise.entries(value)
+                size = sum(part.numel() * part.element_size() for part in (entries, *bitwise.places(value)))
+                row[:3] = row[0] + 1, row[1] + entries.numel(), row[2] + size
             else:
                 row[3] += 1
         cells = [["entry", "tensors", "elements", "bytes", "other values"]]
@@ -259,29 +259,14 @@ def _told(first: Contents, second: Contents, key: str) -> str | None:
         return f"{kinds[0]} -> {kinds[1]}"
     if not isinstance(a, torch.Tensor):
         return None if a == b or (a != a and b != b) else f"{_short(a)} -> {_short(b)}"  # noqa: PLR0124 - NaN alone is not itself
-    number, largest = 0, 0.0
-    for one, other in zip(_chunks(first.tensor(key)), _chunks(second.tensor(key)), strict=True):
-        differs = (one != other) & ~((one != one) & (other != other))  # noqa: PLR0124 - likewise
-        number += int(differs.sum())
-        if one.dtype != torch.bool and number:
-            largest = max(largest, _largest(one[differs], other[differs]))
-    return f"{number:,} of {a.numel():,} elements, by at most {largest:.3g}" if number else None
-
-
-def _chunks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(tensor.reshape(-1), _CHUNK)
-
-
-def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
-    wide = torch.complex128 if a.dtype.is_complex else torch.float64
-    apart = (a.to(wide) - b.to(wide)).abs()
-    return math.inf if apart.isnan().any() else float(apart.max()) if apart.numel() else 0.0
+    return bitwise.difference(first.tensor(key), second.tensor(key))
 
 
 def _kind(value: Any) -> str:
-    return (
-        f"{str(value.dtype).removeprefix('torch.')} {(*value.shape,)}" if isinstance(value, torch.Tensor) else "a value"
-    )
+    if not isinstance(value, torch.Tensor):
+        return "a value"
+    layout = "" if value.layout is torch.strided else f" {str(value.layout).removeprefix('torch.')}"
+    return f"{str(value.dtype).removeprefix('torch.')}{layout} {(*value.shape,)}"
 
 
 def _short(value: Any) -> str:

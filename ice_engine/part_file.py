@@ -1,12 +1,16 @@
 """A file while it is written: under a name that no other writer has, and removed if its writer is no more."""
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 _NAME = re.compile(r".+\.[0-9a-f]{8}\.part")
 
@@ -42,6 +46,8 @@ def _create(path: Path) -> tuple[Path, int]:
 
 
 def _remove_orphans(folder: Path) -> None:
+    if fcntl is None:
+        return  # they are not told from those of writers that live
     for part in folder.iterdir():
         if _NAME.fullmatch(part.name):
             with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
@@ -54,7 +60,9 @@ def _remove_orphans(folder: Path) -> None:
 
 
 def _is_locked(number: int, *, anyway: bool) -> bool:
-    """Lock an open file, and return whether that is done; *anyway*, where the file system has no locks."""
+    """Lock an open file, and return whether that is done; *anyway*, where the system or its disk has no locks."""
+    if fcntl is None:
+        return anyway
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

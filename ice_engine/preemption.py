@@ -1,5 +1,6 @@
 """The signal that a machine is about to be taken away: noted, for the run to end where nothing is lost."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -24,11 +25,12 @@ class Preemption:
         signals: Those that are meant.
 
     Attributes:
+        signals: Those that are meant.
         asked: The signal that came; None as long as none did.
     """
 
     def __init__(self, signals: Iterable[int]) -> None:
-        self._signals = tuple(signals)
+        self.signals = tuple(signals)
         self._before: dict[int, Any] = {}
         self.asked: signal.Signals | None = None
 
@@ -40,13 +42,17 @@ class Preemption:
         """Take the signals over, where that is possible: in the main thread."""
         self.asked = None
         if threading.current_thread() is threading.main_thread() and not self._before:
-            self._before = {number: signal.signal(number, self._note) for number in self._signals}
+            taken = [number for number in self.signals if not _is_handled_in_c(number)]
+            self._before = {number: signal.signal(number, self._note) for number in taken}
+            _listening.append(self)
 
     def leave(self) -> None:
         """Give the signals back."""
         for number, handler in self._before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.signal(number, handler)
         self._before = {}
+        if self in _listening:
+            _listening.remove(self)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.asked is None:
@@ -62,3 +68,40 @@ class Preemption:
 def preemption(engine: Engine, signals: Iterable[int]) -> Preemption:
     """Return what listens for *engine*'s run, one object for one engine, made with the first *signals*."""
     return of_engine(engine, Preemption, signals)
+
+
+def _is_handled_in_c(number: int) -> bool:
+    """Whether the handler is none of Python's, which could not give it back, such as faulthandler.register()'s."""
+    known = signal.getsignal(number)
+    # Python knows of those that were there before it began; the system, of all.
+    return known is None or (not callable(known) and _handler_of(number) not in {None, int(signal.SIG_IGN)})
+
+
+_handler_of = ctypes.pythonapi.PyOS_getsig
+_handler_of.argtypes, _handler_of.restype = [ctypes.c_int], ctypes.c_void_p
+
+
+# -- children ------------------------------------------------------------------------------------------------------
+# A forked child has the handlers of before: it would note Process.terminate(), and go on. Until it has them, the
+# signals are held back, for Python forgets those that come in between.
+
+_listening: list[Preemption] = []
+_mask = threading.local()  # any thread may fork
+
+
+def _before_fork() -> None:
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, {n for one in _listening for n in one.signals})
+
+
+def _after_fork_in_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _after_fork_in_child() -> None:
+    for one in reversed(_listening.copy()):  # the last one gives back what those before it took
+        one.leave()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

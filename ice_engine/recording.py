@@ -20,6 +20,7 @@ from ice_engine.memory import memory_rows
 from ice_engine.of_engine import of_engine
 from ice_engine.optimizer import Optimizer
 from ice_engine.rows import MEMORY, OUTPUT, Line, kept, kept_metrics, metric_rows, step_clocks, step_rows
+from ice_engine.streams import mark, streamed, wait
 from ice_engine.summary import summary
 
 Clocks = Mapping[str, Mapping[str, int]]
@@ -52,7 +53,7 @@ class Recording:
         self._background = Background(file, f"{what} {place}")
         self._optimizers: tuple[Optimizer, ...] = ()
         self._begun: bool = False
-        self._on_cuda: bool = False
+        self._devices: set[torch.device] = set()
         # After an exception, and when the interpreter exits: what was put until then is still written.
         weakref.finalize(self, self._background.close)
 
@@ -134,7 +135,7 @@ class Recording:
 
     def _begin(self) -> None:
         self._begun = True
-        self._on_cuda = any(p.is_cuda for o in self._optimizers for group in o.param_groups for p in group["params"])
+        self._devices = streamed(p for o in self._optimizers for group in o.param_groups for p in group["params"])
         self._background.start()
         self._background.put((self._file.begin, self._clocks))
 
@@ -160,15 +161,16 @@ class Recording:
             state = engine.state
             output = kept(state.output) if first else None
             # The thread reads from the GPU on another stream than the one that computes.
-            ready = torch.cuda.current_stream().record_event() if self._on_cuda else None
-            background.put((write, time.time(), getattr(state, attribute), output, ready))
+            marks = mark(self._devices)
+            background.put((write, time.time(), getattr(state, attribute), output, marks))
 
         return note
 
     def _metrics_noter(self, name: str) -> Callable[[Engine], None]:
         file = self._file
 
-        def write(now: float, clocks: dict[str, int], metrics: dict[str, Any]) -> None:
+        def write(now: float, clocks: dict[str, int], metrics: dict[str, Any], marks: list[Any]) -> None:
+            wait(marks)
             # An evaluation in the middle of a window is after a checkpoint of the same step, or before.
             file.write(Line(now, name, clocks["step"], {"iteration": clocks["iteration"]}, metric_rows(name, metrics)))
 
@@ -176,7 +178,8 @@ class Recording:
             if not self._begun:
                 self._begin()  # a first evaluation may come before the run
             metrics = kept_metrics(evaluator.state.metrics)
-            self._background.put((write, time.time(), self._optimizers[0].clocks, metrics))
+            marks = mark(self._devices)
+            self._background.put((write, time.time(), self._optimizers[0].clocks, metrics, marks))
 
         return note
 
@@ -195,9 +198,8 @@ class _StepWriter:
         self._memory: dict[str, float] = {}
         self._memory_time: float = 0.0
 
-    def __call__(self, now: float, record: StepRecord, output: Any, ready: Any) -> None:
-        if ready is not None:
-            ready.synchronize()
+    def __call__(self, now: float, record: StepRecord, output: Any, marks: list[Any]) -> None:
+        wait(marks)
         rows = step_rows(self._name, record, output)
         if self._first and record.skipped is None:
             rows |= self._read_memory()

@@ -12,6 +12,7 @@ from ice_engine.errors import ArgumentValueError, warn
 from ice_engine.left import Left
 from ice_engine.matching import LoadReport, fit, shapes
 from ice_engine.names import class_name
+from ice_engine.norms import shard
 from ice_engine.processors.history import History
 from ice_engine.state import gradients_in, pack, stub, unpack
 
@@ -72,8 +73,9 @@ class Saving(Attaching):
         whole = window.is_open and not (window.pending or self._closing or world.world_size() > 1)
         state = window.state_dict(whole=whole)
         if whole:
+            # Also of fully_shard(): the shard of one process is the whole.
             parameters = enumerate(self._parameters())
-            state["gradients"] = {i: p.grad for i, p in parameters if p.grad is not None}
+            state["gradients"] = {i: shard(p.grad) for i, p in parameters if p.grad is not None}
             state["first"] = self._measures.of_first
         return state
 
@@ -106,6 +108,7 @@ class Saving(Attaching):
         for index, gradient in gradients_in(extra).items():
             plain["state"].setdefault(index, {})[_GRADIENT] = gradient  # finds its parameter as state does
         plain, report = fit(self._inner, self._names(), plain, extra, strict=strict)
+        plain = resharded(self._inner, plain)
         gradients = {i: state.pop(_GRADIENT) for i, state in plain["state"].items() if _GRADIENT in state}
         plain["state"] = {i: state for i, state in plain["state"].items() if state}
         if extra is not None and extra["grad_scaler"]:
@@ -116,7 +119,7 @@ class Saving(Attaching):
         # Loaded twice before the run: what the script asked for is what it had before the first time.
         configured = before if self._course.configured is None else self._course.configured
         names = [group.get("param_names") for group in self.param_groups]
-        self._inner.load_state_dict(resharded(self._inner, plain))
+        self._inner.load_state_dict(plain)
         for group, initial, own in zip(self.param_groups, before, names, strict=True):
             for key, value in initial.items():
                 group.setdefault(key, value)

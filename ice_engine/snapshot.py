@@ -14,6 +14,7 @@ import torch
 from ice_engine.batches import replaced
 from ice_engine.errors import CheckpointError
 from ice_engine.norms import shard
+from ice_engine.streams import mark, streamed, wait
 
 _Key = tuple[Any, ...]
 
@@ -36,6 +37,8 @@ class Snapshots:
         waiting: list[tuple[torch.Tensor, torch.Tensor, str]] = []
 
         def copy(tensor: torch.Tensor, path: str) -> torch.Tensor:
+            if tensor.layout is not torch.strided:  # a sparse one has no memory that could be filled again
+                return tensor.clone().cpu()
             key = _key(tensor)
             if key not in copies:  # tied weights are one
                 room = self._memory.get(key)
@@ -63,6 +66,7 @@ class Snapshot:
         self._state = state
         self._waiting = waiting
         self._versions = [_version(source) for _, source, _ in waiting]
+        self._marks = mark(streamed(source for _, source, _ in waiting))
         self._copied = threading.Event()
 
     def complete(self) -> dict[str, Any]:
@@ -72,6 +76,7 @@ class Snapshot:
             CheckpointError: If something was changed meanwhile by anything but ``optimizer.step()``.
         """
         try:
+            wait(self._marks)
             for (target, source, path), version in zip(self._waiting, self._versions, strict=True):
                 target.copy_(source)
                 if _version(source) != version:
@@ -104,7 +109,7 @@ def _has_storage(tensor: torch.Tensor) -> bool:
 
 def _key(tensor: torch.Tensor) -> _Key:
     place = tensor.data_ptr() if _has_storage(tensor) else id(tensor)
-    return place, tensor.shape, tensor.stride() if tensor.layout is torch.strided else None, tensor.dtype, tensor.device
+    return place, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _version(tensor: torch.Tensor) -> int:

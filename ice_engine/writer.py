@@ -48,12 +48,13 @@ class Writer:
     def write_now(self, state: Mapping[str, Any], write: Write) -> None:
         """Let *write* have *state* itself, and return when it is written; what it raises, :meth:`finish` does."""
         self.finish()
-        self._written = Future()
+        written: Future[None] = Future()
         try:
             write(state)
-            self._written.set_result(None)
-        except Exception as err:  # noqa: BLE001 - raised where all such errors are
-            self._written.set_exception(err)
+            written.set_result(None)
+        except BaseException as err:  # noqa: BLE001 - raised where all such errors are, Ctrl-C too
+            written.set_exception(err)
+        self._written = written
 
     @property
     def is_done(self) -> bool:

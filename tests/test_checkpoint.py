@@ -54,7 +54,8 @@ def assert_equal(first, second):
         for one, other in zip(first, second, strict=True):
             assert_equal(one, other)
     elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
+        assert first.layout is second.layout
+        assert torch.equal(first.to_dense(), second.to_dense())
     else:
         assert first == second
 
@@ -359,6 +360,33 @@ def test_a_failing_write_leaves_all_of_several_files(tmp_path):
         engine.run([1], max_epochs=5)
     assert names(tmp_path) == ["checkpoint_2.pt", "checkpoint_3.pt"]
     assert [item.filename for item in checkpoint._saved] == ["checkpoint_2.pt", "checkpoint_3.pt"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from tests.test_checkpoint import Run
+
+run = Run(Path(sys.argv[1]), background=False)
+run.checkpoint.attach(run.trainer)
+
+def press(event, arguments):
+    if event == "open" and "checkpoint_10.pt" in str(arguments[0]) and arguments[1]:  # to be checked
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(press)
+try:
+    run.train()
+except KeyboardInterrupt:
+    print(run.checkpoint.last_checkpoint)
+"""
+
+
+def test_ctrl_c_while_a_file_is_written_ends_the_run_and_the_previous_file_is_still_there(tmp_path):
+    done = python("-c", INTERRUPTED, str(tmp_path), timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "checkpoint_5.pt")
+    assert names(tmp_path) == ["checkpoint_5.pt"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")

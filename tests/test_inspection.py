@@ -123,6 +123,33 @@ def test_values_are_compared_to_the_bit_and_nan_is_nan(tmp_path):
     assert difference(a, a).is_none
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_tensors_are_compared_by_what_is_stored_of_them(tmp_path, capsys):
+    coo = torch.eye(4).to_sparse()
+    twice = torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 1.0], (4, 4), check_invariants=True)
+    layouts = {name: torch.eye(4).to_sparse(layout=getattr(torch, f"sparse_{name}")) for name in ("csr", "csc")}
+    blocks = {name: getattr(torch.eye(4), f"to_sparse_{name}")((2, 2)) for name in ("bsr", "bsc")}
+    a, b = tmp_path / "a.pt", tmp_path / "b.pt"
+    torch.save({"same": coo, "twice": twice, "layout": coo, "values": coo, "places": coo, **layouts, **blocks}, a)
+    less = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    others = {"layout": layouts["csr"], "values": coo * 3, "places": torch.eye(4).flip(0).to_sparse()}
+    torch.save({"same": coo, "twice": twice, **others, **layouts, "csr": less.to_sparse_csr(), **blocks}, b)
+    code, text = said(capsys, a, b)
+    assert code == 1
+    assert difference(inspect(a), inspect(b)).changed == {
+        "layout": "float32 sparse_coo (4, 4) -> float32 sparse_csr (4, 4)",
+        "values": "4 of 4 elements, by at most 2",
+        "places": "entries in other places",
+        "csr": "4 -> 3 entries",
+    }
+    assert "  csr     4 -> 3 entries" in text
+    code, text = said(capsys, a, a)
+    assert code == 0
+    assert "hold the same, 9 values, to the bit" in text
+    code, text = said(capsys, a)
+    assert text.splitlines()[3].split() == ["same", "1", "4", "80", "0"]  # 4 entries of 4 bytes, 8 indices of 8
+
+
 def test_a_sharded_checkpoint_holds_what_the_file_holds(tmp_path, capsys):
     path, model, optimizer = trained(tmp_path)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "plain.pt")

@@ -336,7 +336,8 @@ def test_step_always_steps_and_counts_nothing():
     weight = parameter()
     optimizer = sgd(weight, accumulation_steps=4)
     weight.grad = torch.tensor(1.0)
-    optimizer.step()
+    with pytest.warns(IceEngineWarning, match="accumulation_steps"):
+        optimizer.step()
 
     assert weight.item() == -1.0
     assert optimizer.clocks["step"] == 0

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from ice_engine import checkpoint_file
+from tests.forked import python
 from tests.test_checkpoint import names
 
 WAITS = """
@@ -15,6 +16,16 @@ with part_file.part_of(pathlib.Path(sys.argv[1])) as part:
     print(part.name, flush=True)
     sys.stdin.readline()
     part.replace(sys.argv[1])
+"""
+
+WITHOUT_LOCKS = """
+import sys
+sys.modules["fcntl"] = None  # as on Windows
+from pathlib import Path
+import ice_engine
+from ice_engine import checkpoint_file
+
+checkpoint_file.write(Path(sys.argv[1]), {"from": "there"})
 """
 
 
@@ -51,3 +62,11 @@ def test_a_link_that_waits_where_a_file_is_written_leads_nowhere(tmp_path):
         (tmp_path / name).symlink_to(victim)
     checkpoint_file.write(tmp_path / "checkpoint_1.pt", {})
     assert victim.read_text() == "data"
+
+
+def test_where_the_system_has_no_locks_files_are_written_and_what_others_left_stays(tmp_path):
+    (tmp_path / "checkpoint_1.pt.0123abcd.part").write_text("left")
+    done = python("-c", WITHOUT_LOCKS, str(tmp_path / "checkpoint_1.pt"))
+    assert done.returncode == 0, done.stderr
+    assert checkpoint_file.read(tmp_path / "checkpoint_1.pt") == {"from": "there"}
+    assert names(tmp_path) == ["checkpoint_1.pt", "checkpoint_1.pt.0123abcd.part"]

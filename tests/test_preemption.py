@@ -1,5 +1,6 @@
 """A run that is asked to stop saves where it is and ends with an exit code of its own; another one goes on."""
 
+import faulthandler
 import os
 import signal
 
@@ -32,6 +33,30 @@ run.trainer.add_event_handler(Events.ITERATION_STARTED(once=8), be_taken_away)
 run.trainer.add_event_handler(Events.COMPLETED, lambda: print("completed"))
 run.train(max_epochs=4)
 print("after the run")
+"""
+
+FORKS = """
+import multiprocessing, sys, time
+from pathlib import Path
+from ignite.engine import Events
+from tests.test_checkpoint import Run
+
+context = multiprocessing.get_context("fork")
+run = Run(Path(sys.argv[1]))
+
+def fork():
+    with context.Pool(2) as pool:
+        print(pool.map(abs, [-1, -2]))
+    for wait in (0.0, 0.2):
+        child = context.Process(target=time.sleep, args=(60,))
+        child.start()
+        time.sleep(wait)
+        child.terminate()
+        child.join()
+        print(child.exitcode)
+
+run.trainer.add_event_handler(Events.EPOCH_COMPLETED, fork)
+run.train(max_epochs=1)
 """
 
 
@@ -124,3 +149,24 @@ def test_a_run_that_is_at_its_end_is_not_to_be_run_again(tmp_path):
     run.train(max_epochs=2)
     assert completed == [10]
     assert names(tmp_path) == ["checkpoint_10.pt"]
+
+
+def test_processes_that_a_run_forks_end_when_they_are_told(tmp_path):
+    done = python("-c", FORKS, str(tmp_path), timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n") == ["[1, 2]", f"{-signal.SIGTERM}", f"{-signal.SIGTERM}", ""]
+    assert "the run saves and ends" not in done.stderr
+
+
+def test_a_signal_that_another_library_handles_in_c_is_left_alone(tmp_path):
+    with (tmp_path / "stacks.txt").open("w+") as stacks:
+        faulthandler.register(signal.SIGUSR1, stacks)
+        try:
+            run = Run(tmp_path)
+            run.trainer.add_event_handler(Events.ITERATION_STARTED, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+            run.train(max_epochs=1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        finally:
+            faulthandler.unregister(signal.SIGUSR1)
+        stacks.seek(0)
+        assert stacks.read().count("most recent call first") >= 6

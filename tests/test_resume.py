@@ -159,6 +159,44 @@ def test_so_does_one(tmp_path, settings, at):
     assert_same_run(whole, *resumed(tmp_path, at, **settings)[1:])
 
 
+class Sparse(torch.nn.Module):
+    """Sparse gradients, momentum and buffers, whose values change in place with each micro-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = torch.nn.Embedding(10, 4, sparse=True)
+        self.register_buffer("coo", torch.eye(4).to_sparse())
+        self.register_buffer("csr", torch.eye(4).to_sparse_csr())
+
+    def forward(self, x):
+        self.coo._values().mul_(0.9)
+        self.csr.values().mul_(0.8)
+        return self.rows(x) @ (self.coo.to_dense() + self.csr.to_dense())
+
+
+def sparse(folder, **settings):
+    torch.manual_seed(0)
+    model = Sparse()
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5), accumulation_steps=2)
+    trainer = ice.create_trainer(model, optimizer, torch.nn.functional.mse_loss)
+    to_save = {"trainer": trainer, "model": model, "optimizer": optimizer}
+    return to_save, ice.Checkpoint(to_save, folder, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("background", [True, False])
+def test_sparse_tensors_are_copied_as_they_were(tmp_path, background):
+    data = [(torch.arange(i, i + 3), torch.ones(3, 4)) for i in range(7)]
+    whole, checkpoint = sparse(tmp_path, background=background)
+    checkpoint.attach(whole["trainer"], Events.ITERATION_COMPLETED(once=3))  # inside a window
+    whole["trainer"].run(data, max_epochs=1)
+    again, checkpoint = sparse(tmp_path)
+    assert checkpoint.resume(again["trainer"]) == tmp_path / "checkpoint_3.pt"
+    assert again["trainer"].state.iteration == 3
+    again["trainer"].run(data, max_epochs=1)
+    assert_equal(*({name: saved.state_dict() for name, saved in run.items()} for run in (again, whole)))
+
+
 def test_from_an_older_checkpoint_too(tmp_path, whole):
     _, second, began = resumed(tmp_path, 11, every=4)
     assert began == 8

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import ice_engine as ice
 from ice_engine.errors import CheckpointError
+from ice_engine.norms import shard
 from tests.distributed.launch import launch, watch
 from tests.test_resume import Noisy
 from tests.unsized import Unsized
@@ -120,6 +121,33 @@ def test_a_sharded_model_is_saved_whole_beside_training_and_goes_on(tmp_path):
     first, second = launch(_sharded, 2, str(tmp_path))
     assert first == second
     assert first[0] == first[1]  # the third step once more, from the checkpoint of the second
+
+
+def _alone_inside_a_window(folder: str) -> list[Any]:
+    data = [(torch.full((4, 6), i / 5), torch.tensor([0, 1, 2, 0])) for i in range(5)]
+    found: list[Any] = []
+    for name in ("whole", "again"):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 3)
+        fully_shard(model)
+        make = functools.partial(torch.optim.AdamW, lr=0.05)
+        optimizer = ice.Optimizer(make, model.named_parameters(), accumulation_steps=2, clip=ice.clip_norm(0.1))
+        trainer = ice.create_trainer(model, optimizer, torch.nn.functional.cross_entropy)
+        to_save = {"trainer": trainer, "model": model, "optimizer": optimizer}
+        checkpoint = ice.Checkpoint(to_save, folder).attach(trainer, Events.ITERATION_COMPLETED(once=3))
+        if name == "again":
+            checkpoint.resume(trainer)
+        found.append(trainer.state.iteration)
+        trainer.run(data, max_epochs=1)
+        found.append([shard(p).tolist() for p in model.parameters()])
+    return found
+
+
+def test_one_process_with_a_sharded_model_goes_on_inside_of_a_window(tmp_path):
+    (found,) = launch(_alone_inside_a_window, 1, str(tmp_path))
+    began, whole, began_again, again = found
+    assert (began, began_again) == (0, 3)
+    assert again == whole
 
 
 def _stopped_by_one(folder: str) -> list[Any]:
