@@ -93,17 +93,6 @@ def train(case, me, sharding):
         engine.add_event_handler(in_iteration, failing(stop))
     elif case == "killed, without the store":
         engine.add_event_handler(in_iteration, failing(lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    elif case == "one loss more beside another optimizer":
-        beside = DistributedDataParallel(torch.nn.Linear(4, 1))
-        second = ice.Optimizer(torch.optim.SGD(beside.parameters(), lr=0.1), name="second", accumulation_steps=2)
-        second.attach(engine, model=beside)
-
-        def both(_, batch):
-            for _ in range(2 if me and engine.state.iteration == 4 else 1):
-                optimizer.backward(model(batch).square().mean(), weight=len(batch))
-            second.backward(beside(batch).square().mean(), weight=len(batch))
-
-        engine._process_function = both
     # After the gate: the others are in the reduction.
     elif case == "stopped in the reduction":
         engine.add_event_handler(Events.ITERATION_STARTED(once=4), failing(stop))
@@ -193,7 +182,6 @@ REDUCTIONS = {
     "another collective in the reduction": "rank {who} waits in recv(), called at <string>:",
     "stopped in a step of ZeRO": "rank {who} is stopped",
     "stopped, with the store": "rank {who} is stopped",
-    "one loss more beside another optimizer": "rank {who} raised RankError: rank 1 is in the reduction of iteration 4",
 }
 
 

@@ -334,6 +334,7 @@ def _two_models(orders: list[list[str]]) -> list[list[float]]:
         [["ab", "ab"], ["ab", "b"], ["ab", "ab"]],
         [["ab", "ab"], ["b", "ab"], ["ba", "ab"], ["", "b"], ["ab", "ba"]],
         [["ab", "b"], ["ab", "ab"]],  # with the first losses of all
+        [["ab", "aab"], ["abb", "ba"], ["ab", "baa"]],
     ],
 )
 def test_ranks_may_have_losses_of_different_models(orders):
@@ -342,7 +343,7 @@ def test_ranks_may_have_losses_of_different_models(orders):
         model = network()
         optimizer = sgd(model)
         for i, of_ranks in enumerate(orders):
-            having = [rank for rank in range(2) if name in of_ranks[rank]]
+            having = [rank for rank in range(2) for each in of_ranks[rank] if each == name]
             if not having:
                 continue
             x, y = (torch.cat([batches(rank, EVEN)[i][j] for rank in having]) for j in (0, 1))
