@@ -83,7 +83,7 @@ class Clocks:
 
     @property
     def iteration(self) -> int:
-        """The iteration that schedules go by: the one on the rank that is ahead."""
+        """The iteration that schedules go by, of the rank that is ahead."""
         own = self.counts["iteration"]
         return max(own, self.common["iteration"]) if self.common else own
 

@@ -274,13 +274,19 @@ class Precision:
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler's state and the skips in a row as plain data."""
         scaler = self.scaler.state_dict() if self.scaler is not None and self.scaler.is_enabled() else None
-        return {"grad_scaler": scaler, "consecutive_skips": self.consecutive_skips}
+        overflowed = None if scaler is None else shared(cast("torch.amp.GradScaler", self.scaler)).overflowed
+        return {"grad_scaler": scaler, "overflowed": overflowed, "consecutive_skips": self.consecutive_skips}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned; without a scaler its state is left out."""
         if self.scaler is not None and self.scaler.is_enabled() and state_dict["grad_scaler"]:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
         self.consecutive_skips = int(state_dict["consecutive_skips"])
+
+    def load_round(self, state_dict: dict[str, Any]) -> None:
+        """Take back what of it is of windows that are closed, while others are open; when none is closed any more."""
+        if self.enabled and state_dict["grad_scaler"]:
+            shared(cast("torch.amp.GradScaler", self.scaler)).overflowed = state_dict.get("overflowed")
 
 
 _ONE_OWNER = (

@@ -145,6 +145,7 @@ class Saving(Attaching):
         self._clear()
         if extra is not None:
             self._load_window(extra["window"], gradients, whole=not (report.new or report.dropped))
+            self._precision.load_round(extra)
         self._in_close = False  # in a handler of a step: what was loaded is not for the end of that step to clear
         return report
 

@@ -34,13 +34,14 @@ class SharedScale:
     A window whose gradients are of two scales would be wrong, and torch's ``update()`` is called once for all.
 
     Attributes:
+        overflowed: Whether one that was closed while others are open overflowed; None if none was.
         windows: Those that a loss of this scale has entered and that are not closed.
         users: All that it was given to.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self._scaler = weakref.ref(scaler)
-        self._overflowed: bool | None = None
+        self.overflowed: bool | None = None
         self._known: _Known | None = None
         self.windows: weakref.WeakSet[ScaleUser] = weakref.WeakSet()
         self.users: weakref.WeakSet[ScaleUser] = weakref.WeakSet()
@@ -71,19 +72,21 @@ class SharedScale:
 
     def close(self, window: ScaleUser, overflowed: bool | None) -> None:
         """Note that *window* is closed and whether it overflowed; adapt the scale if it was the last one."""
+        if overflowed is None and window not in self.windows:
+            return  # it was closed before
         self.windows.discard(window)
         if overflowed is not None:
-            self._overflowed = bool(self._overflowed) or overflowed
+            self.overflowed = bool(self.overflowed) or overflowed
         scaler = self._scaler()
-        if window.elsewhere or self.open_beside(window) or self._overflowed is None or scaler is None:
+        if window.elsewhere or self.open_beside(window) or self.overflowed is None or scaler is None:
             return
         # torch looks for infinities itself, in unscale_(); ours looked in the same pass that makes the window's mean.
         device = scaler._device  # noqa: SLF001 - has no public name
-        found_inf = torch.full((), float(self._overflowed), dtype=torch.float32, device=device)
+        found_inf = torch.full((), float(self.overflowed), dtype=torch.float32, device=device)
         found = {found_inf.device: found_inf}
         scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = found  # noqa: SLF001 - no public way to tell it
-        self._adapt(scaler, overflowed=self._overflowed)
-        self._overflowed = None
+        self._adapt(scaler, overflowed=self.overflowed)
+        self.overflowed = None
 
     def open_beside(self, window: ScaleUser) -> bool:
         """Whether another window than *window* is open; one that a failed run left open is none."""

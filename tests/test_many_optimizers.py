@@ -10,7 +10,7 @@ from ignite.engine import Engine, Events
 from torch.nn import functional
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentTypeError, AttachError, BackwardError
+from ice_engine.errors import ArgumentTypeError, AttachError, BackwardError, IceEngineWarning
 
 Adam, SGD = torch.optim.Adam, torch.optim.SGD
 
@@ -655,3 +655,34 @@ def test_whole_run_schedules_of_a_generator_trained_every_fourth_iteration(sched
     trainer.run(batches(8), max_epochs=2)
 
     assert seen == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("saved", [2, 3])
+def test_an_overflow_beside_an_open_window_is_in_a_checkpoint(tmp_path, saved):
+    def trainer_in(folder):
+        critic, generator = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        judge = ice.Optimizer(torch.optim.SGD([critic], lr=0.1), name="critic", grad_scaler=scaler)
+        draw = ice.Optimizer(
+            torch.optim.SGD([generator], lr=0.1), name="generator", accumulation_steps=4, grad_scaler=scaler
+        )
+
+        def train_step(engine, batch):
+            judge.backward(critic * batch * (math.inf if engine.state.iteration == 2 else 1.0))
+            draw.backward(generator * batch)
+
+        trainer = Engine(train_step)
+        judge.attach(trainer)
+        draw.attach(trainer)
+        to_save = {"trainer": trainer, "judge": judge, "draw": draw}
+        checkpoint = ice.Checkpoint(to_save, folder)
+        return trainer, checkpoint.attach(trainer, Events.ITERATION_COMPLETED(once=saved)), scaler
+
+    trainer, _, scaler = trainer_in(tmp_path)
+    trainer.run([1.0] * 8)
+    assert scaler.get_scale() == 512.0
+    resumed, checkpoint, again = trainer_in(tmp_path)
+    with pytest.warns(IceEngineWarning, match="parameters it trains"):
+        checkpoint.resume(resumed)
+    resumed.run([1.0] * 8)
+    assert again.state_dict() == scaler.state_dict()

@@ -696,8 +696,16 @@ def test_of_two_optimizers_nothing_is_taken_back_that_was_before_the_checkpoint(
             ArgumentTypeError,
             r"hparams must be a dict, got \[1\]; such as hparams={'width': 64}, or v",
         ),
-        ({"evaluators": {"training": Engine(lambda engine, batch: None)}}, ArgumentValueError, "tags beginning with 'training' are taken"),
-        ({"evaluators": {"optimizer": Engine(lambda engine, batch: None)}}, ArgumentValueError, "tags beginning with 'optimizer' are taken"),
+        (
+            {"evaluators": {"training": Engine(lambda engine, batch: None)}},
+            ArgumentValueError,
+            "tags beginning with 'training' are taken",
+        ),
+        (
+            {"evaluators": {"optimizer": Engine(lambda engine, batch: None)}},
+            ArgumentValueError,
+            "tags beginning with 'optimizer' are taken",
+        ),
     ],
 )
 def test_other_wrong_settings_are_refused_and_leave_no_hook(tmp_path, settings, error, match):
