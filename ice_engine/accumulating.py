@@ -174,7 +174,7 @@ class Accumulating(Scheduling):
 
     def _pass_over(self, loss: torch.Tensor) -> None:
         """Let a loss that weighs nothing reach no gradient, and still be one of the backward passes of all ranks."""
-        if self._member is not None and self._member.sync.reduces:
+        if self._member is not None and (self._member.sync.reduces or self._member.sync.together):
             self._member.sync.before_backward(loss)
             with gradients_aside(self._foreign_parameters()):
                 self._member.sync.take_part(loss)

@@ -12,7 +12,7 @@ from ice_engine import random_state
 from ice_engine.data_position import TrackedData, length, shared_out
 from ice_engine.distributed import world
 from ice_engine.empty_epoch import EmptyEpoch
-from ice_engine.errors import CheckpointError
+from ice_engine.errors import CheckpointError, warn
 from ice_engine.hooks import HookRegistry
 from ice_engine.of_engine import of_engine
 from ice_engine.orders import BEFORE, FIRST, LAST
@@ -121,7 +121,7 @@ class RunPosition:
             return
         if state["epoch_length"] is not None:
             engine.state.epoch_length = state["epoch_length"]
-        if self._ranks != world.world_size() and state["data"] is not None:
+        if state["data"] is not None:
             self._recount(engine, state)
         done = engine.state.iteration - state["began"] if state["in_epoch"] else 0
         engine._init_iter = done  # noqa: SLF001 - no public way to it
@@ -131,6 +131,13 @@ class RunPosition:
         before, now = state["epoch_length"], length(engine.state.dataloader)
         if now is None or before != state["data"].get("length"):
             return  # an epoch is as long as the run says, not its data
+        if self._ranks == world.world_size():
+            if now != before:
+                warn(
+                    f"the data has {now} batches, and had {before} when the run was saved, which goes on with epochs "
+                    f"of {before}. Give it the same data in batches of the same size, or begin a run of its own"
+                )
+            return
         engine.state.epoch_length, state["began"] = now, engine.state.epoch * now
         engine.state.iteration = state["began"] + (state["data"]["taken"] if state["in_epoch"] else 0)
         if world.rank() == 0:

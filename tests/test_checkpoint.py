@@ -11,7 +11,7 @@ from ignite.handlers import DiskSaver, global_step_from_engine
 from torch.nn.functional import mse_loss
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, HookError
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, HookError, IceEngineWarning
 from tests.forked import python
 
 DATA = [(torch.full((3, 4), i / 7), torch.full((3, 2), 1 / (i + 1))) for i in range(5)]
@@ -95,6 +95,17 @@ def test_a_run_resumed_at_an_epochs_end_is_bit_equal_to_the_uninterrupted_one(tm
     assert second.optimizer.clocks == whole.optimizer.clocks
     assert second.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"] != 0.1
     assert whole.trainer.state.optimizer_step == second.trainer.state.optimizer_step == 12
+
+
+def test_a_run_resumed_with_other_data_is_told_how_long_its_epochs_are(tmp_path):
+    first = Run(tmp_path)
+    first.checkpoint.attach(first.trainer)
+    first.train(max_epochs=1)
+    second = Run(tmp_path)
+    second.checkpoint.resume(second.trainer)
+    with pytest.warns(IceEngineWarning, match=r"the data has 10 batches, and had 5 .* goes on with epochs of 5"):
+        second.trainer.run(DATA * 2, max_epochs=2)
+    assert second.trainer.state.iteration == 10
 
 
 def test_a_run_resumed_in_a_new_process_writes_the_same_file(tmp_path):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ice_engine as ice
 from ice_engine import checkpoint_file
-from ice_engine.errors import CheckpointError
+from ice_engine.errors import CheckpointError, IceEngineWarning
 from tests.forked import python
 from tests.test_checkpoint import assert_equal
 
@@ -295,7 +295,10 @@ def test_data_that_ends_before_the_place_says_so(tmp_path):
     second = Training(tmp_path, data=first.data[:3])
     second.trainer.logger.disabled = True
     second.checkpoint.resume(second.trainer)
-    with pytest.raises(CheckpointError, match=r"the data ends after 3 batches; .*, 5 had been taken from it"):
+    with (
+        pytest.warns(IceEngineWarning, match="the data has 3 batches, and had 7"),
+        pytest.raises(CheckpointError, match=r"the data ends after 3 batches; .*, 5 had been taken from it"),
+    ):
         second.train()
 
 

@@ -121,3 +121,30 @@ def test_a_loss_through_another_optimizers_model_stays_out_of_its_window(steps, 
     expected = torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
     for parameters in launch(_gan, RANKS, steps, sync):
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+
+
+def _weighs_nothing() -> list[float]:
+    model = network(3, 1)
+    for layer in (model[0], model[2]):
+        fully_shard(layer)  # gathers its parameters in the backward pass once more
+    fully_shard(model)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
+
+    def train_step(engine: Engine, batch: torch.Tensor) -> None:
+        weight = 0 if dist.get_rank() == 1 and engine.state.iteration == 1 else len(batch)
+        optimizer.backward(model(batch).square().mean(), weight=weight)
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer, model=model)
+    trainer.run(batches(dist.get_rank())[:2])
+    return whole(model)
+
+
+def test_a_rank_may_weigh_a_loss_with_nothing_inside_a_window():
+    model = network(3, 1)
+    window = [batches(0)[0], batches(0)[1], batches(1)[1]]
+    model(torch.cat(window)).square().mean().backward()
+    sgd(model).step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for parameters in launch(_weighs_nothing, RANKS):
+        torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
