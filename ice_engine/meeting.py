@@ -254,14 +254,15 @@ class Meeting:
             member.touched()
             return
         member.begun = 0
+        member.precision.elsewhere = any(row.beside for row in rows)
         if any(row.spoiled for row in rows):
             member.discard(SPOILED)
+            member.precision.close()  # also where it was not open
             return
         # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.
         window.unit = window.unit or max(row.unit for row in rows)
         window.share(sum(row.weight for row in rows), world_size())
         member.common["iteration"] = int(max(row.iteration for row in rows))
-        member.precision.elsewhere = any(row.beside for row in rows)
         if reduced:
             member.sync.complete(member.parameters())
         whole = reduced or member.sync.reduce(member.parameters())
@@ -269,6 +270,13 @@ class Meeting:
             member.close()
         else:
             member.discard("a stop")
+
+    def _drop(self, member: Member, still_open: Sequence[Member]) -> None:
+        """Drop a window that is open on some rank: on all of them the loss scale adapts if it was the last one."""
+        member.precision.elsewhere = any(other.precision.scaler is member.precision.scaler for other in still_open)
+        if member.window.is_open:
+            member.drop()
+        member.precision.close()  # also where it was not open
 
     # -- what is where -------------------------------------------------------------------------------------
 

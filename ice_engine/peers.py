@@ -244,9 +244,11 @@ class Peers(Meeting):
         for member in self._members_of(rows, 3):
             if member.window.tail == "step":
                 self._close(member, at_end=True)
+        carried_on = [m for m in self._members_of(rows, 3) if m.window.tail == "carry"]
+        for member in self._members_of(rows, 3):
+            if member.window.tail == "drop":
+                self._drop(member, carried_on)
         for member in self._members:
-            if member.window.tail == "drop" and member.window.is_open:
-                member.drop()
             if member.window.tail != "carry":
                 member.begun = 0
             elif not was_in_step:
@@ -262,7 +264,7 @@ class Peers(Meeting):
             rows = self._gate(Kind.RUN_END)
         for member in self._members_of(rows, 3):
             if member.window.tail == "drop":
-                member.drop()
+                self._drop(member, ())
             else:
                 self._close(member, at_end=True, over=True)
 

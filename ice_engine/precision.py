@@ -283,10 +283,10 @@ class Precision:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
         self.consecutive_skips = int(state_dict["consecutive_skips"])
 
-    def load_round(self, state_dict: dict[str, Any]) -> None:
-        """Take back what of it is of windows that are closed, while others are open; when none is closed any more."""
-        if self.enabled and state_dict["grad_scaler"]:
-            shared(cast("torch.amp.GradScaler", self.scaler)).overflowed = state_dict.get("overflowed")
+    def load_round(self, overflowed: bool | None) -> None:
+        """Take back whether windows that are closed overflowed, while others are open; None where there are none."""
+        if self.enabled:
+            shared(cast("torch.amp.GradScaler", self.scaler)).overflowed = overflowed
 
 
 _ONE_OWNER = (

@@ -140,12 +140,13 @@ class Saving(Attaching):
             self._measures.noise.load_state_dict(extra.get("noise", (0.0, 0.0, 0.0)))
             self._loaded = True
             self._publish()
+            self._precision.load_round(None)  # what was under way is over, and adapts nothing
         self._loaded_plain = extra is None
         self._discard("load_state_dict()")
         self._clear()
         if extra is not None:
             self._load_window(extra["window"], gradients, whole=not (report.new or report.dropped))
-            self._precision.load_round(extra)
+            self._precision.load_round(extra.get("overflowed"))
         self._in_close = False  # in a handler of a step: what was loaded is not for the end of that step to clear
         return report
 

@@ -72,8 +72,6 @@ class SharedScale:
 
     def close(self, window: ScaleUser, overflowed: bool | None) -> None:
         """Note that *window* is closed and whether it overflowed; adapt the scale if it was the last one."""
-        if overflowed is None and window not in self.windows:
-            return  # it was closed before
         self.windows.discard(window)
         if overflowed is not None:
             self.overflowed = bool(self.overflowed) or overflowed

@@ -356,11 +356,11 @@ def test_ranks_may_have_losses_of_different_models(orders):
     torch.testing.assert_close(flat(first), flat(expected), rtol=1e-12, atol=1e-12)
 
 
-def _one_scaler_for_two() -> tuple[float, list[list[float]]]:
+def _one_scaler_for_two(tail: Any) -> tuple[float, list[list[float]]]:
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
     models = [DistributedDataParallel(network()) for _ in range(2)]
     first, second = (
-        ice.Optimizer(sgd(model), name=name, accumulation_steps=k, grad_scaler=scaler)
+        ice.Optimizer(sgd(model), name=name, accumulation_steps=k, grad_scaler=scaler, tail=tail)
         for model, name, k in zip(models, ("first", "second"), (4, 1), strict=True)
     )
 
@@ -375,8 +375,9 @@ def _one_scaler_for_two() -> tuple[float, list[list[float]]]:
     return scaler.get_scale(), [p.flatten().tolist() for model in models for p in model.parameters()]
 
 
-def test_a_shared_scaler_adapts_where_no_window_is_open_on_any_rank():
-    found = launch(_one_scaler_for_two, 2)
+@pytest.mark.parametrize("tail", ["step", "drop"])
+def test_a_shared_scaler_adapts_where_no_window_is_open_on_any_rank(tail):
+    found = launch(_one_scaler_for_two, 2, tail)
     assert found[0] == found[1]
     # After 4 and 6 of each epoch's 6 micro-batches no window is open: 8 rounds, and each second one doubles the scale.
     assert found[0][0] == 16.0 * 2**4
