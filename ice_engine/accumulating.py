@@ -2,13 +2,12 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ice_engine import differentiate
-from ice_engine.distributed.synchroniser import Synchroniser
 from ice_engine.distributed.world import require_one_process
 from ice_engine.errors import ArgumentTypeError, BackwardError, ClosureError, warn
 from ice_engine.events import is_running
@@ -16,6 +15,7 @@ from ice_engine.gradients import Gradient
 from ice_engine.isolation import gradients_aside
 from ice_engine.left import Left
 from ice_engine.measures import Measures
+from ice_engine.member import syncs_of
 from ice_engine.nonfinite import nonfinite_loss
 from ice_engine.of_engine import optimizers_of
 from ice_engine.precision import Precision
@@ -139,10 +139,7 @@ class Accumulating(Scheduling):
             if not alone and (foreign := self._foreign_parameters()):
                 # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters
                 # that it must not train: what it leaves there would enter the other's step.
-                with contextlib.ExitStack() as stack:
-                    reached = stack.enter_context(gradients_aside(foreign))
-                    for sync in self._syncs():
-                        stack.enter_context(sync.aside(foreign))
+                with self._aside(foreign) as reached:
                     differentiate.backward(part, retain_graph=retain_graph)
                     if self._engine is None and reached():
                         self._refuse_reaching()
@@ -159,10 +156,19 @@ class Accumulating(Scheduling):
             self._discard("a backward() that failed")
             raise
 
-    def _syncs(self) -> list[Synchroniser]:
-        """What reduces gradients of this optimizer and of those beside it."""
-        members = [o._member for o in optimizers_of(self._engine)] if self._member and self._engine else []  # noqa: SLF001
-        return list({id(m.sync): m.sync for m in members if m is not None}.values())
+    @contextlib.contextmanager
+    def _aside(self, foreign: Sequence[torch.Tensor]) -> Iterator[Callable[[], bool]]:
+        """Let *foreign* parameters, and what their model keeps of them to be reduced, have the gradients of before.
+
+        Yields:
+            Whether any of them has got one meanwhile.
+        """
+        beside = [] if self._engine is None else [other._member for other in optimizers_of(self._engine)]  # noqa: SLF001 - own class
+        with contextlib.ExitStack() as stack:
+            reached = stack.enter_context(gradients_aside(foreign))
+            for sync in syncs_of(member for member in beside if member is not None):
+                stack.enter_context(sync.aside(foreign))
+            yield reached
 
     def _refuse_bypassing(self) -> None:
         message = (
@@ -176,7 +182,7 @@ class Accumulating(Scheduling):
         """Let a loss that weighs nothing reach no gradient, and still be one of the backward passes of all ranks."""
         if self._member is not None and (self._member.sync.reduces or self._member.sync.together):
             self._member.sync.before_backward(loss)
-            with gradients_aside(self._foreign_parameters()):
+            with self._aside(self._foreign_parameters()):
                 self._member.sync.take_part(loss)
             self._member.differentiated += 1
             self._note_gradients()

@@ -18,7 +18,7 @@ from ice_engine.distributed.rounds import Kind, Row, rounds
 from ice_engine.distributed.synchroniser import Synchroniser
 from ice_engine.distributed.world import world_size
 from ice_engine.errors import ArgumentValueError, AttachError
-from ice_engine.member import SPOILED, Member
+from ice_engine.member import SPOILED, Member, syncs_of
 
 UNKNOWN = -1.0  # length of an epoch
 _NONE = -1  # no model
@@ -274,8 +274,7 @@ class Meeting:
     def _drop(self, member: Member, still_open: Sequence[Member]) -> None:
         """Drop a window that is open on some rank: on all of them the loss scale adapts if it was the last one."""
         member.precision.elsewhere = any(other.precision.scaler is member.precision.scaler for other in still_open)
-        if member.window.is_open:
-            member.drop()
+        member.drop()
         member.precision.close()  # also where it was not open
 
     # -- what is where -------------------------------------------------------------------------------------
@@ -287,7 +286,7 @@ class Meeting:
     def _waiting(self) -> list[Synchroniser]:
         """What the other ranks reduce with in this micro-batch, and this one has not had a backward for."""
         done = {id(m.sync) for m, n in zip(self._members, self._before, strict=False) if m.differentiated > n}
-        return list({id(m.sync): m.sync for m in self._expected if id(m.sync) not in done}.values())
+        return [sync for sync in syncs_of(self._expected) if id(sync) not in done]
 
     @property
     def _several(self) -> bool:
@@ -296,7 +295,7 @@ class Meeting:
         return len(syncs) > 1 and not any(sync.together for sync in syncs)
 
     def _syncs(self) -> list[Synchroniser]:
-        return list({id(m.sync): m.sync for m in self._members}.values())
+        return syncs_of(self._members)
 
     def _switch(self, *, last: bool, closing: Sequence[Member] = ()) -> None:
         on = {id(m.sync) for m in closing}

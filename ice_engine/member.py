@@ -1,6 +1,6 @@
 """What the other ranks of an engine ask of an optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,3 +59,8 @@ class Member:
     def met(self) -> bool:
         """Whether a first loss has told all ranks the unit of its weights, or that it has none."""
         return self.unweighted or self.window.common > 0.0
+
+
+def syncs_of(members: Iterable[Member]) -> list[Synchroniser]:
+    """Return what reduces the gradients of *members*, each once: optimizers of one model have the same."""
+    return list({id(m.sync): m.sync for m in members}.values())

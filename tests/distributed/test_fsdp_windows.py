@@ -123,6 +123,40 @@ def test_a_loss_through_another_optimizers_model_stays_out_of_its_window(steps, 
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
 
 
+def _passed_over() -> list[float]:
+    critic, generator = network(3, 1), network(2, 3)
+    fully_shard(critic)
+    fully_shard(generator)
+    judge = ice.Optimizer(sgd(critic), name="critic", accumulation_steps=2)
+    draw = ice.Optimizer(sgd(generator), name="generator", accumulation_steps=2)
+
+    def train_step(engine: Engine, batch: torch.Tensor) -> None:
+        weight = 0 if dist.get_rank() == 1 and engine.state.iteration == 2 else len(batch)
+        draw.backward(generators_loss(critic, generator, batch), weight=weight)  # where the critic is to reduce, too
+        judge.backward(critics_loss(critic, generator, batch), weight=len(batch))
+
+    trainer = Engine(train_step)
+    judge.attach(trainer, model=critic)
+    draw.attach(trainer, model=generator)
+    trainer.run(batches(dist.get_rank())[:2])
+    generator.reshard()  # its last forward had no backward
+    return whole(critic) + whole(generator)
+
+
+def test_a_loss_that_weighs_nothing_leaves_another_optimizers_window_alone():
+    critic, generator = models = network(3, 1), network(2, 3)
+    full = [batches(rank)[i] for rank in range(RANKS) for i in range(2)]
+    for model, loss, window in ((critic, critics_loss, full), (generator, generators_loss, full[:3])):
+        gradients = torch.autograd.grad(loss(*models, torch.cat(window)), list(model.parameters()))
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+    for model in models:
+        sgd(model).step()
+    expected = torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+    for parameters in launch(_passed_over, RANKS):
+        torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+
+
 def _weighs_nothing() -> list[float]:
     model = network(3, 1)
     for layer in (model[0], model[2]):
