@@ -6,9 +6,9 @@ from typing import Any
 from ignite.engine import Engine
 from ignite.handlers.base_logger import BaseHandler, BaseLogger
 
-from ice_engine.errors import ArgumentTypeError, AttachError
+from ice_engine.errors import ArgumentTypeError
 from ice_engine.memory import memory_rows
-from ice_engine.of_engine import optimizers_of
+from ice_engine.of_engine import optimizers_of, require_attached
 from ice_engine.optimizer import Optimizer
 from ice_engine.rows import kept, step_rows
 
@@ -54,11 +54,7 @@ class RecordHandler(BaseHandler):
             AttachError: If the optimizer is not attached to *engine*.
         """
         optimizer = self._optimizer
-        if optimizer.engine is not engine:
-            message = (
-                f"optimizer {optimizer.name!r} is not attached to this engine; call optimizer.attach(engine) before"
-            )
-            raise AttachError(message)
+        require_attached(optimizer, engine)
         record = optimizer.record
         if record is None:
             return

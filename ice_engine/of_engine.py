@@ -2,6 +2,8 @@
 
 from typing import Any, TypeVar
 
+from ice_engine.errors import AttachError
+
 T = TypeVar("T")
 
 _KEPT = "_ice_kept"
@@ -23,6 +25,17 @@ def of_engine(engine: Any, kind: type[T], *args: Any) -> T:
 def optimizers_of(engine: Any) -> list[Any]:
     """Return the optimizers attached to *engine*, in that order: the list that attaching and detaching change."""
     return of_engine(engine, _Optimizers)
+
+
+def require_attached(optimizer: Any, engine: Any) -> None:
+    """Refuse *engine* for what an optimizer does elsewhere.
+
+    Raises:
+        AttachError: If *optimizer* is not attached to it.
+    """
+    if optimizer.engine is not engine:
+        message = f"optimizer {optimizer.name!r} is not attached to this engine; call optimizer.attach(engine) before"
+        raise AttachError(message)
 
 
 def forget(engine: Any, kind: type[Any]) -> None:

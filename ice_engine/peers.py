@@ -193,8 +193,9 @@ class Peers(Meeting):
             member.begun += 1
         if self._several:
             self._take_parts()
-        for sync in self._waiting() if not self._several else ():
-            self._take_part(sync)
+        else:
+            for sync in self._waiting():
+                self._take_part(sync)
         self._reducing, self._closing, self._expected = False, [], []
         for member in expected:
             if member not in closing:

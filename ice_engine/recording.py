@@ -17,7 +17,7 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError
 from ice_engine.events import StepRecord, is_running
 from ice_engine.hooks import HookRegistry
 from ice_engine.memory import memory_rows
-from ice_engine.of_engine import of_engine
+from ice_engine.of_engine import of_engine, require_attached
 from ice_engine.optimizer import Optimizer
 from ice_engine.rows import MEMORY, OUTPUT, Line, kept, kept_metrics, metric_rows, step_clocks, step_rows
 from ice_engine.streams import mark, streamed, wait
@@ -222,9 +222,7 @@ def _check_attached(optimizer: Any, engine: Engine, kind: str) -> None:
             mend = "wrap it, and attach that to the engine: ice.Optimizer(optimizer).attach(engine)"
         message = f"{kind} writes what an ice.Optimizer does, got {type(optimizer).__name__}; {mend}"
         raise AttachError(message)
-    if optimizer.engine is not engine:
-        message = f"optimizer {optimizer.name!r} is not attached to this engine; call optimizer.attach(engine) before"
-        raise AttachError(message)
+    require_attached(optimizer, engine)
 
 
 def _check_evaluators(evaluators: Any) -> Mapping[str, Engine]:

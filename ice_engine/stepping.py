@@ -109,7 +109,7 @@ class Stepping(Closing):
             inner, clip, precision=precision, name=name, processors=given, window=window, on_change=on_change
         )
         vars(inner)["_ice_owner"] = weakref.ref(self)
-        of_windows = {
+        asked = {
             "accumulation_steps": accumulation_steps > 1,
             "effective_batch_size": effective_batch_size is not None,
             "tail": tail != "step",
@@ -118,11 +118,11 @@ class Stepping(Closing):
             "nonfinite": nonfinite is not None,
             "processors": bool(self._processors),
         }
-        if self.needs_closure and any(of_windows.values()):
+        self._of_windows = [argument for argument, given in asked.items() if given]
+        if self.needs_closure and self._of_windows:
             message = (
                 f"{type(self._inner).__name__} evaluates the loss in a closure, several times a step, so it cannot "
-                "accumulate, clip, scale, skip or schedule; leave out "
-                f"{', '.join(name for name, given in of_windows.items() if given)}, and call "
+                f"accumulate, clip, scale, skip or schedule; leave out {', '.join(self._of_windows)}, and call "
                 "optimizer.step(closure) in train_step"
             )
             raise ClosureError(message)
@@ -133,7 +133,6 @@ class Stepping(Closing):
             )
             raise ArgumentValueError(message)
         set_initial_values(given, self.param_groups if given else ())
-        self._of_windows = [argument for argument, given in of_windows.items() if given]
         self._loaded: bool = False
         self._loaded_plain: bool = False  # a state without clocks
         self._said_drop: bool = False

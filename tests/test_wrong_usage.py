@@ -96,14 +96,16 @@ def the_model_clears_its_gradients_in_train_step(_):
     trainer(step, accumulation_steps=4).engine.run(BATCHES)
 
 
-@mistake(
-    errors.BackwardError,
+FOREIGN_GRADIENTS = (
     "parameters of optimizer 'optimizer' have gradients that did not come from its backward(); call "
     "optimizer.backward(loss) instead of loss.backward() (ice.create_trainer(model, optimizer, "
     "loss_fn) does, create_supervised_trainer does not), and keep another optimizer's loss from them: "
     "write with other.toggle(module): around it, of the module that has them, or detach(); "
-    "optimizer.zero_grad() clears what is left from before",
+    "optimizer.zero_grad() clears what is left from before"
 )
+
+
+@mistake(errors.BackwardError, FOREIGN_GRADIENTS)
 def the_trainer_is_ignites(_):
     its = trainer(attach=False)
     engine = create_supervised_trainer(its.model, its.optimizer, torch.nn.MSELoss())
@@ -111,14 +113,7 @@ def the_trainer_is_ignites(_):
     engine.run([(torch.ones(4, 2), torch.ones(4, 1))])
 
 
-@mistake(
-    errors.BackwardError,
-    "parameters of optimizer 'optimizer' have gradients that did not come from its backward(); call "
-    "optimizer.backward(loss) instead of loss.backward() (ice.create_trainer(model, optimizer, "
-    "loss_fn) does, create_supervised_trainer does not), and keep another optimizer's loss from them: "
-    "write with other.toggle(module): around it, of the module that has them, or detach(); "
-    "optimizer.zero_grad() clears what is left from before",
-)
+@mistake(errors.BackwardError, FOREIGN_GRADIENTS)
 def the_loss_goes_backward_by_itself(_):
     trainer(lambda its, batch: loss_of(its.model, batch).backward()).engine.run(BATCHES)
 

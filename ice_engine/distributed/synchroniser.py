@@ -64,7 +64,7 @@ class Synchroniser:
     def forget(self, parameters: Iterable[torch.Tensor]) -> None:
         """Drop what backward passes have left of *parameters*, besides their gradients, to be reduced later."""
 
-    def aside(self, parameters: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+    def aside(self, parameters: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002 - nothing is kept
         """Let what :meth:`forget` drops be the same at the end as at the beginning, whatever comes between."""
         return contextlib.nullcontext()
 
