@@ -36,7 +36,6 @@ QUESTIONS = {  # file: what it asks
     "consolidation": "ZeRO's state to one rank",
     "scale": "Scale, by arithmetic and by real ranks",
 }
-UNBOUNDED = ("recording",)  # nobody stated a ratio to check
 PATIENCE = 1800.0  # seconds for one file
 
 
@@ -94,7 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         numbers = Path(folder) / "step.json"
         for name in asked.only:
-            options = ["--quick"] * asked.quick + ["--check"] * (name not in UNBOUNDED)
+            options = ["--check", *(["--quick"] * asked.quick)]
             options += ["--json", str(numbers)] if name == "step" else []
             load, begin = os.getloadavg()[0], time.perf_counter()
             printed, error = ask(name, *options)

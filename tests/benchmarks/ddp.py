@@ -1,11 +1,11 @@
 """What accumulation over ranks costs beside a hand-written no_sync loop: ``python tests/benchmarks/ddp.py``.
 
 All train the same model in the same processes, a window of one and then a window of the other, so that all meet the
-same machine: a loop as most write it, one with ``gradient_as_bucket_view``, and ours with both. With SGD and AdamW, the
-norm clipped and lr on a schedule, as in the other benchmarks; and with neither, which shows what we add: agreement and
-the finite check. Printed are the median throughput, as a ratio to the first loop's, with quartiles; the same on uneven
-data, which the hand-written loop cannot have; and what one round of agreement takes. ``--check`` fails where a ratio is
-below its bound.
+same machine: a loop as most write it, one with ``gradient_as_bucket_view``, ours with both, and what others make of the
+same script. With SGD and AdamW, the norm clipped and lr on a schedule, as in the other benchmarks; and with neither,
+which shows what we add: agreement and the finite check. Printed are the median throughput, as a ratio to the first
+loop's, with quartiles; the same on uneven data, which the hand-written loop cannot have; and what one round of
+agreement takes. ``--check`` fails where a ratio is below its bound.
 """
 
 import argparse
@@ -14,7 +14,9 @@ import dataclasses
 import functools
 import os
 import platform
+import queue
 import statistics
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,9 +26,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ignite.engine import Engine
-from measure import STEADY_HEAP
+from measure import STEADY_HEAP, Loop
+from peers import accelerate, fabric, has, mmengine, supervised_trainer
 from torch.nn.parallel import DistributedDataParallel
-from work import TOTAL
+from trainers import lightning_trainer
+from work import TOTAL, Work
 
 import ice_engine as ice
 from ice_engine.distributed.rounds import Kind, rounds
@@ -42,6 +46,16 @@ BOUNDS = {  # issue 5 wants 1.0 of all, issue 8 wants 1.05
     "AdamW: ours": 1.05,
     "AdamW: ours, view": 1.05,
 }
+
+
+def layers(width: int) -> torch.nn.Module:
+    """Return a model of five square layers."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(*(part for _ in range(5) for part in (torch.nn.Linear(width, width), torch.nn.ReLU())))
+
+
+def wrapped(width: int, *, view: bool = False) -> DistributedDataParallel:
+    return DistributedDataParallel(layers(width), gradient_as_bucket_view=view)
 
 
 @dataclass(frozen=True)
@@ -60,35 +74,49 @@ class Setting:
     bare: bool = False
     view: bool = False
 
-    def model(self, *, view: bool) -> DistributedDataParallel:
-        torch.manual_seed(0)
-        layers = [layer for _ in range(5) for layer in (torch.nn.Linear(self.width, self.width), torch.nn.ReLU())]
-        return DistributedDataParallel(torch.nn.Sequential(*layers), gradient_as_bucket_view=view)
-
     @property
     def optimizer(self) -> functools.partial[torch.optim.Optimizer]:
         return functools.partial(self.kind, lr=1e-3)
 
-    def by_hand(self, batches: list[torch.Tensor], *, view: bool = False) -> Iterator[float]:
-        """Yield the seconds of one window after the other of a loop as one writes it."""
-        ddp = self.model(view=view)
-        optimizer = self.optimizer(ddp.parameters())
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / TOTAL)
-        while True:
-            begin = time.perf_counter()
-            for i, batch in enumerate(batches):
-                with contextlib.nullcontext() if i == STEPS - 1 else ddp.no_sync():
-                    (ddp(batch).square().mean() / STEPS).backward()
-            if not self.bare:
-                torch.nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if not self.bare:
-                schedule.step()
-            yield time.perf_counter() - begin
+    def work(self, model: Any) -> Work:
+        return Work(functools.partial(model, self.width), torch.nn.functional.mse_loss, self.optimizer, k=STEPS)
+
+    def by_hand(self, batches: Iterator[Any], *, view: bool = False) -> None:
+        """Train as one writes it."""
+        work = self.work(functools.partial(wrapped, view=view))
+        ddp, optimizer, schedule = work.by_hand()
+        for i, (x, y) in enumerate(batches, start=1):
+            with contextlib.nullcontext() if i % STEPS == 0 else ddp.no_sync():
+                (work.loss(ddp(x), y) / STEPS).backward()
+            if i % STEPS == 0:
+                if not self.bare:
+                    torch.nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                if not self.bare:
+                    schedule.step()
+
+    def loops(self) -> dict[str, Loop]:
+        """Return what ours is beside: a loop by hand, and those of others that are installed."""
+        hands: dict[str, Loop] = {"by hand": self.by_hand, "by hand, view": functools.partial(self.by_hand, view=True)}
+        if self.bare or not self.view:
+            return hands
+        plain, ddp = self.work(layers), self.work(wrapped)
+        hands["create_supervised_trainer"] = functools.partial(supervised_trainer, ddp)
+        if has("mmengine"):
+            hands["mmengine OptimWrapper"] = functools.partial(mmengine, ddp)
+        if has("lightning"):
+            from lightning.fabric.plugins.environments import TorchElasticEnvironment
+
+            where = {"devices": dist.get_world_size(), "strategy": "ddp", "plugins": [TorchElasticEnvironment()]}
+            hands["Lightning Fabric"] = functools.partial(fabric, plain, **where)
+            hands["Lightning Trainer"] = functools.partial(lightning_trainer, plain, **where)
+        if has("accelerate"):
+            hands["Accelerate"] = functools.partial(accelerate, plain)
+        return hands
 
     def ours(self) -> tuple[DistributedDataParallel, ice.Optimizer]:
-        ddp = self.model(view=self.view)
+        ddp = wrapped(self.width, view=self.view)
         if self.bare:
             return ddp, ice.Optimizer(self.optimizer(ddp.parameters()), accumulation_steps=STEPS)
         schedule, clip = ice.schedules.linear(total=TOTAL), ice.clip_norm(1.0)
@@ -97,31 +125,71 @@ class Setting:
         )
 
 
-def measured(setting: Setting, batches: list[torch.Tensor], windows: int) -> dict[str, list[float]]:
-    """Return the seconds of each window of all three, in turn: ours pulls the others along where it asks for data."""
-    even = [torch.randn(len(batches[0]), setting.width) for _ in range(STEPS)]
-    hands = {"by hand": setting.by_hand(even), "by hand, view": setting.by_hand(even, view=True)}
-    taken: dict[str, list[float]] = {name: [] for name in (*hands, "ours")}
+class Pulled:
+    """A loop in a thread of its own, awake while it is asked for a window.
+
+    Args:
+        loop: Takes batches without end; one that asks for a batch ahead trains a window's last in the next one.
+        window: Its batches.
+    """
+
+    def __init__(self, loop: Loop, window: list[Any]) -> None:
+        self._window = window
+        self._asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._told: queue.SimpleQueue[float | BaseException] = queue.SimpleQueue()
+        threading.Thread(target=self._run, args=(loop,), daemon=True).start()
+
+    def _run(self, loop: Loop) -> None:
+        self._asked.get()  # one at a time makes its model, which needs all ranks
+        try:
+            loop(self._batches())
+        except BaseException as error:  # noqa: BLE001 - raised where it is asked for
+            self._told.put(error)
+
+    def _batches(self) -> Iterator[Any]:
+        while True:
+            begin = time.perf_counter()
+            yield from self._window
+            self._told.put(time.perf_counter() - begin)  # asked for more, it has stepped
+            self._asked.get()
+
+    def pull(self) -> float:
+        """Let it train a window, and return the seconds that it took."""
+        self._asked.put(None)
+        told = self._told.get()
+        if isinstance(told, BaseException):
+            raise told
+        return told
+
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def measured(setting: Setting, even: Batches, batches: Batches, windows: int) -> dict[str, list[float]]:
+    """Return the seconds of each window of all, in turn: ours pulls the others along where it asks for data."""
+    others = {name: Pulled(loop, even) for name, loop in setting.loops().items()}
+    taken: dict[str, list[float]] = {name: [] for name in (*others, "ours")}
 
     def pull(names: Iterable[str]) -> dict[str, float]:
-        return {name: next(hands[name]) for name in names if dist.barrier() is None}
+        return {name: others[name].pull() for name in names if dist.barrier() is None}
 
-    def data() -> Iterator[torch.Tensor]:
+    def data() -> Iterator[Any]:
         for window in range(windows + WARM_UP):
             odd = window % 2  # there and back, so that none always comes after the same other one
-            seconds = {} if odd else pull(hands)
+            seconds = {} if odd else pull(others)
             dist.barrier()
             begin = time.perf_counter()
             yield from batches
             seconds["ours"] = time.perf_counter() - begin  # asked for more, it has stepped
             assert optimizer.clocks["step"] == window + 1
-            seconds |= pull(reversed(hands)) if odd else {}
+            seconds |= pull(reversed(others)) if odd else {}
             if window >= WARM_UP:
                 for name, each in seconds.items():
                     taken[name].append(each)
 
-    def step(_: Engine, batch: torch.Tensor) -> None:
-        optimizer.backward(ddp(batch).square().mean(), weight=len(batch))
+    def step(_: Engine, batch: Any) -> None:
+        x, y = batch
+        optimizer.backward(torch.nn.functional.mse_loss(ddp(x), y), weight=len(y))
 
     ddp, optimizer = setting.ours()
     engine = Engine(step)
@@ -130,20 +198,26 @@ def measured(setting: Setting, batches: list[torch.Tensor], windows: int) -> dic
     return taken
 
 
+def window(width: int, sizes: Iterable[int]) -> Batches:
+    return [(torch.randn(size, width), torch.randn(size, width)) for size in sizes]
+
+
 def work(rank: int, world: int, port: int, settings: argparse.Namespace) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0")  # as torchrun does
     dist.init_process_group("gloo", rank=rank, world_size=world)
     torch.set_num_threads(1)
-    even = [torch.randn(settings.batch, settings.width) for _ in range(STEPS)]
-    ragged = [torch.randn(max(1, settings.batch + (rank + i) % 5 - 2), settings.width) for i in range(STEPS)]
+    even = window(settings.width, [settings.batch] * STEPS)
+    ragged = window(settings.width, [max(1, settings.batch + (rank + i) % 5 - 2) for i in range(STEPS)])
     bare, sgd = Setting(settings.width, bare=True), Setting(settings.width)
     adamw = Setting(settings.width, torch.optim.AdamW)
     found = {}
     for name, setting in {"bare SGD": bare, "SGD": sgd, "AdamW": adamw}.items():
         viewed = dataclasses.replace(setting, view=True)
-        found[f"{name}: ours"] = measured(setting, even, settings.windows)
-        found[f"{name}: ours, view"] = measured(viewed, even, settings.windows)
-    found["SGD: ours, view, ragged"] = measured(dataclasses.replace(sgd, view=True), ragged, settings.windows)
+        found[f"{name}: ours"] = measured(setting, even, even, settings.windows)
+        found[f"{name}: ours, view"] = measured(viewed, even, even, settings.windows)
+    ragged_sgd = dataclasses.replace(sgd, view=True)
+    found["SGD: ours, view, ragged"] = measured(ragged_sgd, even, ragged, settings.windows)
     agreement = []
     for _ in range(500):
         begin = time.perf_counter()
@@ -151,7 +225,7 @@ def work(rank: int, world: int, port: int, settings: argparse.Namespace) -> None
         agreement.append(time.perf_counter() - begin)
     broken = report(found, agreement, world, settings) if rank == 0 else []
     dist.barrier()
-    os._exit(bool(broken) and settings.check)  # the loops by hand wait for nothing
+    os._exit(bool(broken) and settings.check)  # the other loops wait for nothing
 
 
 def report(
@@ -161,15 +235,16 @@ def report(
     parameters = 5 * settings.width * (settings.width + 1)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo")
     print(f"{world} ranks, {parameters / 1e6:.2f}M parameters, {STEPS} micro-batches of {settings.batch} a window")
-    print(f"{'':24}{'ms a window':>12}{'throughput':>12}   quartiles")
+    print(f"{'':34}{'ms a window':>12}{'throughput':>12}   quartiles")
     rows = {name: (taken, "ours") for name, taken in found.items()}
     for name in ("bare SGD", "SGD", "AdamW"):
-        rows[f"{name}: by hand, view"] = found[f"{name}: ours"], "by hand, view"
+        viewed = found[f"{name}: ours, view"]
+        rows |= {f"{name}: {other}": (viewed, other) for other in viewed if other not in {"by hand", "ours"}}
     broken = []
     for name, (taken, which) in sorted(rows.items()):
         ratios = [hand / own for hand, own in zip(taken["by hand"], taken[which], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{name:24}{1e3 * statistics.median(taken[which]):12.1f}{middle:12.3f}   {low:.3f} to {high:.3f}")
+        print(f"{name:34}{1e3 * statistics.median(taken[which]):12.1f}{middle:12.3f}   {low:.3f} to {high:.3f}")
         broken += [f"{name}: {middle:.3f}, at least {BOUNDS[name]}"] if middle < BOUNDS.get(name, 0.0) else []
     low, middle, high = statistics.quantiles([1e6 * seconds for seconds in agreement], n=4)
     print(f"one round of agreement: {middle:.0f} us ({low:.0f} to {high:.0f}); two a window", flush=True)

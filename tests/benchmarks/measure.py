@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ignite
 import torch
@@ -45,6 +46,7 @@ class Case:
         slice: Batches in a slice, of about 10 ms.
         bounds: What the ratio of a loop may be at most, for ``--check``.
         threads: Of torch, in each loop.
+        environment: Of each loop's process, beside what it inherits.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Case:
     slice: int
     bounds: Mapping[str, float]
     threads: int = 1
+    environment: Mapping[str, str] = dataclasses.field(default_factory=STEADY_HEAP.copy)
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,16 @@ class Ratio:
 
 def measure(case: Case, slices: int) -> dict[str, Ratio]:
     """Run the loops of *case* in turn and return the ratio of each to the first one."""
-    os.environ.update(STEADY_HEAP)
     context = multiprocessing.get_context("spawn")
     workers, processes = {}, []
-    for name, loop in case.loops.items():
-        baton, theirs = context.Pipe()
-        worker = context.Process(target=_work, args=(loop, case, theirs), daemon=True)
-        worker.start()
-        theirs.close()  # else a loop that died would be waited for
-        workers[name] = baton
-        processes.append(worker)
+    with mock.patch.dict(os.environ, case.environment):
+        for name, loop in case.loops.items():
+            baton, theirs = context.Pipe()
+            worker = context.Process(target=_work, args=(loop, case, theirs), daemon=True)
+            worker.start()
+            theirs.close()  # else a loop that died would be waited for
+            workers[name] = baton
+            processes.append(worker)
     taken: dict[str, list[float]] = {name: [] for name in workers}
     for number in range(-_WARM_UP, slices):
         for name, baton in workers.items():

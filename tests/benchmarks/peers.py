@@ -3,12 +3,14 @@
 ``pip install --group peers`` installs them. All clip and schedule; none checks for what is not finite but by the norm.
 """
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events, create_supervised_trainer
+from trainers import lightning_trainer, mmengine_runner
 from work import Work
 
 
@@ -66,16 +68,19 @@ def mmengine(work: Work, batches: Iterator[Any]) -> None:
             write(i, loss, optimizer)
 
 
-def fabric(work: Work, batches: Iterator[Any]) -> None:
+def fabric(work: Work, batches: Iterator[Any], **where: Any) -> None:
+    """Train by Lightning's ``Fabric``; *where* says on which ranks."""
     from lightning.fabric import Fabric
 
     model, optimizer, scheduler = work.by_hand()
     write = work.write()
-    runs = Fabric(accelerator="cpu", devices=1)
+    runs = Fabric(**{"accelerator": "cpu", "devices": 1, **where})
+    runs.launch()
     model, optimizer = runs.setup(model, optimizer)
     for i, (x, y) in enumerate(batches, start=1):
-        loss = work.loss(model(x), y)
-        runs.backward(loss / work.k)
+        with runs.no_backward_sync(model) if where and i % work.k else contextlib.nullcontext():
+            loss = work.loss(model(x), y)
+            runs.backward(loss / work.k)
         if i % work.k == 0:
             runs.clip_gradients(model, optimizer, max_norm=1.0)
             optimizer.step()
@@ -105,16 +110,23 @@ def accelerate(work: Work, batches: Iterator[Any]) -> None:
 
 _OPTIONAL: dict[str, tuple[str, Callable[..., None]]] = {
     "mmengine OptimWrapper": ("mmengine", mmengine),
+    "mmengine Runner": ("mmengine", mmengine_runner),
     "Lightning Fabric": ("lightning", fabric),
+    "Lightning Trainer": ("lightning", lightning_trainer),
     "Accelerate": ("accelerate", accelerate),
 }
+
+
+def has(package: str) -> bool:
+    """Whether it can be imported here."""
+    return importlib.util.find_spec(package) is not None
 
 
 def installed() -> dict[str, Callable[..., None]]:
     """Return the loops that can run here; say which cannot."""
     loops = {"bare Ignite Engine": bare_ignite, "create_supervised_trainer": supervised_trainer}
     for name, (package, loop) in _OPTIONAL.items():
-        if importlib.util.find_spec(package) is None:
+        if not has(package):
             print(f"{name}: left out, {package} is not installed")
         else:
             loops[name] = loop
