@@ -64,7 +64,6 @@ class CloseRow(NamedTuple):
         unit: In which its losses are weighed.
         micro_batches: It has here.
         leaving: Whether this rank is at the end of its data or its run.
-        iteration: Of this rank.
         spoiled: Whether its run is over, after a loss that was not finite, which nobody would find out when it steps.
         beside: Whether another optimizer with the same GradScaler has an open window here.
     """
@@ -77,7 +76,6 @@ class CloseRow(NamedTuple):
     unit: float
     micro_batches: float
     leaving: float
-    iteration: float
     spoiled: float
     beside: float
 

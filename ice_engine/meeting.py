@@ -49,6 +49,8 @@ class Meeting:
         savers: What all ranks save together, in the same order on each.
         wants_stop: Returns whether this rank wants the run to stop at the next window's edge.
         stop_wanted: Whether a rank does; known to all of them before the micro-batch in which a window closes.
+        counts_alike: Whether all were at the same iteration when they last said where they are: not since an epoch that
+            ended earlier on some.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -67,6 +69,7 @@ class Meeting:
         self.savers: list[Saver] = []
         self.wants_stop: Callable[[], bool] = bool
         self.stop_wanted = self._inside = False
+        self.counts_alike = True
 
     @property
     def in_step(self) -> bool:
@@ -110,14 +113,16 @@ class Meeting:
             is_open = [float(m.window.is_open) for m in self._members]
             flags = [flag for pair in zip(closing, is_open, strict=True) for flag in pair]
             saves = sum(1 << i for i, saver in enumerate(self.savers) if saver.asks)
-            row = [UNKNOWN if length is None else length, *flags, float(self.wants_stop()), saves]
+            stops, iteration = float(self.wants_stop()), self._engine.state.iteration
+            row = [UNKNOWN if length is None else length, *flags, stops, saves, iteration]
             rows = self._rounds.exchange(kind, row, self._place(kind))
             if not self._take_unit(rows):
                 break
-        self.stop_wanted = any(row[2 + 2 * len(self._members)] for row in rows)
+        after = 2 + 2 * len(self._members)
+        self.stop_wanted = any(row[after] for row in rows)
         for i, saver in enumerate(self.savers):
-            saver.agreed |= any(int(row[3 + 2 * len(self._members)]) >> i & 1 for row in rows)
-        self._share_length([row[1] for row in rows])
+            saver.agreed |= any(int(row[after + 1]) >> i & 1 for row in rows)
+        self._share([row[1] for row in rows], [row[after + 2] for row in rows])
         kinds = {row[0] for row in rows}
         if Kind.EPOCH_END in kinds and kinds & {Kind.GATE, Kind.EPOCH_LAST}:
             self._length = None
@@ -125,10 +130,12 @@ class Meeting:
         check_gate(rows, self._members, self._engine.state.epoch)
         return rows
 
-    def _share_length(self, lengths: Sequence[float]) -> None:
-        """Let the schedules of every rank count on the longest epoch; on none, while that of a rank is unknown."""
+    def _share(self, lengths: Sequence[float], iterations: Sequence[float]) -> None:
+        """Let the schedules of every rank go by the longest epoch, if all are known, and by the rank that is ahead."""
+        self.counts_alike = len({*iterations}) == 1
         for member in self._members:
             member.common["epoch_length"] = None if UNKNOWN in lengths else int(max(lengths))
+            member.common["iteration"] = int(max(iterations))
 
     def _may_be_open(self, rows: Sequence[Row], kinds: set[float]) -> bool:
         """Whether a window may be open on some rank between the step that comes now, if any, and the next gate."""
@@ -142,8 +149,9 @@ class Meeting:
         while (kinds := {row[0] for row in rows}) & going and Kind.RUN_END not in kinds:
             for member in self._members_of(rows, 2):
                 self._close(member)
-            for saver in self.savers:
-                saver.on_edge(self._engine)
+            if Kind.GATE in kinds:  # else those that are going are past the edge of their last micro-batch
+                for saver in self.savers:
+                    saver.on_edge(self._engine)
             rows = self._gate(kind)
         return rows
 
@@ -235,7 +243,6 @@ class Meeting:
                 unit=window.unit,
                 micro_batches=window.micro_batches,
                 leaving=float(leaving),
-                iteration=float(self._engine.state.iteration),
                 spoiled=float(over and member.is_spoiled()),
                 beside=float(member.precision.open_beside),
             )
@@ -262,7 +269,6 @@ class Meeting:
         # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.
         window.unit = window.unit or max(row.unit for row in rows)
         window.share(sum(row.weight for row in rows), world_size())
-        member.common["iteration"] = int(max(row.iteration for row in rows))
         if reduced:
             member.sync.complete(member.parameters())
         whole = reduced or member.sync.reduce(member.parameters())

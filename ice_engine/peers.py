@@ -116,9 +116,7 @@ class Peers(Meeting):
         own = [UNKNOWN if length is None else length, engine.state.iteration]
         rows = self._rounds.exchange(Kind.START, own, _START)
         self._rounds.leave_note(None)
-        self._share_length([row[1] for row in rows])
-        for member in self._members:
-            member.common["iteration"] = int(max(row[2] for row in rows))
+        self._share([row[1] for row in rows], [row[2] for row in rows])
 
     def _on_started(self, engine: Engine) -> None:
         state = engine.state

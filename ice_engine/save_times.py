@@ -88,7 +88,7 @@ class SaveTimes:
         self._wanted: Request | None = None
         self._run: Engine | None = None
         self._preemption: Preemption | None = None
-        self._stopped = self._over = False
+        self._stopped = self._begun = self._over = False
         self.attached = self.agreed = False
         self.clock = "iteration"
 
@@ -134,7 +134,7 @@ class SaveTimes:
             self._take(request)
 
     def _on_started(self, engine: Engine) -> None:
-        self._over = False
+        self._begun, self._over = True, False
         if self._preemption is not None:
             self._preemption.listen()
         if world.world_size() > 1 and self._position is not None:
@@ -179,18 +179,19 @@ class SaveTimes:
         if world.world_size() == 1 or self._run is None:
             return self._position.at_last_iteration
         optimizers, together = optimizers_of(self._run), peers(self._run)
-        if together.in_step:
-            return together.inside or self._position.at_last_iteration
-        inside = together.inside or any(optimizer.in_window for optimizer in optimizers)
         # Some may have no such iteration: all save where all have heard that one wants to.
         alone = self._wanted is not None and self._wanted.event_name in _OF_ITERATIONS and not self.agreed
+        if together.in_step:
+            return together.inside or self._position.at_last_iteration or (alone and not together.counts_alike)
+        inside = together.inside or any(optimizer.in_window for optimizer in optimizers)
         return inside or together.ending or alone
 
     def _edge_has_passed(self) -> bool:
         if self._position is None or self._run is None:
             return True
         event = self._run.last_event_name
-        started = is_running(self._run) or event == Events.EPOCH_STARTED  # Ignite has no iterator yet in the first one
+        # Ignite has no iterator yet where the first epoch starts, or where the run is ended there.
+        started = self._begun or is_running(self._run) or event == Events.EPOCH_STARTED
         return not started or event in _AFTER_EDGES
 
     def _is_done(self, engine: Engine) -> bool:
@@ -202,7 +203,7 @@ class SaveTimes:
     def _on_ended(self, engine: Engine) -> None:
         if self._over:
             return  # TERMINATE came before COMPLETED
-        self._over = True
+        self._begun, self._over = False, True
         if world.world_size() == 1 and self._position is not None and self._position.at_last_iteration:
             self._position.in_epoch = False  # Ignite, too, goes on with the next one; of many, others may be in it
         request, self._wanted = self._wanted, None
@@ -218,7 +219,7 @@ class SaveTimes:
 
     def _on_left(self, error: BaseException | None) -> None:
         try:
-            self._wanted, self.agreed = None, False
+            self._begun, self._wanted, self.agreed = False, None, False
             self._finish(raises=error is None)
         finally:
             if self._preemption is not None and self._run is not None and not is_running(self._run):

@@ -260,6 +260,46 @@ def test_a_run_whose_ranks_have_different_numbers_of_micro_batches_goes_on_from_
     assert began == {*range(1, 10)} if by_step else len(began) >= 6, first
 
 
+def _cut_short(folder: str, at: int, every: int, batches: int, **settings: Any) -> list[Any]:
+    """Rank 1 ends an epoch after iteration *at*."""
+    model = DistributedDataParallel(torch.nn.Linear(1, 1))
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), **settings)
+    trainer = Engine(lambda _, batch: optimizer.backward(model(batch).sum()))
+    optimizer.attach(trainer, model=model)
+    if dist.get_rank() == 1:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=at), lambda engine: engine.terminate_epoch())
+    checkpoint = ice.Checkpoint({"trainer": trainer, "model": model, "optimizer": optimizer}, folder, n_saved=None)
+    checkpoint.attach(trainer, Events.ITERATION_COMPLETED(every=every))
+    trainer.run([torch.ones(1, 1)] * batches, max_epochs=3)
+    dist.barrier()
+    saved = sorted(int(file.stem.removeprefix("checkpoint_")) for file in Path(folder).iterdir())
+    return [saved, trainer.state.iteration, optimizer.clocks["step"]]
+
+
+def test_ranks_that_count_iterations_apart_save_together(tmp_path):
+    first, second = launch(functools.partial(_cut_short, at=4, every=3, batches=6), 2, str(tmp_path), timeout=60)
+    # From the second epoch on, rank 1 asks a micro-batch before rank 0: saved where both have heard, once.
+    assert (first, second) == ([[3, 6, 9, 12, 15, 18], 18, 18], [[3, 6, 9, 12, 15, 18], 16, 18])
+
+
+def test_a_save_that_an_epochs_last_micro_batch_asks_for_waits_for_a_rank_that_is_through(tmp_path):
+    cut = functools.partial(_cut_short, at=20, every=7, batches=7, accumulation_steps=2, tail="drop")
+    assert launch(cut, 2, str(tmp_path), timeout=60) == [[[7, 14, 21], 21, 9], [[7, 14, 21], 20, 9]]
+
+
+def _stopped_before_its_data(folder: str) -> list[Any]:
+    training = Training(folder)
+    training.checkpoint.attach(training.trainer, training.optimizer.event("STEP_COMPLETED"))
+    if dist.get_rank() == 1:
+        training.trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: engine.terminate())
+    training.run()
+    return [training.optimizer.clocks["step"], [file.name for file in Path(folder).iterdir()]]
+
+
+def test_a_rank_that_stops_before_its_first_micro_batch_saves_with_the_others(tmp_path):
+    assert launch(_stopped_before_its_data, 2, str(tmp_path), timeout=60) == [[1, ["checkpoint_1.pt"]]] * 2
+
+
 def _preempted(folder: str) -> None:
     training = Training(folder)
     if dist.get_rank() == 1:
