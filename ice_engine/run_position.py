@@ -14,7 +14,7 @@ from ice_engine.distributed import world
 from ice_engine.empty_epoch import EmptyEpoch
 from ice_engine.errors import CheckpointError, warn
 from ice_engine.hooks import HookRegistry
-from ice_engine.of_engine import of_engine
+from ice_engine.of_engine import of_engine, optimizers_of
 from ice_engine.orders import BEFORE, FIRST, LAST
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ _KINDS: dict[str, Any] = {
     "data": dict | None,
     "random": dict,
     "metrics": dict,
+    "counted": dict,
 }
 
 
@@ -84,6 +85,7 @@ class RunPosition:
             "data": None if self._data is None else self._data.position(),
             "random": random_state.capture(),
             "metrics": {name: value for name, value in state.metrics.items() if _is_plain(value)},
+            "counted": {optimizer.name: optimizer.clocks["iteration"] for optimizer in optimizers_of(self._engine)},
         }
 
     def load_state_dict(self, states: Sequence[dict[str, Any]], reload: Callable[[], object]) -> None:
@@ -109,6 +111,8 @@ class RunPosition:
             # What the engine has is of the rank that saved; where some have more data, each counts its own.
             self._engine.state.iteration = state["iteration"]
             self._engine.state.epoch_length = state["epoch_length"]
+            for optimizer in optimizers_of(self._engine):
+                optimizer.count_from(state["counted"].get(optimizer.name, state["iteration"]))
         if state["in_epoch"] and self._engine._is_done(self._engine.state):  # noqa: SLF001 - no public way to it
             self._engine.state.epoch_length = None  # else Ignite would start over; the run's beginning gives it back
         self._engine.state.metrics.update(state["metrics"])
@@ -140,6 +144,8 @@ class RunPosition:
             return
         engine.state.epoch_length, state["began"] = now, engine.state.epoch * now
         engine.state.iteration = state["began"] + (state["data"]["taken"] if state["in_epoch"] else 0)
+        for optimizer in optimizers_of(engine):
+            optimizer.count_from(engine.state.iteration)
         if world.rank() == 0:
             logger.warning(
                 "the run of %d rank%s goes on with %d after iteration %d%s",
@@ -216,7 +222,7 @@ def positions(saved: Any, engine: Any) -> list[dict[str, Any]]:
         CheckpointError: If a run cannot be there.
     """
     try:
-        common = {"through": False} | {key: engine[key] for key in ("iteration", "epoch_length")}
+        common = {"through": False, "counted": {}} | {key: engine[key] for key in ("iteration", "epoch_length")}
         states = [{**common, **state} for state in saved["positions"]]
         kinds = len(states) > 0 and all(isinstance(state[key], _KINDS[key]) for state in states for key in _KINDS)
         fits = kinds and all(0 <= state["began"] <= state["iteration"] for state in states)

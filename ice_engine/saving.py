@@ -150,6 +150,11 @@ class Saving(Attaching):
         self._in_close = False  # in a handler of a step: what was loaded is not for the end of that step to clear
         return report
 
+    def count_from(self, iteration: int) -> None:
+        """Count on from *iteration*, of this rank; what was loaded has that of the rank which saved."""
+        if self._loaded:
+            self._clocks.counts["iteration"] = iteration
+
     def _load_window(self, state: dict[str, Any], gradients: dict[int, torch.Tensor], *, whole: bool) -> None:
         """Go on inside of the window that was open, if all that was in it is there."""
         self._window.common = state.get("common", 0.0)

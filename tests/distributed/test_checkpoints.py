@@ -26,6 +26,8 @@ from tests.unsized import Unsized
 
 pytestmark = pytest.mark.distributed
 
+STEP = ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED
+
 
 class Training:
     """Every rank with data, generators and dropout of its own."""
@@ -230,7 +232,7 @@ def _uneven(folder: str, how: str, by_step: bool) -> list[Any]:
         return training
 
     first = made("run")
-    event = ice.OptimizerEvents.OPTIMIZER_STEP_COMPLETED if by_step else Events.ITERATION_COMPLETED(every=2)
+    event = STEP if by_step else Events.ITERATION_COMPLETED(every=2)
     first.checkpoint.attach(first.trainer, event)
     whole = [*first.run(), first.trainer.state.epoch, first.trainer.state.iteration]
     dist.barrier()
@@ -298,6 +300,28 @@ def _stopped_before_its_data(folder: str) -> list[Any]:
 
 def test_a_rank_that_stops_before_its_first_micro_batch_saves_with_the_others(tmp_path):
     assert launch(_stopped_before_its_data, 2, str(tmp_path), timeout=60) == [[1, ["checkpoint_1.pt"]]] * 2
+
+
+def _counted(folder: str, resumed: bool) -> list[Any]:
+    """Rank 0 has 8 micro-batches an epoch, and rank 1 has 3; windows close at 2, 4, 6, 8, ... of rank 0."""
+    model = DistributedDataParallel(torch.nn.Linear(1, 1))
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), accumulation_steps=2)
+    trainer = Engine(lambda _, batch: optimizer.backward(model(batch).sum()))
+    optimizer.attach(trainer, model=model)
+    to_save = {"trainer": trainer, "model": model, "optimizer": optimizer}
+    checkpoint = ice.Checkpoint(to_save, folder).attach(trainer, STEP(once=3))
+    if resumed:
+        checkpoint.resume(trainer)
+    counted: list[Any] = [optimizer.clocks["iteration"]]
+    trainer.add_event_handler(STEP, lambda engine: counted.append(engine.state.optimizer_record.iteration))
+    trainer.run([torch.ones(1, 1)] * (3 if dist.get_rank() else 8), max_epochs=2)
+    return [*counted, optimizer.clocks["iteration"]]
+
+
+def test_each_rank_goes_on_with_its_own_count_of_iterations(tmp_path):
+    first, second = launch(_counted, 2, str(tmp_path), False)
+    assert (first, second) == ([0, 2, 4, 6, 8, 10, 12, 14, 16, 16], [0, 2, 3, 3, 3, 5, 6, 6, 6, 6])
+    assert launch(_counted, 2, str(tmp_path), True) == [first[3:], second[3:]]
 
 
 def _preempted(folder: str) -> None:

@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from ignite.engine import Engine
 from torch.nn.parallel import DistributedDataParallel
 
+import ice_engine as ice
 from ice_engine.data_position import shared_out
 from ice_engine.distributed.ddp import DDPSync
 from ice_engine.errors import CheckpointError
@@ -207,3 +210,33 @@ def test_a_host_that_is_lost_leaves_the_run_to_the_other(tmp_path, undisturbed, 
     assert code == 0, said
     assert said.count("the run of 3 ranks goes on with 2") == 1
     assert_same_but_for_rounding(tmp_path, undisturbed / "plain")
+
+
+def _replanned(folder: str, resumed: bool) -> list[float]:
+    """Windows of 2 in two epochs, of 24 micro-batches for one process and 12 for each of two; stopped after 4 steps."""
+    world = dist.get_world_size()
+    model = torch.nn.Linear(1, 1)
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    processors = [ice.schedules.linear()]
+    sgd = torch.optim.SGD(wrapped.parameters(), lr=1.0)
+    optimizer = ice.Optimizer(sgd, accumulation_steps=2, processors=processors, on_change="replan")
+    trainer = Engine(lambda _, batch: optimizer.backward(wrapped(batch).sum()))
+    optimizer.attach(trainer, model=wrapped)
+    checkpoint = ice.Checkpoint({"trainer": trainer, "model": wrapped, "optimizer": optimizer}, folder).attach(trainer)
+    step, rates = optimizer.event("STEP_COMPLETED"), []
+    if resumed:
+        checkpoint.resume(trainer)
+    else:
+        checkpoint.attach(trainer, step(once=4))
+        trainer.add_event_handler(step(once=4), trainer.terminate)
+    trainer.add_event_handler(step, lambda: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.run([torch.ones(1, 1)] * (24 // world), max_epochs=2)
+    return rates
+
+
+@pytest.mark.parametrize(("before", "after", "left"), [(1, 2, 10), (2, 1, 16)])
+def test_a_schedule_replanned_for_other_ranks_ends_with_the_run(tmp_path, before, after, left):
+    launch(_replanned, before, str(tmp_path), False)
+    expected = [1 - step / (4 + left) for step in range(4, 4 + left)]
+    for rates in launch(_replanned, after, str(tmp_path), True):
+        assert rates == pytest.approx(expected)
