@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from ignite.engine import Engine, Events
@@ -30,7 +30,7 @@ from ice_engine.distributed import world
 from ice_engine.distributed.plain import plain
 from ice_engine.distributed.together import agree, gather, gather_plain, together
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, warn
-from ice_engine.events import clock_of, is_running
+from ice_engine.events import clock_of, fire, is_running
 from ice_engine.hooks import HookRegistry
 from ice_engine.of_engine import of_engine, optimizers_of
 from ice_engine.optimizer import Optimizer
@@ -79,7 +79,8 @@ class Checkpoint(IgniteCheckpoint):
         to_save: Objects with ``state_dict`` by name; the trainer among them, so that a run goes on where it was.
         save_handler: A folder; or a save handler of Ignite's, which is called at once, as there.
         filename_prefix: Prefix of the file names. This and what follows, up to *save_on_rank*, as Ignite has them.
-        score_function: Measures what is saved, of the engine; the *n_saved* files with the highest scores are kept.
+        score_function: Measures what is saved, of the engine, when that is asked for; the *n_saved* files with the
+            highest scores are kept.
         score_name: What file names call the score.
         n_saved: Files to keep, at least 1; None for all.
         global_step_transform: Returns the number in a file's name, of the engine and the event; else it is the event's
@@ -177,7 +178,9 @@ class Checkpoint(IgniteCheckpoint):
     # -- a run ---------------------------------------------------------------------------------------------
 
     def attach(self, engine: Engine, event: Any = Events.EPOCH_COMPLETED, *, name: str | None = None) -> "Checkpoint":
-        """Save on *event*, when all handlers of its iteration or epoch have run; by score, when those there now have.
+        """Save on *event*, when all handlers of its iteration or epoch have run.
+
+        One by score that is asked for where these are completed, such as in a validation there, is taken at once.
 
         Args:
             engine: The trainer.
@@ -245,8 +248,7 @@ class Checkpoint(IgniteCheckpoint):
             self._save_by_ignite(engine)
             return
         self._times.follow(self._trainer or engine)
-        # A score is measured where it is asked for: an evaluator may have another one when all handlers have run.
-        self._times.ask(Request(engine, engine.last_event_name, clock), at_once=self.score_function is not None)
+        self._times.ask(engine, clock, None if self.score_function is None else self._score)
 
     @property
     def _peers(self) -> Peers | None:
@@ -301,15 +303,18 @@ class Checkpoint(IgniteCheckpoint):
         if self.global_step_transform is not None:
             step = self.global_step_transform(engine, request.event_name)
         if self.score_function is not None:
-            priority = self.score_function(engine)
-            if isinstance(priority, torch.Tensor) and priority.numel() == 1:
-                priority = priority.item()
-            if not isinstance(priority, Real):
-                message = f"score_function must return a number, got {priority!r} ({type(priority).__name__})"
-                raise ArgumentValueError(message)
-            return step, int(priority) if isinstance(priority, Integral) else float(priority)
+            return step, self._score(engine) if request.score is None else request.score
         step = getattr(engine.state, request.clock) if step is None else step
         return step, step
+
+    def _score(self, engine: Engine) -> float:
+        score = cast("Callable[[Engine], Any]", self.score_function)(engine)
+        if isinstance(score, torch.Tensor) and score.numel() == 1:
+            score = score.item()
+        if not isinstance(score, Real):
+            message = f"score_function must return a number, got {score!r} ({type(score).__name__})"
+            raise ArgumentValueError(message)
+        return int(score) if isinstance(score, Integral) else float(score)
 
     def _told(self, step: Any, priority: Any) -> tuple[Any, Any]:
         """Return what the rank that saves has measured: a score may differ between ranks, the decision must not."""
@@ -370,7 +375,8 @@ class Checkpoint(IgniteCheckpoint):
             warn(str(err))
             return
         self._saved = save.saved
-        save.engine.fire_event(CheckpointEvents.SAVED_CHECKPOINT)
+        # In a handler of an edge, where other saves are still to be asked for: that event stays the engine's last.
+        fire(save.engine, CheckpointEvents.SAVED_CHECKPOINT)
 
     def _save_by_ignite(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
         saved = list(self._saved)

@@ -41,6 +41,8 @@ _OF_ITERATIONS = frozenset(
         Events.DATALOADER_STOP_ITERATION,
     }
 )
+# Events at which optimizers are through with an iteration or epoch before anybody else is called.
+_EDGES = frozenset({Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED})
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,13 @@ class Request:
         engine: Whose event it was.
         event_name: That event.
         clock: What it counts, by which the file is numbered.
+        score: What was measured then; None if nothing was.
     """
 
     engine: Engine
     event_name: Any
     clock: str
+    score: float | None = None
 
 
 class SaveTimes:
@@ -113,19 +117,22 @@ class SaveTimes:
             self._preemption = preemption(run, self._signals)
         when_left(run, self._on_left)
 
-    def ask(self, request: Request, *, at_once: bool) -> None:
-        """Take a save as soon as it may be taken; before the event's other handlers, if *at_once*."""
-        self.attached, self._wanted = True, request
+    def ask(self, engine: Engine, clock: str, measure: Callable[[Engine], float] | None) -> None:
+        """Take a save as soon as it may be taken; one by score, of its *measure*, before an edge's other handlers."""
+        event = engine.last_event_name
+        # Now, as an evaluator may have another score when the save is taken; but then, where not all ranks ask: what
+        # measures may need them all.
+        score = None
+        if measure is not None and (self._in_step or event not in _OF_ITERATIONS):
+            score = measure(engine)
+        self.attached, self._wanted = True, Request(engine, event, clock, score)
+        at_once = measure is not None and self._at_edge
         if not self._must_wait() and (at_once or self._edge_has_passed()):
             self._take_wanted()
 
     def take_wanted(self) -> None:
         """Take the save that waits for the event's other handlers, of which one asks for it; in one process."""
-        at_edge = self._run is not None and self._run.last_event_name in {
-            Events.ITERATION_COMPLETED,
-            Events.EPOCH_COMPLETED,
-        }
-        if self._wanted is not None and at_edge and world.world_size() == 1 and not self._must_wait():
+        if self._wanted is not None and self._at_edge and world.world_size() == 1 and not self._must_wait():
             self._take_wanted()
 
     def _take_wanted(self) -> None:
@@ -185,6 +192,17 @@ class SaveTimes:
             return together.inside or self._position.at_last_iteration or (alone and not together.counts_alike)
         inside = together.inside or any(optimizer.in_window for optimizer in optimizers)
         return inside or together.ending or alone
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether all ranks that save come to the same iterations."""
+        if self._position is None or self._run is None or world.world_size() == 1:
+            return True
+        return peers(self._run).in_step
+
+    @property
+    def _at_edge(self) -> bool:
+        return self._run is not None and self._run.last_event_name in _EDGES
 
     def _edge_has_passed(self) -> bool:
         if self._position is None or self._run is None:

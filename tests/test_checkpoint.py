@@ -1,5 +1,6 @@
 """Checkpoints: nothing is lost when a write fails, and a resumed run goes on as if it had never stopped."""
 
+import copy
 import os
 import sys
 import textwrap
@@ -312,6 +313,48 @@ def test_a_save_on_a_completed_step_is_resumed_without_a_loss(tmp_path):
     again.checkpoint.resume(again.trainer)
     assert_equal(again.everything()["model"], run.everything()["model"])
     assert again.optimizer.clocks["step"] == 3
+
+
+@pytest.mark.parametrize(("n_saved", "expected"), [(None, [10, 20, 40]), (1, [40])])
+def test_a_score_is_that_of_the_step_that_asked_although_the_save_waits(tmp_path, n_saved, expected):
+    run = Run(tmp_path, n_saved=n_saved, score_function=lambda engine: engine.state.score)
+    event = run.optimizer.events.OPTIMIZER_STEP_COMPLETED
+    scores = {1: 10, 2: 40, 3: 20}
+
+    @run.trainer.on(event)
+    def measure(engine):
+        engine.state.score = scores[engine.state.optimizer_step]
+
+    run.checkpoint.attach(run.trainer, event)
+
+    @run.trainer.on(Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED)
+    def measure_something_else(engine):
+        engine.state.score = -1
+
+    run.train(max_epochs=1)
+    assert names(tmp_path) == [f"checkpoint_{score}.pt" for score in expected]
+    assert torch.load(tmp_path / "checkpoint_40.pt", weights_only=True)["trainer"]["iteration"] == 4
+
+
+@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED(once=3), Events.EPOCH_COMPLETED])
+def test_of_weights_that_are_there_for_a_validation_only_the_file_with_their_score_has_them(tmp_path, event):
+    run = Run(tmp_path, score_function=lambda engine: engine.state.score)
+    evaluator = Engine(lambda engine, batch: setattr(engine.state, "score", run.model.bias.sum().item()))
+    run.checkpoint.attach(evaluator, Events.COMPLETED)
+    other = ice.Checkpoint(run.to_save, tmp_path / "other").attach(run.trainer, event)
+
+    @run.trainer.on(event)
+    def validate(engine):
+        assert other.last_checkpoint is not None  # fires SAVED_CHECKPOINT
+        kept = copy.deepcopy(run.model.state_dict())
+        with torch.no_grad():
+            run.model.bias.fill_(7.0)
+        evaluator.run([0])
+        assert run.checkpoint.last_checkpoint is not None
+        run.model.load_state_dict(kept)
+
+    run.train(max_epochs=1)
+    assert torch.load(tmp_path / "checkpoint_14.0000.pt", weights_only=True)["model"]["bias"].tolist() == [7.0, 7.0]
 
 
 def test_it_saves_after_the_validation_that_was_there_and_after_the_last_step(tmp_path):

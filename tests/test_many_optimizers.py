@@ -1,6 +1,7 @@
 """Several optimizers on one engine: each as if it were alone, bit for bit as in a loop written by hand."""
 
 import copy
+import functools
 import io
 import math
 
@@ -686,3 +687,84 @@ def test_an_overflow_beside_an_open_window_is_in_a_checkpoint(tmp_path, saved):
         checkpoint.resume(resumed)
     resumed.run([1.0] * 8)
     assert again.state_dict() == scaler.state_dict()
+
+
+class Scored:
+    """Two optimizers with windows of 1 and 3, and saves by the score of the first one's weights at each step of one."""
+
+    def __init__(self, folder, make, *, attached, backward, event, updates=1):
+        self.nets = {"one": net(3, 2, 0), "three": net(2, 1, 1)}
+        self.optimizers = {
+            name: ice.Optimizer(
+                make(self.nets[name].parameters()),
+                name=name,
+                accumulation_steps=k,
+                processors=[ice.schedules.cosine(total=50, warmup=2)],
+            )
+            for name, k in (("one", 1), ("three", 3))
+        }
+
+        def train_step(engine, batch):
+            for name in backward:
+                self.lose(name, batch)
+            for _ in range(updates - 1):  # of which the engine's is the last
+                self.optimizers["one"].update()
+                self.lose("one", batch)
+
+        self.trainer = Engine(train_step)
+        for name in attached:
+            self.optimizers[name].attach(self.trainer)
+        self.scores = []
+        states = {f"{name} optimizer": optimizer for name, optimizer in self.optimizers.items()}
+        self.to_save = {"trainer": self.trainer, **self.nets, **states}
+        self.checkpoint = ice.Checkpoint(
+            self.to_save,
+            folder,
+            n_saved=None,
+            score_function=self.score,
+            global_step_transform=lambda engine, _: engine.state.iteration,
+        )
+        self.checkpoint.attach(self.trainer, self.optimizers[event].event("STEP_COMPLETED"))
+
+    def lose(self, name, batch):
+        drawn = self.nets["three"](self.nets["one"](batch))
+        self.optimizers[name].backward((drawn - len(name)).square().mean())
+
+    def score(self, _):
+        self.scores.append(sum(p.detach().abs().sum().item() for p in self.nets["one"].parameters()))
+        return self.scores[-1]
+
+    def train(self):
+        self.trainer.run(batches(), max_epochs=2)
+        return as_bytes(*self.nets.values()), [optimizer.clocks for optimizer in self.optimizers.values()]
+
+
+@pytest.mark.parametrize("event", ["one", "three"])
+@pytest.mark.parametrize("attached", [("one", "three"), ("three", "one")])
+@pytest.mark.parametrize(
+    ("make", "backward", "updates"),
+    [
+        (functools.partial(SGD, lr=0.1, momentum=0.9), ("one", "three"), 1),
+        (functools.partial(torch.optim.AdamW, lr=0.05), ("three", "one"), 1),
+        (functools.partial(torch.optim.AdamW, lr=0.05), ("one", "three"), 3),
+    ],
+    ids=["SGD", "AdamW", "several steps in one micro-batch"],
+)
+def test_a_save_by_score_at_a_step_of_one_loses_nothing_of_the_other(
+    tmp_path, make, attached, backward, updates, event
+):
+    settings = {"make": make, "attached": attached, "backward": backward, "event": event, "updates": updates}
+    first = Scored(tmp_path, **settings)
+    whole = first.train()
+    files = sorted(tmp_path.iterdir())
+    # Windows of 3, 3 and 1 in each epoch; of several steps in one micro-batch, the last one's score is what is saved.
+    assert len(files) == (14 if event == "one" else 6)
+    assert len(first.scores) == (14 * updates if event == "one" else 6)
+    last = first.scores[updates - 1 :: updates] if event == "one" else first.scores
+    assert {file.stem.split("_")[-1] for file in files} == {f"{score:.4f}" for score in last}
+    for file in files:
+        second = Scored(tmp_path, **settings)
+        second.checkpoint._find = lambda _, name=file.name: [ice.Checkpoint.Item(0, name)]
+        second.checkpoint.resume(second.trainer)
+        if second.trainer.state.iteration < 14:  # else it would start over
+            assert second.train() == whole, file.name

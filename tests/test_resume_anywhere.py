@@ -40,6 +40,16 @@ def test_on_whatever_event_it_is_saved(tmp_path, event, at):
     assert_same_run(whole, second, began)
 
 
+@pytest.mark.parametrize("at", [5, 12])
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: getattr(event, "name", "several"))
+def test_on_whatever_event_it_is_saved_by_score(tmp_path, event, at):
+    settings = {"event": event, "score_function": lambda engine: engine.state.iteration, "run": {"max_epochs": 3}}
+    if event in {Events.EPOCH_COMPLETED, Events.DATALOADER_STOP_ITERATION, ice.OptimizerEvents.OPTIMIZER_STEP_SKIPPED}:
+        at = 16  # there has been one by then
+    whole = Training(tmp_path / "whole", event=event).train(max_epochs=3)
+    assert_same_run(whole, *resumed(tmp_path, at, **settings)[1:])
+
+
 def with_generators(kind):
     own = torch.Generator().manual_seed(3)
     if kind == "loader":

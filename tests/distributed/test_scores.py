@@ -113,3 +113,73 @@ def test_a_file_of_ignites_own_checkpoint_on_another_rank_than_0_does_not_load_a
     first, second = launch(_stub, 2, str(tmp_path))
     assert first == second
     assert "the whole state is on rank 0" in first
+
+
+class _Pair:
+    """Two optimizers with windows of 1 and 3, saved by the score of the first one's weights at each of its steps."""
+
+    def __init__(self, folder: str, attached: str, event: str, lengths: list[int]) -> None:
+        torch.manual_seed(0)
+        self.models = {name: DistributedDataParallel(torch.nn.Linear(6, 1)) for name in ("one", "three")}
+        self.optimizers = {
+            name: ice.Optimizer(
+                torch.optim.AdamW(model.named_parameters(), lr=0.05),
+                name=name,
+                accumulation_steps=1 if name == "one" else 3,
+                processors=[ice.schedules.cosine(total=20, warmup=2)],
+            )
+            for name, model in self.models.items()
+        }
+
+        def train_step(_: Engine, batch: torch.Tensor) -> None:
+            for name, model in self.models.items():
+                self.optimizers[name].backward((model(batch) - 1.0).square().mean(), weight=len(batch))
+
+        self.trainer = Engine(train_step)
+        for name in attached.split():
+            self.optimizers[name].attach(self.trainer, model=self.models[name])
+        torch.manual_seed(7 + dist.get_rank())
+        self.data = [torch.randn(2, 6) for _ in range(lengths[dist.get_rank()])]
+        states = {f"{name} optimizer": optimizer for name, optimizer in self.optimizers.items()}
+        self.checkpoint = ice.Checkpoint(
+            {"trainer": self.trainer, **self.models, **states}, folder, n_saved=None, score_function=self.score
+        )
+        self.checkpoint.attach(self.trainer, self.optimizers[event].event("STEP_COMPLETED"))
+
+    def score(self, _: Engine) -> float:
+        return sum(p.detach().abs().sum().item() for p in self.models["one"].parameters())
+
+    def run(self) -> list[Any]:
+        self.trainer.run(self.data, max_epochs=2)
+        clocks = [(o.clocks["step"], o.clocks["attempt"]) for o in self.optimizers.values()]
+        return [[p.tolist() for model in self.models.values() for p in model.parameters()], clocks]
+
+
+def _beside(folder: str, attached: str, event: str, lengths: list[int]) -> Any:
+    first = _Pair(folder, attached, event, lengths)
+    whole = first.run()
+    dist.barrier()
+    found = []
+    for file in sorted(Path(folder).iterdir()):
+        second = _Pair(folder, attached, event, lengths)
+        second.checkpoint._find = functools.partial(_only, file.name)
+        second.checkpoint.resume(second.trainer)
+        clocks = [o.clocks["step"] for o in second.optimizers.values()]
+        found.append((clocks, clocks == [steps for steps, _ in whole[1]] or second.run() == whole))
+        dist.barrier()
+    return found
+
+
+def _only(name: str, _: Path) -> list[Any]:
+    return [ice.Checkpoint.Item(0, name)]
+
+
+@pytest.mark.parametrize("lengths", [[7, 7], [7, 4], [3, 7]])
+@pytest.mark.parametrize("event", ["one", "three"])
+@pytest.mark.parametrize("attached", ["one three", "three one"])
+def test_a_save_by_score_at_a_step_of_one_optimizer_waits_for_the_others_window(tmp_path, attached, event, lengths):
+    first, second = launch(_beside, 2, str(tmp_path), attached, event, lengths, timeout=60)
+    assert first == second
+    assert all(same for _, same in first), first
+    # Windows of 3, 3 and 1: what a rank has gathered in an open one is in no file.
+    assert sorted(clocks for clocks, _ in first) == [[3, 1], [6, 2], [7, 3], [10, 4], [13, 5], [14, 6]]
