@@ -123,7 +123,7 @@ class SaveTimes:
         # Now, as an evaluator may have another score when the save is taken; but then, where not all ranks ask: what
         # measures may need them all.
         score = None
-        if measure is not None and (self._in_step or event not in _OF_ITERATIONS):
+        if measure is not None and (self._ask_together or event not in _OF_ITERATIONS):
             score = measure(engine)
         self.attached, self._wanted = True, Request(engine, event, clock, score)
         at_once = measure is not None and self._at_edge
@@ -194,11 +194,12 @@ class SaveTimes:
         return inside or together.ending or alone
 
     @property
-    def _in_step(self) -> bool:
-        """Whether all ranks that save come to the same iterations."""
+    def _ask_together(self) -> bool:
+        """Whether all ranks come to the same iterations in the same micro-batches, and so ask there."""
         if self._position is None or self._run is None or world.world_size() == 1:
             return True
-        return peers(self._run).in_step
+        together = peers(self._run)
+        return together.in_step and together.counts_alike
 
     @property
     def _at_edge(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint as IgniteCheckpoint
 from ignite.handlers import DiskSaver
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -183,3 +183,27 @@ def test_a_save_by_score_at_a_step_of_one_optimizer_waits_for_the_others_window(
     assert all(same for _, same in first), first
     # Windows of 3, 3 and 1: what a rank has gathered in an open one is in no file.
     assert sorted(clocks for clocks, _ in first) == [[3, 1], [6, 2], [7, 3], [10, 4], [13, 5], [14, 6]]
+
+
+def _apart(folder: str) -> list[str]:
+    """Rank 1 ends an epoch early, so that the ranks ask for the later saves in different micro-batches."""
+    model, optimizer, trainer = _trainer()
+
+    def of_all_ranks(engine: Engine) -> float:
+        iteration = torch.tensor(float(engine.state.iteration))
+        dist.all_reduce(iteration, dist.ReduceOp.MAX)
+        return iteration.item()
+
+    if dist.get_rank() == 1:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=4), lambda engine: engine.terminate_epoch())
+    to_save = {"trainer": trainer, "model": model, "optimizer": optimizer}
+    checkpoint = ice.Checkpoint(to_save, folder, score_function=of_all_ranks, n_saved=None)
+    checkpoint.attach(trainer, Events.ITERATION_COMPLETED(every=3))
+    trainer.run(DATA * 3, max_epochs=3)
+    dist.barrier()
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_a_score_over_all_ranks_is_measured_where_all_save_if_they_ask_in_different_micro_batches(tmp_path):
+    saved = [f"checkpoint_{iteration:.4f}.pt" for iteration in (12.0, 15.0, 18.0, 3.0, 6.0, 9.0)]
+    assert launch(_apart, 2, str(tmp_path), timeout=60) == [saved] * 2
