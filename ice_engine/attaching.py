@@ -9,6 +9,7 @@ from ignite.engine import Engine, Events
 
 from ice_engine.distributed import world
 from ice_engine.distributed.build import remove_last_param_group
+from ice_engine.distributed.gathered import fully_sharded, gather_anew
 from ice_engine.distributed.sync import synchroniser
 from ice_engine.distributed.synchroniser import Sync, Synchroniser
 from ice_engine.errors import ArgumentTypeError, AttachError, warn
@@ -48,13 +49,15 @@ class Attaching(Stepping):
             raise ArgumentTypeError(message)
         self._check_attachable(engine)
         world.warn_if_alone()
+        gathering = [] if model is None else fully_sharded(model)
+        gather_anew(gathering)  # or else the model has whole parameters now, which no optimizer has
         driven = synchroniser(model, self._parameters(), sync) if world.world_size() > 1 else None
         if self._processors:
             check_names(self._processors, self.param_groups)
             set_initial_values(self._processors, self.param_groups)
         if model is not None:
             self._parameter_names = {id(p): n for n, p in bare(model).named_parameters()}
-        self._engine = engine
+        self._engine, self._gathering = engine, gathering
         register(engine, self._name)
         self._clocks.run = engine.state
         self._publish()
@@ -92,7 +95,7 @@ class Attaching(Stepping):
         optimizers_of(self._engine).remove(self)
         if not optimizers_of(self._engine):
             summary(cast("Engine", self._engine)).leave()
-        self._engine = None
+        self._engine, self._gathering = None, []
         self._precision.goes_on = always
 
     def _join(self, together: Peers, driven: Synchroniser) -> Member:

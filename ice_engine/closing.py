@@ -7,11 +7,13 @@ from numbers import Real
 from typing import Any, cast
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from ice_engine import fused
 from ice_engine.accumulating import Accumulating
 from ice_engine.clipping import ClipNorm
 from ice_engine.distributed import world
+from ice_engine.distributed.gathered import gather_anew
 from ice_engine.distributed.rounds import rounds
 from ice_engine.errors import ArgumentTypeError, AttachError, NoGradientsError
 from ice_engine.events import StepRecord
@@ -36,6 +38,7 @@ class Closing(Accumulating):
     def __init__(self, inner: torch.optim.Optimizer, clip: Clip | None, **accumulated: Any) -> None:
         super().__init__(inner, **accumulated)
         self._clip = clip
+        self._gathering: list[FSDPModule] = []
         self._stepping: bool = False
         self._closing: bool = False
         self._counts_before: dict[str, int] = {}
@@ -219,6 +222,7 @@ class Closing(Accumulating):
                 for wait in self._waits:
                     wait()
                 fused.step_with(self._inner, self._binding.form, left, gradient.device)
+                gather_anew(self._gathering)
         except BaseException:
             self._count("step", -1)
             self._publish_record(record_before)

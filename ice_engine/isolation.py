@@ -28,12 +28,16 @@ def gradients_aside(parameters: Iterable[torch.Tensor]) -> Iterator[Callable[[],
 class GradOff(contextlib.AbstractContextManager[None]):
     """Lets *parameters* require no grad inside; at the end every flag is as it was at the beginning. For one ``with``.
 
+    Args:
+        parameters: Whose flags change.
+        changed: Called when they have.
+
     Raises:
         AttachError: If it is entered a second time: other parameters may be meant by then.
     """
 
-    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        self._parameters = list(parameters)
+    def __init__(self, parameters: Iterable[torch.Tensor], changed: Callable[[], object]) -> None:
+        self._parameters, self._changed = list(parameters), changed
         self._before: list[bool] | None = None
 
     def __enter__(self) -> None:
@@ -43,7 +47,9 @@ class GradOff(contextlib.AbstractContextManager[None]):
         self._before = [parameter.requires_grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.requires_grad = False
+        self._changed()
 
     def __exit__(self, *_: object) -> None:
         for parameter, required in zip(self._parameters, self._before or (), strict=True):
             parameter.requires_grad = required
+        self._changed()

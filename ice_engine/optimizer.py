@@ -1,6 +1,7 @@
 """The optimizer that steps itself: composes window, precision, clipping, processors and events."""
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from ignite.engine import Engine
 
 from ice_engine.arguments import choice
 from ice_engine.clocks import Clocks
+from ice_engine.distributed.gathered import fully_sharded, gather_anew
 from ice_engine.distributed.synchroniser import Sync
 from ice_engine.errors import (
     ArgumentTypeError,
@@ -18,6 +20,7 @@ from ice_engine.errors import (
 )
 from ice_engine.isolation import GradOff
 from ice_engine.measures import MEASURES
+from ice_engine.of_engine import optimizers_of
 from ice_engine.plan import Plan
 from ice_engine.saving import Saving
 
@@ -184,9 +187,14 @@ class Optimizer(Saving):
                 f"{self._name!r} is attached to none; write {self._name}.toggle(module), or attach it"
             )
             raise AttachError(message)
+        others = [] if self._engine is None else optimizers_of(self._engine)
+        gathering = [m for other in others if other is not self for m in other._gathering]  # noqa: SLF001 - own class
+        gathering += fully_sharded(*modules)
+        gather_anew(gathering)  # or else modules have whole parameters now, which no optimizer has
         mine = {id(p) for p in self._parameters()}
         reached = [p for module in modules for p in module.parameters()] if modules else self._foreign_parameters()
-        return GradOff(p for p in reached if id(p) not in mine)
+        foreign = [p for p in reached if id(p) not in mine]
+        return GradOff(foreign, functools.partial(gather_anew, gathering))
 
     def plan(
         self,

@@ -14,6 +14,7 @@ from ice_engine.arguments import count
 from ice_engine.clipping import ClipNorm
 from ice_engine.closing import Closing
 from ice_engine.distributed.build import Sharding, build
+from ice_engine.distributed.gathered import gather_anew
 from ice_engine.distributed.world import require_one_process
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, ClosureError, warn
 from ice_engine.events import check_name
@@ -176,7 +177,9 @@ class Stepping(Closing):
             )
         for wait in self._waits:
             wait()
-        return super().step(closure, **kwargs)
+        found = super().step(closure, **kwargs)
+        gather_anew(self._gathering)
+        return found
 
     # Hooks run once, around the inner step: torch must not wrap this method as well.
     step.hooked = True  # type: ignore[attr-defined]

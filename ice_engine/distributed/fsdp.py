@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
+from ice_engine.distributed.gathered import fully_sharded, param_groups
 from ice_engine.distributed.synchroniser import Sync, Synchroniser
 from ice_engine.distributed.world import rank
 from ice_engine.errors import BackwardError
@@ -76,11 +76,6 @@ class FSDPSync(Synchroniser):
     def _held(self, parameters: Iterable[torch.Tensor]) -> list[Any]:
         """Where FSDP2 keeps whole gradients of *parameters* until it reduces them; it has no public way there."""
         wanted = {id(parameter) for parameter in parameters}
-        found: dict[int, Any] = {}
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                state: Any = module._get_fsdp_state()  # noqa: SLF001 - as said
-                several = getattr(state, "_fsdp_param_groups", None)  # before torch 2.12 each has one
-                for group in [state._fsdp_param_group] if several is None else several:  # noqa: SLF001 - as said
-                    found |= {id(held): held for held in (group.fsdp_params if group else ())}
+        groups = param_groups(fully_sharded(self.model))
+        found = {id(held): held for group in groups for held in group.fsdp_params}
         return [h for h in found.values() if id(h.sharded_param) in wanted and hasattr(h, "_unsharded_param")]

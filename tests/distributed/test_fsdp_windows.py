@@ -139,7 +139,6 @@ def _passed_over() -> list[float]:
     judge.attach(trainer, model=critic)
     draw.attach(trainer, model=generator)
     trainer.run(batches(dist.get_rank())[:2])
-    generator.reshard()  # its last forward had no backward
     return whole(critic) + whole(generator)
 
 

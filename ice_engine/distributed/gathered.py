@@ -1,0 +1,35 @@
+"""Whole parameters that FSDP2 has gathered, and what it has noted of them: taken anew where they have changed.
+
+The root of a ``fully_shard``'ed model keeps what its forward has gathered until a backward comes back to it. Where none
+does, as after ``detach()`` or ``no_grad()``, its next forward would compute with what they were before a step, and let
+require grad what did then.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+
+def fully_sharded(*models: torch.nn.Module) -> list[FSDPModule]:
+    """Return the modules of *models* that ``fully_shard`` was applied to."""
+    return [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def param_groups(modules: Iterable[FSDPModule]) -> Iterator[Any]:
+    """Yield what FSDP2 gathers at once of *modules*; it has no public way there."""
+    for module in modules:
+        state: Any = module._get_fsdp_state()  # noqa: SLF001 - as said
+        several = getattr(state, "_fsdp_param_groups", None)  # before torch 2.12 each has one
+        yield from (group for group in ([state._fsdp_param_group] if several is None else several) if group)  # noqa: SLF001 - as said
+
+
+def gather_anew(modules: Iterable[FSDPModule]) -> None:
+    """Let the next forward of *modules* take their parameters as they are now: values, and what requires grad."""
+    for module in modules:
+        module.reshard()
+        for group in param_groups([module]):
+            # The type of its gradients, which the first forward looks up; None if nothing required any then.
+            if getattr(group, "_orig_dtype", False) is None:
+                group._init_mp_dtypes()  # noqa: SLF001 - as said

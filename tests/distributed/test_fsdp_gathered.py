@@ -1,0 +1,209 @@
+"""What FSDP2 gathers in a forward, and keeps of a root until its backward, is of the parameters that there are.
+
+The oracle is a float64 loop with plain models, on the data of all ranks.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.functional import softplus
+
+import ice_engine as ice
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.distributed
+
+LENGTH = 5
+
+Step = Callable[[Any, Any, torch.nn.Module, torch.nn.Module, torch.Tensor], None]
+
+
+def network(inputs: int, outputs: int) -> torch.nn.Module:
+    torch.manual_seed(inputs)
+    layers = torch.nn.Linear(inputs, 4), torch.nn.Tanh(), torch.nn.Linear(4, outputs)
+    return torch.nn.Sequential(*layers).double()
+
+
+def batches(rank: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(LENGTH)]
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.5)
+
+
+def critics_loss(critic: torch.nn.Module, generator: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return softplus(-critic(batch)).mean() + softplus(critic(generator(batch[:, :2]))).mean()
+
+
+def generators_loss(critic: torch.nn.Module, generator: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return softplus(-critic(generator(batch[:, :2]))).mean()
+
+
+def critic_last(judge: Any, draw: Any, critic: torch.nn.Module, generator: torch.nn.Module, x: torch.Tensor) -> None:
+    draw.backward(generators_loss(critic, generator, x))
+    fake = generator(x[:, :2]).detach()  # no backward comes back to this forward
+    judge.backward(softplus(-critic(x)).mean() + softplus(critic(fake)).mean())
+
+
+def toggled(judge: Any, draw: Any, critic: torch.nn.Module, generator: torch.nn.Module, x: torch.Tensor) -> None:
+    with judge.toggle(generator):
+        judge.backward(critics_loss(critic, generator, x))  # nor to the generator's here
+    with draw.toggle(critic):
+        draw.backward(generators_loss(critic, generator, x))
+
+
+def toggled_both(judge: Any, draw: Any, critic: torch.nn.Module, generator: torch.nn.Module, x: torch.Tensor) -> None:
+    both = torch.nn.ModuleList([critic, generator])
+    generator(x[:, :2])  # so that the module has its whole parameters when toggle() looks for the optimizer's own
+    with draw.toggle(both):
+        draw.backward(generators_loss(critic, generator, x))
+    critic(x)
+    with judge.toggle():
+        judge.backward(critics_loss(critic, generator, x))
+
+
+def drawn_before(judge: Any, draw: Any, critic: torch.nn.Module, generator: torch.nn.Module, x: torch.Tensor) -> None:
+    fake = generator(x[:, :2])
+    with judge.toggle(generator):  # between the generator's forward and its backward
+        judge.backward(softplus(-critic(x)).mean() + softplus(critic(fake.detach())).mean())
+    with draw.toggle(critic):
+        draw.backward(softplus(-critic(fake)).mean())
+
+
+class Plain:
+    """An optimizer that adds up the gradients of one model over all ranks."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.parameters, self.inner = list(model.parameters()), sgd(model)
+        self.gradients: list[torch.Tensor] = []
+        self.losses = 0
+
+    def toggle(self, *_: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        found = torch.autograd.grad(loss, self.parameters)
+        sums = zip(self.gradients or [0.0] * len(found), found, strict=True)
+        self.gradients = [a + b for a, b in sums]
+        self.losses += 1
+
+    def step(self) -> None:
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient / self.losses
+        self.inner.step()
+        self.gradients, self.losses = [], 0
+
+
+def _expected(step: Step, windows: Sequence[int], ranks: int) -> torch.Tensor:
+    critic, generator = network(3, 1), network(2, 3)
+    judge, draw = Plain(critic), Plain(generator)
+    data, begin = [batches(rank) for rank in range(ranks)], 0
+    for size in windows:
+        for i in range(begin, begin + size):
+            for rank in range(ranks):
+                step(judge, draw, critic, generator, data[rank][i])
+        judge.step()
+        draw.step()
+        begin += size
+    return torch.cat([p.detach().flatten() for model in (critic, generator) for p in model.parameters()])
+
+
+def whole(*models: torch.nn.Module) -> list[float]:
+    for model in models:
+        model.reshard()  # type: ignore[operator]
+    return torch.cat([p.full_tensor().flatten() for model in models for p in model.parameters()]).tolist()  # type: ignore[operator]
+
+
+def _trained(step: Step, size: int, sync: Any) -> list[float]:
+    critic, generator = network(3, 1), network(2, 3)
+    fully_shard(critic)
+    fully_shard(generator)
+    judge = ice.Optimizer(sgd(critic), name="critic", accumulation_steps=size)
+    draw = ice.Optimizer(sgd(generator), name="generator", accumulation_steps=size)
+    trainer = Engine(lambda _, batch: step(judge, draw, critic, generator, batch))
+    judge.attach(trainer, model=critic, sync=sync)
+    draw.attach(trainer, model=generator, sync=sync)
+    trainer.run(batches(dist.get_rank()))
+    return whole(critic, generator)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size", "sync"),
+    [(1, 2, "communication"), (2, 1, "communication"), (2, 2, "communication"), (2, 2, "memory")],
+)
+@pytest.mark.parametrize("step", [critic_last, toggled, toggled_both, drawn_before])
+def test_a_forward_without_a_backward_leaves_nothing_behind(step, ranks, size, sync):
+    expected = _expected(step, {1: [1] * 5, 2: [2, 2, 1]}[size], ranks)
+    for parameters in launch(_trained, ranks, step, size, sync):
+        torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+
+
+def _validated() -> list[float]:
+    """Validate in a handler of each step, by a forward without a backward, and once more before attach()."""
+    model = network(3, 1)
+    fully_shard(model)
+    inner = sgd(model)
+    with torch.no_grad():
+        model(batches(0)[0])
+    optimizer = ice.Optimizer(inner)
+    trainer = Engine(lambda _, batch: optimizer.backward(model(batch).square().mean()))
+    optimizer.attach(trainer, model=model)
+    losses: list[float] = []
+
+    @trainer.on(Events.ITERATION_STARTED | optimizer.event("STEP_COMPLETED"))
+    def validate() -> None:
+        with torch.no_grad():
+            losses.append(model(batches(0)[0]).square().mean().item())
+
+    trainer.run(batches(dist.get_rank()))
+    return losses
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_validation_sees_the_parameters_that_were_stepped(ranks):
+    model = network(3, 1)
+    optimizer = sgd(model)
+    expected = []
+    for i in range(LENGTH):
+        for _ in range(2):
+            expected.append(model(batches(0)[0]).square().mean().item())
+            if len(expected) % 2:
+                optimizer.zero_grad()
+                model(torch.cat([batches(rank)[i] for rank in range(ranks)])).square().mean().backward()
+                optimizer.step()
+    for losses in launch(_validated, ranks):
+        assert losses == pytest.approx(expected, rel=1e-12)
+
+
+def _in_half_precision(first: bool) -> list[float]:
+    critic, generator = network(3, 1).float(), network(2, 3).float()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(critic, mp_policy=policy)
+    fully_shard(generator, mp_policy=policy)
+    judge = ice.Optimizer(sgd(critic), name="critic")
+    draw = ice.Optimizer(sgd(generator), name="generator")
+
+    def step(_: Engine, batch: torch.Tensor) -> None:
+        batch = batch.float()
+        with judge.toggle() if first else contextlib.nullcontext():
+            judge.backward(critics_loss(critic, generator, batch))
+        draw.backward(generators_loss(critic, generator, batch))
+
+    trainer = Engine(step)
+    judge.attach(trainer, model=critic)
+    draw.attach(trainer, model=generator)
+    trainer.run(batches(dist.get_rank()))
+    return whole(critic, generator)
+
+
+def test_a_first_forward_in_a_toggle_leaves_gradients_the_type_that_they_have():
+    """FSDP2 looks in its first forward of which type the gradients are to be, and then only at what requires them."""
+    assert launch(_in_half_precision, 2, True) == launch(_in_half_precision, 2, False)
