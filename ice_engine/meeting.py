@@ -65,6 +65,7 @@ class Meeting:
         self._expected: list[Member] = []  # which all ranks reduce in this micro-batch
         self._reducing = False
         self._joined: set[int] = set()  # models, by number, that this rank has reduced zeros of in this micro-batch
+        self._passed: list[Synchroniser] = []  # what no rank has had a loss for in this micro-batch
         self._before: list[int] = []
         self.savers: list[Saver] = []
         self.wants_stop: Callable[[], bool] = bool
@@ -176,7 +177,21 @@ class Meeting:
                 rows = self._tell_unit(member, 0.0)
                 if {row[1] for row in rows if row[0] == Kind.UNIT} == {self._members.index(member)}:
                     break  # else others were at the first loss of another optimizer
-        sync.take_part()
+        if sync.follows:
+            sync.take_part()
+        else:
+            self._pass_over(sync)
+
+    def _pass_over(self, sync: Synchroniser) -> None:
+        """Meet all ranks in a micro-batch without a loss for *sync*; one that has one does not come, and is named."""
+        names = " and ".join(repr(member.name) for member in self._members if member.sync is sync)
+        doing = (
+            f"the end of {self._place(Kind.GATE)}, without a backward() of optimizer {names} (a fully_shard'ed model "
+            "needs one on all ranks or on none, with weight=0 where there is nothing to learn)"
+        )
+        while self._take_unit(self._rounds.exchange(Kind.AGAIN, [_NONE], doing)):
+            pass
+        self._passed.append(sync)
 
     def _meet(self, sync: Synchroniser, first: bool) -> None:
         """Meet all ranks before a backward of *sync* that reduces, which may be of another one on others, or of none.
@@ -275,7 +290,7 @@ class Meeting:
         if whole:
             member.close()
         else:
-            member.discard("a stop")
+            member.discard("a stop" if at_end else "a last micro-batch without backward()")
 
     def _drop(self, member: Member, still_open: Sequence[Member]) -> None:
         """Drop a window that is open on some rank: on all of them the loss scale adapts if it was the last one."""

@@ -155,6 +155,7 @@ class Peers(Meeting):
         together = any(m.sync.together for m in self._members)
         self._reducing, self._expected = False, []
         self._joined.clear()
+        self._passed.clear()
         if self._closing or together:
             rows = self._gate(Kind.GATE)
             if self._stopped_by(rows):
@@ -194,6 +195,7 @@ class Peers(Meeting):
         else:
             for sync in self._waiting():
                 self._take_part(sync)
+        passed, self._passed = self._passed, []
         self._reducing, self._closing, self._expected = False, [], []
         for member in expected:
             if member not in closing:
@@ -204,7 +206,7 @@ class Peers(Meeting):
         self._switch(last=False)
         self._rounds.guard.enter(f"the step of {self._place(Kind.GATE)}", collectives=False)
         for member in closing:
-            self._close(member, reduced=reducing, leaving=leaving)
+            self._close(member, reduced=reducing and member.sync not in passed, leaving=leaving)
         self._rounds.guard.leave()
 
     def _keep_promise(self, engine: Engine) -> None:

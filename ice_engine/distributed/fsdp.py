@@ -8,8 +8,6 @@ import torch
 
 from ice_engine.distributed.gathered import fully_sharded, param_groups
 from ice_engine.distributed.synchroniser import Sync, Synchroniser
-from ice_engine.distributed.world import rank
-from ice_engine.errors import BackwardError
 
 
 class FSDPSync(Synchroniser):
@@ -21,6 +19,8 @@ class FSDPSync(Synchroniser):
         model: The module.
         sync: What accumulation saves.
     """
+
+    follows = False
 
     def __init__(self, model: Any, sync: Sync) -> None:
         super().__init__(model)
@@ -40,12 +40,6 @@ class FSDPSync(Synchroniser):
         """Differentiate *loss* with gradient 0; without one there is nothing to take part with."""
         if loss is not None:
             torch.autograd.backward(loss, torch.zeros_like(loss))
-            return
-        message = (
-            f"rank {rank()} called no backward() in an iteration in which others did; every forward and backward of a "
-            "fully_shard'ed model needs all ranks. Call it on all, with weight=0 where there is nothing to learn"
-        )
-        raise BackwardError(message)
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002 - reduced already, or out of reach
         """Return whether the last backward has reduced; what was not, nobody can reach."""

@@ -24,13 +24,14 @@ class Synchroniser:
     Attributes:
         model: The module.
         together: Whether even a forward needs all ranks, so that none may have a micro-batch more than the others.
+        follows: Whether a rank without a loss can take part in what the others reduce.
         reduces: Whether a backward reduces now.
         always: Whether every micro-batch does, and not only the last of a window.
         meet: Called before a backward that reduces, with whether it is the first one of its micro-batch: other ranks
             may have fewer losses, or another model's.
     """
 
-    together = True
+    together = follows = True
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model: Any = model

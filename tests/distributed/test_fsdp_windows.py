@@ -3,16 +3,18 @@
 The oracle is a float64 loop with one big batch per window.
 """
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import softplus
 
 import ice_engine as ice
+from ice_engine.errors import RankError
 from tests.distributed.launch import launch
 from tests.unsized import Unsized
 
@@ -33,6 +35,7 @@ def batches(rank: int) -> list[torch.Tensor]:
 
 
 def whole(model: torch.nn.Module) -> list[float]:
+    model.reshard()  # type: ignore[operator] # after a forward without a backward
     return torch.cat([p.full_tensor().flatten() for p in model.parameters()]).tolist()  # type: ignore[operator]
 
 
@@ -80,7 +83,7 @@ def generators_loss(critic: torch.nn.Module, generator: torch.nn.Module, batch: 
     return softplus(-critic(generator(batch[:, :2]))).mean()
 
 
-def _gan(steps: tuple[int, int], sync: Any) -> list[float]:
+def _gan(steps: tuple[int, int], every: int, sync: Any) -> list[float]:
     critic, generator = network(3, 1), network(2, 3)
     fully_shard(critic)
     fully_shard(generator)
@@ -89,7 +92,10 @@ def _gan(steps: tuple[int, int], sync: Any) -> list[float]:
 
     def train_step(engine: Engine, batch: torch.Tensor) -> None:
         judge.backward(critics_loss(critic, generator, batch))
-        draw.backward(generators_loss(critic, generator, batch))  # which goes through the critic, without a toggle()
+        if engine.state.iteration % every == 0:
+            draw.backward(
+                generators_loss(critic, generator, batch)
+            )  # which goes through the critic, without a toggle()
 
     trainer = Engine(train_step)
     judge.attach(trainer, model=critic, sync=sync)
@@ -99,8 +105,9 @@ def _gan(steps: tuple[int, int], sync: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("sync", ["communication", "memory"])
-@pytest.mark.parametrize("steps", [(2, 2), (2, 3), (3, 1)])
-def test_a_loss_through_another_optimizers_model_stays_out_of_its_window(steps, sync):
+@pytest.mark.parametrize(("steps", "every"), [((2, 2), 1), ((2, 3), 1), ((3, 1), 1), ((1, 1), 3), ((3, 2), 2)])
+def test_a_loss_through_another_optimizers_model_stays_out_of_its_window(steps, every, sync):
+    """Also where the generator has its loss in every n-th micro-batch only, so that nothing of it is reduced in one."""
     models = network(3, 1), network(2, 3)
     losses = critics_loss, generators_loss
     optimizers = [sgd(model) for model in models]
@@ -108,18 +115,20 @@ def test_a_loss_through_another_optimizers_model_stays_out_of_its_window(steps, 
     begun = [0, 0]
     for i in range(LENGTH):
         for which, (model, loss) in enumerate(zip(models, losses, strict=True)):
+            if which == 1 and (i + 1) % every:
+                continue
             for rank in range(RANKS):
                 found = torch.autograd.grad(loss(*models, batches(rank)[i]), list(model.parameters()))
                 sums[which] = [a + b for a, b in zip(sums[which], found, strict=True)]
             begun[which] += 1
         for which, model in enumerate(models):
-            if begun[which] == steps[which] or i == LENGTH - 1:
+            if begun[which] == steps[which] or (i == LENGTH - 1 and begun[which]):
                 for parameter, total in zip(model.parameters(), sums[which], strict=True):
                     parameter.grad = total / (begun[which] * RANKS)
                 optimizers[which].step()
                 sums[which], begun[which] = [torch.zeros_like(p) for p in model.parameters()], 0
     expected = torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
-    for parameters in launch(_gan, RANKS, steps, sync):
+    for parameters in launch(_gan, RANKS, steps, every, sync):
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -181,3 +190,90 @@ def test_a_rank_may_weigh_a_loss_with_nothing_inside_a_window():
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
     for parameters in launch(_weighs_nothing, RANKS):
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+
+
+def _left_open(steps: int) -> tuple[list[float], list[str]]:
+    """Pass over the last micro-batch of the epoch, in which what the window has accumulated would be reduced."""
+    model = network(3, 1)
+    fully_shard(model)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=steps)
+
+    def train_step(engine: Engine, batch: torch.Tensor) -> None:
+        if engine.state.iteration % LENGTH:
+            optimizer.backward(model(batch).square().mean())
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer, model=model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.run(batches(dist.get_rank()), max_epochs=EPOCHS)
+    return whole(model), [str(warning.message) for warning in said]
+
+
+def test_a_window_that_a_passed_over_micro_batch_would_have_reduced_is_dropped_with_a_warning():
+    dropped = (
+        "optimizer 'optimizer' dropped the 1 micro-batches of a window that a last micro-batch without backward() left "
+        "open"
+    )
+    model = network(3, 1)
+    optimizer = sgd(model)
+    window = [batches(rank)[i] for rank in range(RANKS) for i in range(3)]
+    for _ in range(EPOCHS):
+        optimizer.zero_grad()
+        model(torch.cat(window)).square().mean().backward()
+        optimizer.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for parameters, said in launch(_left_open, RANKS, 3):
+        assert dropped in said
+        torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+
+
+def _stopped_before(sync: Any, unknown: bool) -> list[float]:
+    model = network(3, 1)
+    fully_shard(model)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=3)
+    trainer = Engine(lambda engine, batch: optimizer.backward(model(batch).square().mean()))
+    optimizer.attach(trainer, model=model, sync=sync)
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=LENGTH), trainer.terminate)
+    data = batches(dist.get_rank())
+    trainer.run(Unsized(data) if unknown else data, max_epochs=EPOCHS)
+    return whole(model)
+
+
+@pytest.mark.parametrize(("sync", "unknown"), [("memory", False), ("communication", True)])
+def test_a_stop_of_all_ranks_before_a_micro_batch_that_reduces_steps_with_what_was_reduced(sync, unknown):
+    model = network(3, 1)
+    optimizer = sgd(model)
+    for micro_batches in (range(3), [3]):
+        optimizer.zero_grad()
+        model(torch.cat([batches(r)[i] for r in range(RANKS) for i in micro_batches])).square().mean().backward()
+        optimizer.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for parameters in launch(_stopped_before, RANKS, sync, unknown):
+        torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+
+
+def _alone_without() -> str:
+    model = network(3, 1)
+    fully_shard(model)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
+
+    def train_step(engine: Engine, batch: torch.Tensor) -> None:
+        loss = model(batch).square().mean()
+        if engine.state.iteration != 2 or dist.get_rank() != 1:
+            optimizer.backward(loss)
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer, model=model)
+    with pytest.raises(RankError) as refused:
+        trainer.run(batches(dist.get_rank()))
+    return str(refused.value)
+
+
+def test_a_rank_that_alone_has_no_loss_is_told_so():
+    for said in launch(_alone_without, RANKS):
+        assert "rank 0 waits in reduce_scatter" in said
+        assert (
+            "the others are at the end of iteration 2 (epoch 1), without a backward() of optimizer 'optimizer'" in said
+        )
+        assert "on all ranks or on none, with weight=0 where there is nothing to learn" in said
