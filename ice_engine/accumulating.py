@@ -180,12 +180,16 @@ class Accumulating(Scheduling):
 
     def _pass_over(self, loss: torch.Tensor) -> None:
         """Let a loss that weighs nothing reach no gradient, and still be one of the backward passes of all ranks."""
-        if self._member is not None and (self._member.sync.reduces or self._member.sync.together):
-            self._member.sync.before_backward(loss)
-            with self._aside(self._foreign_parameters()):
-                self._member.sync.take_part(loss)
-            self._member.differentiated += 1
-            self._note_gradients()
+        member = self._member
+        if member is None or not (member.sync.reduces or member.sync.together):
+            return
+        if not (loss.requires_grad or member.sync.follows):
+            return  # none, to a model that is known only to take part with a loss that came through it
+        member.sync.before_backward(loss)
+        with self._aside(self._foreign_parameters()):
+            member.sync.take_part(loss)
+        member.differentiated += 1
+        self._note_gradients()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters; the window does it after every step.

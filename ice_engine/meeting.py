@@ -186,8 +186,8 @@ class Meeting:
         """Meet all ranks in a micro-batch without a loss for *sync*; one that has one does not come, and is named."""
         names = " and ".join(repr(member.name) for member in self._members if member.sync is sync)
         doing = (
-            f"the end of {self._place(Kind.GATE)}, without a backward() of optimizer {names} (a fully_shard'ed model "
-            "needs one on all ranks or on none, with weight=0 where there is nothing to learn)"
+            f"the end of {self._place(Kind.GATE)}, without a backward() through the model of optimizer {names} (one "
+            "that is fully_shard'ed needs it on all ranks or on none, with weight=0 where there is nothing to learn)"
         )
         while self._take_unit(self._rounds.exchange(Kind.AGAIN, [_NONE], doing)):
             pass

@@ -37,9 +37,17 @@ class FSDPSync(Synchroniser):
         self._behind = not self.reduces
 
     def take_part(self, loss: torch.Tensor | None = None) -> None:
-        """Differentiate *loss* with gradient 0; without one there is nothing to take part with."""
-        if loss is not None:
+        """Differentiate *loss* into gradients of 0; without one there is nothing to take part with."""
+        if loss is None:
+            return
+        # A gradient of 0 becomes NaN on its way through a loss that is not finite, and would be reduced at once.
+        whole = (held._unsharded_param for held in self._all_held())  # noqa: SLF001 - see _held
+        hooks = [parameter.register_hook(torch.zeros_like) for parameter in whole if parameter.requires_grad]
+        try:
             torch.autograd.backward(loss, torch.zeros_like(loss))
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002 - reduced already, or out of reach
         """Return whether the last backward has reduced; what was not, nobody can reach."""
@@ -70,6 +78,9 @@ class FSDPSync(Synchroniser):
     def _held(self, parameters: Iterable[torch.Tensor]) -> list[Any]:
         """Where FSDP2 keeps whole gradients of *parameters* until it reduces them; it has no public way there."""
         wanted = {id(parameter) for parameter in parameters}
+        return [held for held in self._all_held() if id(held.sharded_param) in wanted]
+
+    def _all_held(self) -> list[Any]:
         groups = param_groups(fully_sharded(self.model))
         found = {id(held): held for group in groups for held in group.fsdp_params}
-        return [h for h in found.values() if id(h.sharded_param) in wanted and hasattr(h, "_unsharded_param")]
+        return [held for held in found.values() if hasattr(held, "_unsharded_param")]

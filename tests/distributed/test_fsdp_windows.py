@@ -3,6 +3,7 @@
 The oracle is a float64 loop with one big batch per window.
 """
 
+import math
 import warnings
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_a_loss_that_weighs_nothing_leaves_another_optimizers_window_alone():
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
 
 
-def _weighs_nothing() -> list[float]:
+def _weighs_nothing(sync: Any, empty: float | None) -> list[float]:
     model = network(3, 1)
     for layer in (model[0], model[2]):
         fully_shard(layer)  # gathers its parameters in the backward pass once more
@@ -173,22 +174,33 @@ def _weighs_nothing() -> list[float]:
     optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
 
     def train_step(engine: Engine, batch: torch.Tensor) -> None:
-        weight = 0 if dist.get_rank() == 1 and engine.state.iteration == 1 else len(batch)
-        optimizer.backward(model(batch).square().mean(), weight=weight)
+        if dist.get_rank() == 1 and engine.state.iteration == 1:
+            optimizer.backward(model(batch if empty is None else batch * empty).square().mean(), weight=0)
+        elif engine.state.iteration == 3:
+            optimizer.backward(torch.zeros(()), weight=0)  # on all ranks, past the model
+        elif engine.state.iteration == 4 and dist.get_rank() == 0:
+            optimizer.backward(model(batch).square().mean() * (1.0 if empty is None else empty), weight=0)
+        else:
+            optimizer.backward(model(batch).square().mean(), weight=len(batch))
 
     trainer = Engine(train_step)
-    optimizer.attach(trainer, model=model)
-    trainer.run(batches(dist.get_rank())[:2])
+    optimizer.attach(trainer, model=model, sync=sync)
+    trainer.run(batches(dist.get_rank())[:4])
     return whole(model)
 
 
-def test_a_rank_may_weigh_a_loss_with_nothing_inside_a_window():
+@pytest.mark.parametrize("sync", ["communication", "memory"])
+@pytest.mark.parametrize("empty", [None, math.nan, math.inf])
+def test_a_rank_may_weigh_a_loss_with_nothing_inside_a_window(empty, sync):
+    """Whatever its gradient, which is NaN where the loss is; and where the window is reduced."""
     model = network(3, 1)
-    window = [batches(0)[0], batches(0)[1], batches(1)[1]]
-    model(torch.cat(window)).square().mean().backward()
-    sgd(model).step()
+    optimizer = sgd(model)
+    for window in ([batches(0)[0], batches(0)[1], batches(1)[1]], [batches(1)[3]]):
+        optimizer.zero_grad()
+        model(torch.cat(window)).square().mean().backward()
+        optimizer.step()
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
-    for parameters in launch(_weighs_nothing, RANKS):
+    for parameters in launch(_weighs_nothing, RANKS, sync, empty):
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -253,15 +265,18 @@ def test_a_stop_of_all_ranks_before_a_micro_batch_that_reduces_steps_with_what_w
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
 
 
-def _alone_without() -> str:
+def _alone_without(how: str) -> str:
     model = network(3, 1)
     fully_shard(model)
     optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
 
     def train_step(engine: Engine, batch: torch.Tensor) -> None:
-        loss = model(batch).square().mean()
         if engine.state.iteration != 2 or dist.get_rank() != 1:
-            optimizer.backward(loss)
+            optimizer.backward(model(batch).square().mean(), weight=len(batch))
+        elif how == "none":
+            model(batch)
+        else:
+            optimizer.backward(torch.zeros(()), weight=0)
 
     trainer = Engine(train_step)
     optimizer.attach(trainer, model=model)
@@ -270,10 +285,11 @@ def _alone_without() -> str:
     return str(refused.value)
 
 
-def test_a_rank_that_alone_has_no_loss_is_told_so():
-    for said in launch(_alone_without, RANKS):
-        assert "rank 0 waits in reduce_scatter" in said
+@pytest.mark.parametrize(("how", "waits"), [("none", "reduce_scatter"), ("past the model", "all_gather")])
+def test_a_rank_that_alone_has_no_loss_is_told_so(how, waits):
+    for said in launch(_alone_without, RANKS, how):
+        assert f"rank 0 waits in {waits}" in said
         assert (
-            "the others are at the end of iteration 2 (epoch 1), without a backward() of optimizer 'optimizer'" in said
+            "the others are at the end of iteration 2 (epoch 1), without a backward() through the model of opt" in said
         )
         assert "on all ranks or on none, with weight=0 where there is nothing to learn" in said
