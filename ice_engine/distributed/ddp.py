@@ -80,7 +80,9 @@ class DDPSync(Synchroniser):
         if self.model.find_unused_parameters:
             # It has noted what was used since it reduced, and must be through with that.
             own = [p for p in parameters if p.requires_grad and id(p) in self._reduced]
-            self._differentiate_zeros([p for p, here in zip(own, present(own), strict=True) if here])
+            used = [p for p, here in zip(own, present(own), strict=True) if here]
+            if used:  # of none at all it would take every parameter for used, and wait for their gradients
+                self._differentiate_zeros(used)
             self.complete(parameters)
         else:
             average(parameters, self.model.process_group)

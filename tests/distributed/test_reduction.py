@@ -117,3 +117,31 @@ def _shared_views() -> str:
 
 def test_two_optimizers_of_one_ddp_do_not_go_with_bucket_views():
     assert "make it without gradient_as_bucket_view" in launch(_shared_views, 2)[0]
+
+
+def _nothing_to_learn_at_the_end(steps: int) -> list[list[float]]:
+    """Rank 1 has half of the data; in the last window of an epoch all losses of rank 0 weigh nothing."""
+    model = DistributedDataParallel(network(), find_unused_parameters=True)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=steps)
+
+    def step(engine: Engine, batch: Any) -> None:
+        ends = len(RAGGED[0]) - (engine.state.iteration - 1) % len(RAGGED[0]) <= steps
+        loss = torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        optimizer.backward(loss, weight=0 if ends and dist.get_rank() == 0 else len(batch[0]))
+
+    engine = Engine(step)
+    optimizer.attach(engine, model=model)
+    engine.run(batches(dist.get_rank(), RAGGED)[: 4 if dist.get_rank() else None], max_epochs=2)
+    return [p.flatten().tolist() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_window_without_any_gradient_leaves_ddp_ready_for_the_next(steps):
+    data = [batches(rank, RAGGED) for rank in range(2)]
+    trained_on = len(RAGGED[0]) - steps
+    windows = [
+        [data[rank][i] for rank in range(2) for i in range(begin, begin + steps) if not rank or i < 4]
+        for begin in range(0, trained_on, steps)
+    ]
+    for found in launch(_nothing_to_learn_at_the_end, 2, steps, timeout=40):
+        torch.testing.assert_close(flat(found), flat(plain_loop([*windows, *windows])), rtol=1e-12, atol=1e-12)
