@@ -73,7 +73,7 @@ def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
                 axes.plot([low, high], [place, place], color="#333333", linewidth=1)
         axes.axvline(1.0, color="#333333", linewidth=0.8, linestyle=":")
         axes.set_title(case, fontsize=9)
-        axes.set_xlim(0, 2.5)
+        axes.set_xlim(0, 4.2)
     every[0].set_yticks(range(len(names)), names, fontsize=8)
     every[0].invert_yaxis()
     figure.supxlabel("time of a step, the loop by hand is 1", fontsize=9)

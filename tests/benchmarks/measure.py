@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def _cell(ratio: Ratio | None) -> str:
 
 def run(cases: list[Case], argv: Any = None) -> None:
     """Measure what the command line asks for, print a table, and with ``--check`` fail where a bound is broken."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").split("\n")[0])
     parser.add_argument("--slices", type=int, default=100, help="of each loop")
     parser.add_argument("--quick", action="store_true", help="a fifth of them")
     parser.add_argument("--only", nargs="*", default=[], help="cases whose names contain one of these")
@@ -152,7 +153,11 @@ def run(cases: list[Case], argv: Any = None) -> None:
     parser.add_argument("--check", action="store_true", help="fail where a ratio is beyond its bound")
     parser.add_argument("--json", type=Path, help="where the numbers go")
     settings = parser.parse_args(argv)
-    slices = settings.slices // 5 if settings.quick else settings.slices
+    slices = max(2, settings.slices // 5 if settings.quick else settings.slices)
+    unknown = [word for word in settings.only if not any(word in case.name for case in cases)]
+    unknown += [word for word in settings.loops if not any(word in loop for case in cases for loop in case.loops)]
+    if unknown:
+        parser.error(f"no case or loop has {unknown} in its name; cases: {[case.name for case in cases]}")
     print(machine())
     results = {}
     for case in cases:

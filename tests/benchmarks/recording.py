@@ -139,7 +139,7 @@ def main(argv: Any = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a third of the windows")
     parser.add_argument("--check", action="store_true", help="fail where a ratio is beyond its bound")
     settings = parser.parse_args(argv)
-    settings.windows //= 3 if settings.quick else 1
+    settings.windows = max(10, settings.windows // 3 if settings.quick else settings.windows)
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
