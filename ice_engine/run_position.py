@@ -109,10 +109,12 @@ class RunPosition:
         self._engine.state.epoch = state["epoch"] - state["in_epoch"]
         if self._ranks == now:
             # What the engine has is of the rank that saved; where some have more data, each counts its own.
+            elsewhere = self._engine.state.iteration != state["iteration"]
             self._engine.state.iteration = state["iteration"]
             self._engine.state.epoch_length = state["epoch_length"]
             for optimizer in optimizers_of(self._engine):
-                optimizer.count_from(state["counted"].get(optimizer.name, state["iteration"]))
+                if elsewhere or optimizer.name in state["counted"]:  # of which older files say nothing
+                    optimizer.count_from(state["counted"].get(optimizer.name, state["iteration"]))
         if state["in_epoch"] and self._engine._is_done(self._engine.state):  # noqa: SLF001 - no public way to it
             self._engine.state.epoch_length = None  # else Ignite would start over; the run's beginning gives it back
         self._engine.state.metrics.update(state["metrics"])

@@ -12,6 +12,7 @@ from ignite.metrics import Accuracy, ConfusionMatrix, EpochMetric, Fbeta, Precis
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
 
 import ice_engine as ice
+from ice_engine import checkpoint_file
 from tests.test_checkpoint import assert_equal
 from tests.test_resume import LENGTH, Noisy, Stops, Training, assert_same_run, resumed
 from tests.unsized import Unsized
@@ -312,3 +313,43 @@ def test_an_iterator_of_a_loader_inside_of_other_data(tmp_path, at):
     second.checkpoint.resume(second.trainer)
     second.train(**run)
     assert_same_run(whole, second, at)
+
+
+def of_a_first_loss_only(folder, *, saves):
+    """Windows of 2 that a short one ends: the loss is in each 3rd micro-batch, the step at an epoch's end, after 5."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = ice.schedules.cosine(total=20, unit="iteration")
+    optimizer = ice.Optimizer(sgd, accumulation_steps=2, processors=[schedule])
+
+    def train_step(engine, batch):
+        if (engine.state.iteration - 1) % LENGTH == 2:
+            optimizer.backward(model(batch).square().mean())
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer)
+    rates = []
+    trainer.add_event_handler(optimizer.event("STEP_COMPLETED"), lambda: rates.append(optimizer.param_groups[0]["lr"]))
+    checkpoint = ice.Checkpoint({"trainer": trainer, "model": model, "optimizer": optimizer}, folder)
+    if saves:
+        checkpoint.attach(trainer, Events.ITERATION_COMPLETED(once=4))
+    else:
+        checkpoint.resume(trainer)
+    trainer.run([torch.ones(4, 3)] * LENGTH, max_epochs=2)
+    return rates
+
+
+@pytest.mark.filterwarnings("ignore:optimizer 'optimizer' got no loss in epoch 1")
+@pytest.mark.parametrize("counted", [True, False])
+def test_an_optimizer_without_a_loss_of_late_goes_on_at_its_last_one(tmp_path, counted):
+    """Also from an older file, which says nothing of it beside the run's place; the optimizer's state does."""
+    rates = of_a_first_loss_only(tmp_path, saves=True)
+    if not counted:
+        (file,) = tmp_path.iterdir()
+        content = checkpoint_file.read(file)
+        for position in content["ice_engine"]["positions"]:
+            del position["counted"]
+        checkpoint_file.write(file, content)
+    assert of_a_first_loss_only(tmp_path, saves=False) == rates
+    assert len(rates) == 2
