@@ -89,7 +89,7 @@ class Accumulating(Scheduling):
                 "step; call optimizer.attach(engine) before the run, or optimizer.update() after each micro-batch"
             )
         if part is None:
-            self._pass_over(loss)
+            self._pass_over(loss, retain_graph=retain_graph)
             return
         if window.shrink != 1.0:
             Gradient([p for p in parameters if p.grad is not None], window.shrink).multiply()
@@ -178,7 +178,7 @@ class Accumulating(Scheduling):
         )
         raise BackwardError(message)
 
-    def _pass_over(self, loss: torch.Tensor) -> None:
+    def _pass_over(self, loss: torch.Tensor, *, retain_graph: bool) -> None:
         """Let a loss that weighs nothing reach no gradient, and still be one of the backward passes of all ranks."""
         member = self._member
         if member is None or not (member.sync.reduces or member.sync.together):
@@ -187,7 +187,7 @@ class Accumulating(Scheduling):
             return  # none, to a model that is known only to take part with a loss that came through it
         member.sync.before_backward(loss)
         with self._aside(self._foreign_parameters()):
-            member.sync.take_part(loss)
+            member.sync.take_part(loss, retain_graph=retain_graph)
         member.differentiated += 1
         self._note_gradients()
 

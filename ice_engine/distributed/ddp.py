@@ -69,7 +69,7 @@ class DDPSync(Synchroniser):
         if self.model.modules_buffers is self._unsent and self.model.will_sync_module_buffers():
             self.model._sync_buffers()  # noqa: SLF001 - no public way to it
 
-    def take_part(self, loss: torch.Tensor | None = None) -> None:  # noqa: ARG002 - needs none
+    def take_part(self, loss: torch.Tensor | None = None, *, retain_graph: bool = False) -> None:  # noqa: ARG002 - needs none
         """Take part with zeros in the reduction that the other ranks' backward makes."""
         self._differentiate_zeros([p for p in self.model.module.parameters() if p.requires_grad])
         self.after_backward()

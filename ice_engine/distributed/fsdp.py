@@ -36,7 +36,7 @@ class FSDPSync(Synchroniser):
         """Note whether this one reduces what was accumulated, or leaves more."""
         self._behind = not self.reduces
 
-    def take_part(self, loss: torch.Tensor | None = None) -> None:
+    def take_part(self, loss: torch.Tensor | None = None, *, retain_graph: bool = False) -> None:
         """Differentiate *loss* into gradients of 0; without one there is nothing to take part with."""
         if loss is None:
             return
@@ -44,7 +44,7 @@ class FSDPSync(Synchroniser):
         whole = (held._unsharded_param for held in self._all_held())  # noqa: SLF001 - see _held
         hooks = [parameter.register_hook(torch.zeros_like) for parameter in whole if parameter.requires_grad]
         try:
-            torch.autograd.backward(loss, torch.zeros_like(loss))
+            torch.autograd.backward(loss, torch.zeros_like(loss), retain_graph=retain_graph)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -55,8 +55,8 @@ class Synchroniser:
     def follow_forward(self) -> None:
         """Take part in what the other ranks' forward sends, if none of this rank has."""
 
-    def take_part(self, loss: torch.Tensor | None = None) -> None:
-        """Take part with zeros in the reduction that the other ranks' backward makes."""
+    def take_part(self, loss: torch.Tensor | None = None, *, retain_graph: bool = False) -> None:
+        """Take part with zeros in the reduction that the other ranks' backward makes, by one of *loss* if need be."""
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002 - nothing to reduce
         """Average gradients that no backward has reduced; return whether that could be done."""

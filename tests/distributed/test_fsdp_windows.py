@@ -293,3 +293,36 @@ def test_a_rank_that_alone_has_no_loss_is_told_so(how, waits):
             "the others are at the end of iteration 2 (epoch 1), without a backward() through the model of opt" in said
         )
         assert "on all ranks or on none, with weight=0 where there is nothing to learn" in said
+
+
+def _shared() -> list[float]:
+    first, second = network(3, 1), network(3, 1)
+    fully_shard(first)
+    fully_shard(second)
+    one, two = ice.Optimizer(sgd(first), name="one"), ice.Optimizer(sgd(second), name="two")
+
+    def train_step(engine: Engine, batch: torch.Tensor) -> None:
+        loss = (first(batch) + second(batch)).square().mean()
+        one.backward(loss, weight=engine.state.iteration % 2, retain_graph=True)
+        two.backward(loss, weight=1)
+
+    trainer = Engine(train_step)
+    one.attach(trainer, model=first)
+    two.attach(trainer, model=second)
+    trainer.run(batches(dist.get_rank()))
+    return whole(first) + whole(second)
+
+
+def test_a_shared_loss_that_weighs_nothing_to_the_first_optimizer_keeps_its_graph_for_the_second():
+    models = network(3, 1), network(3, 1)
+    optimizers = [sgd(model) for model in models]
+    for i in range(LENGTH):
+        batch = torch.cat([batches(rank)[i] for rank in range(RANKS)])
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        sum(model(batch) for model in models).square().mean().backward()
+        for optimizer in optimizers[i % 2 :]:  # the first one's losses weigh 1, 0, 1, ...
+            optimizer.step()
+    expected = torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+    for parameters in launch(_shared, RANKS):
+        torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
