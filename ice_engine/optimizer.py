@@ -189,6 +189,9 @@ class Optimizer(Saving):
             raise AttachError(message)
         others = [] if self._engine is None else optimizers_of(self._engine)
         gathering = [m for other in others if other is not self for m in other._gathering]  # noqa: SLF001 - own class
+        within = {part for module in modules for part in module.modules()}
+        own: list[Any] = self._gathering
+        gathering += [m for m in own if not within.isdisjoint(m.modules())]
         gathering += fully_sharded(*modules)
         gather_anew(gathering)  # or else modules have whole parameters now, which no optimizer has
         mine = {id(p) for p in self._parameters()}

@@ -207,3 +207,26 @@ def _in_half_precision(first: bool) -> list[float]:
 def test_a_first_forward_in_a_toggle_leaves_gradients_the_type_that_they_have():
     """FSDP2 looks in its first forward of which type the gradients are to be, and then only at what requires them."""
     assert launch(_in_half_precision, 2, True) == launch(_in_half_precision, 2, False)
+
+
+def _toggled_part(validates: bool) -> list[float]:
+    model = network(3, 1)
+    fully_shard(model)
+    optimizer = ice.Optimizer(sgd(model))
+
+    def train_step(_: Engine, batch: torch.Tensor) -> None:
+        if validates:
+            with torch.no_grad():
+                model(batch)
+        with optimizer.toggle(model[2]):
+            optimizer.backward(model(batch).square().mean())
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer, model=model)
+    trainer.run(batches(dist.get_rank()))
+    return whole(model)
+
+
+def test_a_toggle_of_a_part_that_is_gathered_with_the_whole_leaves_the_optimizers_own_parameters_their_flags():
+    """That part is no module that ``fully_shard`` was applied to: its parameters are those of the root around it."""
+    assert launch(_toggled_part, 2, True) == launch(_toggled_part, 2, False)
