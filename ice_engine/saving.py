@@ -187,6 +187,7 @@ class Saving(Attaching):
             kept["_clocks"].counts = self._whole_counts()
         of_this_run: dict[str, Any] = {
             "_engine": None,
+            "_gathering": [],
             "_parameter_names": {},
             "_waits": [],
             "_last_record": None,

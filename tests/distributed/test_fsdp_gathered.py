@@ -4,6 +4,8 @@ The oracle is a float64 loop with plain models, on the data of all ranks.
 """
 
 import contextlib
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -230,3 +232,18 @@ def _toggled_part(validates: bool) -> list[float]:
 def test_a_toggle_of_a_part_that_is_gathered_with_the_whole_leaves_the_optimizers_own_parameters_their_flags():
     """That part is no module that ``fully_shard`` was applied to: its parameters are those of the root around it."""
     assert launch(_toggled_part, 2, True) == launch(_toggled_part, 2, False)
+
+
+def _copied() -> list[Any]:
+    model = network(3, 1)
+    fully_shard(model)
+    optimizer = ice.Optimizer(sgd(model), name="sharded")
+    trainer = Engine(lambda _, batch: optimizer.backward(model(batch).square().mean()))
+    optimizer.attach(trainer, model=model)
+    trainer.run(batches(0))
+    copied = copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))  # noqa: S301 - our own data
+    return [(found.clocks["step"], found.name) for found in copied]
+
+
+def test_an_attached_optimizer_is_copied_and_pickled_without_the_model_that_it_lets_gather():
+    assert launch(_copied, 1) == [[(LENGTH, "sharded")] * 2]
