@@ -27,7 +27,7 @@ from ice_engine.errors import RankError
 from ice_engine.hooks import HookRegistry
 from ice_engine.meeting import UNKNOWN, Meeting
 from ice_engine.member import Member
-from ice_engine.of_engine import of_engine
+from ice_engine.of_engine import forget, of_engine
 from ice_engine.orders import LAST, MEETING, PEERS
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class Peers(Meeting):
         if not self._members:
             HookRegistry(self._engine).remove_of(self)
             self._forget_ending()
+            forget(self._engine, Peers)
 
     # -- a run ---------------------------------------------------------------------------------------------
 

@@ -145,3 +145,23 @@ def test_a_window_without_any_gradient_leaves_ddp_ready_for_the_next(steps):
     ]
     for found in launch(_nothing_to_learn_at_the_end, 2, steps, timeout=40):
         torch.testing.assert_close(flat(found), flat(plain_loop([*windows, *windows])), rtol=1e-12, atol=1e-12)
+
+
+def _attached_again(again: bool) -> Any:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(3, 1))
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), accumulation_steps=2)
+    trainer = Engine(lambda _, batch: optimizer.backward(model(batch).square().mean()))
+    optimizer.attach(trainer, model=model)
+    for epochs in (1, 2):
+        if again:
+            optimizer.detach()
+            optimizer.attach(trainer, model=model)
+        trainer.run([torch.ones(2, 3) + dist.get_rank()] * 3, max_epochs=epochs)
+    return optimizer.clocks["step"], [p.tolist() for p in model.parameters()]
+
+
+def test_an_optimizer_that_was_detached_is_attached_to_its_engine_again():
+    expected = launch(_attached_again, 2, False)
+    assert expected[0][0] == 4
+    assert launch(_attached_again, 2, True) == expected
