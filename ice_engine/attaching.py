@@ -215,7 +215,8 @@ class Attaching(Stepping):
         self._loaded = self._loaded_plain = self._said_drop = False
         self._short_windows = 0
         self._measures.watch.restart()
-        self._epoch_began = engine.state.iteration
+        # Resumed inside an epoch, its losses of before count, too.
+        self._epoch_began = engine.state.iteration - engine.state.iteration % (engine.state.epoch_length or 1)
         if not self._window.is_open:
             self.zero_grad()
         self._publish()

@@ -340,7 +340,6 @@ def of_a_first_loss_only(folder, *, saves):
     return rates
 
 
-@pytest.mark.filterwarnings("ignore:optimizer 'optimizer' got no loss in epoch 1")
 @pytest.mark.parametrize("counted", [True, False])
 def test_an_optimizer_without_a_loss_of_late_goes_on_at_its_last_one(tmp_path, counted):
     """Also from an older file, which says nothing of it beside the run's place; the optimizer's state does."""
