@@ -196,7 +196,6 @@ class Peers(Meeting):
         else:
             for sync in self._waiting():
                 self._take_part(sync)
-        passed, self._passed = self._passed, []
         self._reducing, self._closing, self._expected = False, [], []
         for member in expected:
             if member not in closing:
@@ -207,7 +206,7 @@ class Peers(Meeting):
         self._switch(last=False)
         self._rounds.guard.enter(f"the step of {self._place(Kind.GATE)}", collectives=False)
         for member in closing:
-            self._close(member, reduced=reducing and member.sync not in passed, leaving=leaving)
+            self._close(member, reduced=reducing and member.sync not in self._passed, leaving=leaving)
         self._rounds.guard.leave()
 
     def _keep_promise(self, engine: Engine) -> None:

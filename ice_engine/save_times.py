@@ -123,7 +123,7 @@ class SaveTimes:
         # Now, as an evaluator may have another score when the save is taken; but then, where not all ranks ask: what
         # measures may need them all.
         score = None
-        if measure is not None and (self._ask_together or event not in _OF_ITERATIONS):
+        if measure is not None and self._all_ask(event):
             score = measure(engine)
         self.attached, self._wanted = True, Request(engine, event, clock, score)
         at_once = measure is not None and self._at_edge
@@ -187,16 +187,15 @@ class SaveTimes:
             return self._position.at_last_iteration
         optimizers, together = optimizers_of(self._run), peers(self._run)
         # Some may have no such iteration: all save where all have heard that one wants to.
-        alone = self._wanted is not None and self._wanted.event_name in _OF_ITERATIONS and not self.agreed
+        alone = self._wanted is not None and not self.agreed and not self._all_ask(self._wanted.event_name)
         if together.in_step:
-            return together.inside or self._position.at_last_iteration or (alone and not together.counts_alike)
+            return together.inside or self._position.at_last_iteration or alone
         inside = together.inside or any(optimizer.in_window for optimizer in optimizers)
         return inside or together.ending or alone
 
-    @property
-    def _ask_together(self) -> bool:
-        """Whether all ranks come to the same iterations in the same micro-batches, and so ask there."""
-        if self._position is None or self._run is None or world.world_size() == 1:
+    def _all_ask(self, event: Any) -> bool:
+        """Whether all ranks come to *event* together: to one of iterations if they have and count the same ones."""
+        if event not in _OF_ITERATIONS or self._position is None or self._run is None or world.world_size() == 1:
             return True
         together = peers(self._run)
         return together.in_step and together.counts_alike

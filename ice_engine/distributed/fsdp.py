@@ -41,7 +41,7 @@ class FSDPSync(Synchroniser):
         if loss is None:
             return
         # A gradient of 0 becomes NaN on its way through a loss that is not finite, and would be reduced at once.
-        whole = (held._unsharded_param for held in self._all_held())  # noqa: SLF001 - see _held
+        whole = (held._unsharded_param for held in self._all_held())  # noqa: SLF001 - no public way there
         hooks = [parameter.register_hook(torch.zeros_like) for parameter in whole if parameter.requires_grad]
         try:
             torch.autograd.backward(loss, torch.zeros_like(loss), retain_graph=retain_graph)
@@ -57,13 +57,13 @@ class FSDPSync(Synchroniser):
         """Drop what backward passes have left of *parameters* that did not reduce."""
         if self._behind:
             for held in self._held(parameters):
-                held._unsharded_param.grad = held.unsharded_accumulated_grad = None  # noqa: SLF001 - see _held
+                held._unsharded_param.grad = held.unsharded_accumulated_grad = None  # noqa: SLF001 - no public way there
 
     @contextlib.contextmanager
     def aside(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
         """Let what :meth:`forget` drops be the same at the end as at the beginning, whatever comes between."""
         before = [
-            (held, held._unsharded_param.grad, held.unsharded_accumulated_grad)  # noqa: SLF001 - see _held
+            (held, held._unsharded_param.grad, held.unsharded_accumulated_grad)  # noqa: SLF001 - no public way there
             for held in self._held(parameters)
         ]
         try:

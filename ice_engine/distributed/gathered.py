@@ -18,11 +18,12 @@ def fully_sharded(*models: torch.nn.Module) -> list[FSDPModule]:
 
 
 def param_groups(modules: Iterable[FSDPModule]) -> Iterator[Any]:
-    """Yield what FSDP2 gathers at once of *modules*; it has no public way there."""
+    """Yield what FSDP2 gathers at once of *modules*."""
     for module in modules:
-        state: Any = module._get_fsdp_state()  # noqa: SLF001 - as said
+        state: Any = module._get_fsdp_state()  # noqa: SLF001 - no public way there
         several = getattr(state, "_fsdp_param_groups", None)  # before torch 2.12 each has one
-        yield from (group for group in ([state._fsdp_param_group] if several is None else several) if group)  # noqa: SLF001 - as said
+        groups = [state._fsdp_param_group] if several is None else several  # noqa: SLF001 - no public way there
+        yield from (group for group in groups if group)
 
 
 def gather_anew(modules: Iterable[FSDPModule]) -> None:
@@ -32,4 +33,4 @@ def gather_anew(modules: Iterable[FSDPModule]) -> None:
         for group in param_groups([module]):
             # The type of its gradients, which the first forward looks up; None if nothing required any then.
             if getattr(group, "_orig_dtype", False) is None:
-                group._init_mp_dtypes()  # noqa: SLF001 - as said
+                group._init_mp_dtypes()  # noqa: SLF001 - no public way to look them up again

@@ -15,8 +15,8 @@ import functools
 import os
 import platform
 import queue
-import socket
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -199,17 +199,17 @@ def measured(setting: Setting, even: Batches, batches: Batches, windows: int) ->
     return taken
 
 
-def window(width: int, sizes: Iterable[int]) -> Batches:
+def window_of(width: int, sizes: Iterable[int]) -> Batches:
     return [(torch.randn(size, width), torch.randn(size, width)) for size in sizes]
 
 
-def work(rank: int, world: int, port: int, settings: argparse.Namespace) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+def work(rank: int, world: int, folder: str, settings: argparse.Namespace) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), GROUP_RANK="0")  # as torchrun does
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
-    even = window(settings.width, [settings.batch] * STEPS)
-    ragged = window(settings.width, [max(1, settings.batch + (rank + i) % 5 - 2) for i in range(STEPS)])
+    even = window_of(settings.width, [settings.batch] * STEPS)
+    ragged = window_of(settings.width, [max(1, settings.batch + (rank + i) % 5 - 2) for i in range(STEPS)])
     bare, sgd = Setting(settings.width, bare=True), Setting(settings.width)
     adamw = Setting(settings.width, torch.optim.AdamW)
     found = {}
@@ -255,12 +255,6 @@ def report(
     return broken
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def main(argv: Any = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
@@ -272,7 +266,8 @@ def main(argv: Any = None) -> None:
     settings = parser.parse_args(argv)
     os.environ.update(STEADY_HEAP)
     settings.windows = max(2, settings.windows // 3 if settings.quick else settings.windows)
-    mp.start_processes(work, args=(settings.ranks, free_port(), settings), nprocs=settings.ranks, start_method="spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(work, args=(settings.ranks, folder, settings), nprocs=settings.ranks, start_method="spawn")
 
 
 if __name__ == "__main__":

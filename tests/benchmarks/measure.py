@@ -80,7 +80,7 @@ def measure(case: Case, slices: int) -> dict[str, Ratio]:
     """Run the loops of *case* in turn and return the ratio of each to the first one."""
     context = multiprocessing.get_context("spawn")
     workers, processes = {}, []
-    with mock.patch.dict(os.environ, case.environment):
+    with mock.patch.dict(os.environ, case.environment):  # read where a process starts, and the next case's is another
         for name, loop in case.loops.items():
             baton, theirs = context.Pipe()
             worker = context.Process(target=_work, args=(loop, case, theirs), daemon=True)

@@ -18,27 +18,11 @@ from torch.nn.functional import softplus
 
 import ice_engine as ice
 from tests.distributed.launch import launch
+from tests.distributed.test_fsdp_windows import LENGTH, batches, network, sgd, whole
 
 pytestmark = pytest.mark.distributed
 
-LENGTH = 5
-
 Step = Callable[[Any, Any, torch.nn.Module, torch.nn.Module, torch.Tensor], None]
-
-
-def network(inputs: int, outputs: int) -> torch.nn.Module:
-    torch.manual_seed(inputs)
-    layers = torch.nn.Linear(inputs, 4), torch.nn.Tanh(), torch.nn.Linear(4, outputs)
-    return torch.nn.Sequential(*layers).double()
-
-
-def batches(rank: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(rank)
-    return [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(LENGTH)]
-
-
-def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.5)
 
 
 def critics_loss(critic: torch.nn.Module, generator: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -116,12 +100,6 @@ def _expected(step: Step, windows: Sequence[int], ranks: int) -> torch.Tensor:
         draw.step()
         begin += size
     return torch.cat([p.detach().flatten() for model in (critic, generator) for p in model.parameters()])
-
-
-def whole(*models: torch.nn.Module) -> list[float]:
-    for model in models:
-        model.reshard()  # type: ignore[operator]
-    return torch.cat([p.full_tensor().flatten() for model in models for p in model.parameters()]).tolist()  # type: ignore[operator]
 
 
 def _trained(step: Step, size: int, sync: Any) -> list[float]:

@@ -35,9 +35,10 @@ def batches(rank: int) -> list[torch.Tensor]:
     return [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(LENGTH)]
 
 
-def whole(model: torch.nn.Module) -> list[float]:
-    model.reshard()  # type: ignore[operator] # after a forward without a backward
-    return torch.cat([p.full_tensor().flatten() for p in model.parameters()]).tolist()  # type: ignore[operator]
+def whole(*models: Any) -> list[float]:
+    for model in models:
+        model.reshard()  # after a forward without a backward
+    return torch.cat([p.full_tensor().flatten() for model in models for p in model.parameters()]).tolist()
 
 
 def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -102,7 +103,7 @@ def _gan(steps: tuple[int, int], every: int, sync: Any) -> list[float]:
     judge.attach(trainer, model=critic, sync=sync)
     draw.attach(trainer, model=generator, sync=sync)
     trainer.run(batches(dist.get_rank()))
-    return whole(critic) + whole(generator)
+    return whole(critic, generator)
 
 
 @pytest.mark.parametrize("sync", ["communication", "memory"])
@@ -149,7 +150,7 @@ def _passed_over() -> list[float]:
     judge.attach(trainer, model=critic)
     draw.attach(trainer, model=generator)
     trainer.run(batches(dist.get_rank())[:2])
-    return whole(critic) + whole(generator)
+    return whole(critic, generator)
 
 
 def test_a_loss_that_weighs_nothing_leaves_another_optimizers_window_alone():
@@ -310,7 +311,7 @@ def _shared() -> list[float]:
     one.attach(trainer, model=first)
     two.attach(trainer, model=second)
     trainer.run(batches(dist.get_rank()))
-    return whole(first) + whole(second)
+    return whole(first, second)
 
 
 def test_a_shared_loss_that_weighs_nothing_to_the_first_optimizer_keeps_its_graph_for_the_second():
