@@ -110,3 +110,22 @@ def test_an_entry_of_ones_own_that_has_no_value_is_not_compared() -> None:
 
 def test_one_process_has_nobody_to_agree_with() -> None:
     assert rounds.gatherer() is None
+
+
+def _alone() -> tuple[int, list[str], bool]:
+    model = DistributedDataParallel(torch.nn.Linear(2, 1))
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=1.0), accumulation_steps=2, clip=ice.clip_norm(1))
+    trainer = Engine(lambda engine, batch: optimizer.backward(model(batch).square().mean()))
+    optimizer.attach(trainer, model=model)
+    handlers = [hook.name for hook in ice.HookRegistry(trainer)]
+    trainer.run(list(torch.ones(5, 3, 2)), max_epochs=2)
+    return trainer.state.optimizer_step, handlers, rounds._current is None
+
+
+@pytest.mark.distributed
+def test_the_only_rank_of_a_process_group_agrees_with_nobody_at_no_cost() -> None:
+    ((steps, handlers, alone),) = launch(_alone, 1)
+
+    assert steps == 6
+    assert not any(name.startswith("peers.") for name in handlers), handlers
+    assert alone, "a round was begun"
