@@ -75,10 +75,12 @@ class Constants:
 
     def round(self, ranks: int) -> float:
         """Return the seconds of a round: all rows to one rank, and from there down a tree; of two, one hop each."""
+        # Ranks share cores for what Python does; of a row on its way the others wait, asleep.
+        entry = self.entry * self.crowd(ranks)
         if ranks <= 2:
-            return self.entry + (ranks - 1) * self.hop
+            return entry + (ranks - 1) * self.hop
         hops = 1 + math.ceil(math.log2(ranks))
-        return (self.entry + hops * self.hop + (ranks - 1) * self.arrival) * self.crowd(ranks)
+        return entry + hops * self.hop + (ranks - 1) * self.arrival
 
     def __str__(self) -> str:
         """A Markdown table."""
