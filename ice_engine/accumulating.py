@@ -113,7 +113,7 @@ class Accumulating(Scheduling):
     def _check_time(self) -> None:
         self._require_window()
         if self._engine is None:
-            require_one_process("backward()")
+            require_one_process("backward()", attached=False)
         self._refuse_inside_close("backward()")
         if self._engine is not None and not self._running:
             message = (

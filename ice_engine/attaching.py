@@ -188,6 +188,13 @@ class Attaching(Stepping):
                 parameter.grad = None
 
     def _on_started(self, engine: Engine) -> None:
+        if self._member is None and world.world_size() > 1:
+            message = (
+                f"optimizer {self._name!r} was attached before there was a process group, so this is rank "
+                f"{world.rank()} of {world.world_size()} and nothing would reduce its gradients; call "
+                "init_process_group() first, then optimizer.attach(engine, model=DistributedDataParallel(model))"
+            )
+            raise AttachError(message)
         if self._window.is_open and not self._loaded:
             self._discard("an exception")
         # As Ignite does with its own counters: a fresh run starts from 0, a resumed or loaded one does not.

@@ -218,12 +218,13 @@ class Stepping(Closing):
             True if a step was applied; False inside a window and for a skipped step.
 
         Raises:
+            AttachError: In many processes, where this rank would step alone.
             NoGradientsError: If the window closes and no parameter has a gradient.
             NonFiniteGradientError: By the ``nonfinite`` policy.
             ProcessorError: If a processor returns or writes something impossible; no param group has changed.
             BackwardError: If the loss scale was changed inside the window, or in a handler of this optimizer's events.
         """
-        require_one_process("update()")
+        require_one_process("update()", attached=self._engine is not None)
         size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
         self._end_micro_batch(
             grad_scaler,
@@ -277,7 +278,13 @@ class Stepping(Closing):
 
         Returns:
             True if a step was applied.
+
+        Raises:
+            AttachError: In many processes, where this rank would step alone.
+            BackwardError: In a handler of this optimizer's events.
+            NoGradientsError: As :meth:`update`, and so for the others that it raises.
         """
+        require_one_process("flush()", attached=self._engine is not None)
         self._refuse_inside_close("flush()")
         if self._window.pending:
             self._window.end_micro_batch()

@@ -54,15 +54,18 @@ def own_group() -> dist.ProcessGroup:
     return _own[1]
 
 
-def require_one_process(what: str) -> None:
-    """Refuse *what* where it would be about one rank only.
+def require_one_process(what: str, *, attached: bool) -> None:
+    """Refuse *what* where it would be about one rank only, of an optimizer that is *attached* to an engine or is not.
 
     Raises:
         AttachError: If the world has more than one rank.
     """
     if world_size() > 1:
-        message = (
-            f"{what} is for one process; this is rank {rank()} of {world_size()}. In many, attach the optimizer to an "
-            "engine, with the module that joins the ranks: optimizer.attach(engine, model=DistributedDataParallel(...))"
+        mend = (
+            "Take it out: the engine that the optimizer is attached to steps on all ranks at once"
+            if attached
+            else "In many, attach the optimizer to an engine, with the module that joins the ranks: "
+            "optimizer.attach(engine, model=DistributedDataParallel(...))"
         )
+        message = f"{what} is for one process; this is rank {rank()} of {world_size()}. {mend}"
         raise AttachError(message)

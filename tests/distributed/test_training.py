@@ -145,3 +145,38 @@ def test_a_loop_of_ones_own_is_for_one_process():
 
     assert [text.partition(";")[0] for text in said] == ["backward() is for one process", "update() is for one process"]
     assert all("this is rank 0 of 2" in text for text in said)
+
+
+def _by_hand_in_a_run(what: str) -> str:
+    model = DistributedDataParallel(network())
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), accumulation_steps=4)
+    trainer = ice.create_trainer(model, optimizer, torch.nn.functional.mse_loss)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: getattr(optimizer, what)())
+    with pytest.raises(ice.IceEngineError) as refused:
+        trainer.run(batches(dist.get_rank(), RAGGED))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("what", ["flush", "update"])
+def test_a_handler_that_would_step_one_rank_alone_is_refused(what):
+    for said in launch(_by_hand_in_a_run, 2, what):
+        assert f"{what}() is for one process" in said
+        assert said.endswith("Take it out: the engine that the optimizer is attached to steps on all ranks at once")
+
+
+def _attached_too_early() -> str:
+    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    model = network()
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer = ice.create_trainer(model, optimizer, torch.nn.functional.mse_loss)
+    dist.init_process_group("gloo", store=dist.PrefixStore("later", store), rank=rank, world_size=size)
+    with pytest.raises(ice.IceEngineError) as refused:
+        trainer.run(batches(rank, RAGGED))
+    return str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore:this is process")  # that it is alone, as it is when it attaches
+def test_a_run_is_refused_whose_optimizer_was_attached_before_there_was_a_process_group():
+    for rank, said in enumerate(launch(_attached_too_early, 2)):
+        assert f"attached before there was a process group, so this is rank {rank} of 2" in said
