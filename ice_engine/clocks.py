@@ -61,7 +61,7 @@ class Clocks:
         self._lengths: tuple[tuple[dict[str, int | None], int, str], dict[str, Any], dict[str, Any]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "run": None, "_lengths": None}
+        return {**vars(self), "run": None, "common": {}, "_lengths": None}
 
     def leave(self) -> None:
         """Forget the engine, whose clocks say nothing about what comes."""

@@ -188,6 +188,7 @@ class Saving(Attaching):
         of_this_run: dict[str, Any] = {
             "_engine": None,
             "_gathering": [],
+            "_member": None,
             "_parameter_names": {},
             "_waits": [],
             "_last_record": None,

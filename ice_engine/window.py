@@ -78,6 +78,9 @@ class Window:
         self.common: float = 0.0
         self.reset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "unit_of": float}
+
     def reset(self) -> None:
         """Empty the window."""
         self.micro_batches: int = 0

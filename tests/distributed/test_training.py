@@ -1,6 +1,8 @@
 """Everything at once, on two ranks: ZeRO-1 or DDP, clip, scaler, schedule, checkpoints, the trainer in one call."""
 
+import copy
 import functools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +182,22 @@ def _attached_too_early() -> str:
 def test_a_run_is_refused_whose_optimizer_was_attached_before_there_was_a_process_group():
     for rank, said in enumerate(launch(_attached_too_early, 2)):
         assert f"attached before there was a process group, so this is rank {rank} of 2" in said
+
+
+def _copied() -> list[dict[str, Any]]:
+    model = DistributedDataParallel(network())
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), accumulation_steps=3)
+    trainer = ice.create_trainer(model, optimizer, torch.nn.functional.mse_loss)
+    copies = []
+
+    def keep() -> None:
+        copies.extend([copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))])  # noqa: S301 - our own data
+
+    trainer.add_event_handler(optimizer.event("STEP_COMPLETED")(once=2), keep)
+    trainer.run(batches(dist.get_rank(), RAGGED))
+    return [{"clocks": found.clocks, "open": found.in_window, "engine": found.engine} for found in copies]
+
+
+def test_an_attached_optimizer_is_copied_and_pickled_without_the_other_ranks():
+    clocks = {"step": 2, "attempt": 2, "skipped": 0, "iteration": 6}
+    assert launch(_copied, 2) == [[{"clocks": clocks, "open": False, "engine": None}] * 2] * 2
