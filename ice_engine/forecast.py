@@ -99,7 +99,7 @@ class Side:
         context = {**scene.clocks.context(1, "step"), **self.terms.plan, **clocks, **scene.owners}
         for index, group in enumerate(scene.groups):
             initial = self.initial[index] if self.initial is not None and index < len(self.initial) else {}
-            for schedule in (schedule for processor in self.processors for schedule in schedules_in(processor)):
+            for schedule in schedules_in(self.processors):
                 mapping = GroupMapping({**group, **initial}, context, index)
                 try:
                     if schedule.applies(mapping):

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ice_engine.processors.description import schedules_in
 from ice_engine.processors.processor import name_of
 from ice_engine.processors.schedule import Schedule
 from ice_engine.rehearsal import Witness
-from ice_engine.schedule_lengths import PlannedRun, schedules_of, wrong_lengths
+from ice_engine.schedule_lengths import PlannedRun, wrong_lengths
 
 _NOTHING = 1e-9  # part of the highest lr below which a step changes nothing that float32 can hold
 _SHARE = 0.05  # of the run that must be below it: every curve that goes to 0 smoothly ends with a few such steps
@@ -37,7 +38,7 @@ def find_problems(
     return [
         *_windows(planned),
         *wrong_lengths(planned, processors, initial),
-        *_wasted_steps(rates, list(schedules_of(processors))),
+        *_wasted_steps(rates, list(schedules_in(processors))),
         *_overwritten(processors, witnesses),
         *_unscheduled(groups, scheduled),
     ]

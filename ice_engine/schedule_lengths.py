@@ -1,13 +1,13 @@
 """Whether the lengths that schedules were given fit the run: in the right unit, and within it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ice_engine.processors.clocks import at_clock
-from ice_engine.processors.compose import Compose
 from ice_engine.processors.composition import Sequence as Then
 from ice_engine.processors.curve import Curve
+from ice_engine.processors.description import schedules_in
 from ice_engine.processors.schedule import Schedule
 
 _LENGTHS = {
@@ -55,20 +55,11 @@ class PlannedRun:
         return {"step": self.steps, "iteration": self.iterations, "epoch": self.epochs}[unit]
 
 
-def schedules_of(processors: Iterable[Any]) -> Iterator[Schedule]:
-    """Yield the schedules among *processors*, those in a Compose included."""
-    for processor in processors:
-        if isinstance(processor, Schedule):
-            yield processor
-        elif isinstance(processor, Compose):
-            yield from schedules_of(processor.processors)
-
-
 def wrong_lengths(
     planned: PlannedRun, processors: Sequence[Callable[..., Any]], initial: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield the problems of schedules whose settings do not fit the run; *initial* are entries before it."""
-    for schedule in schedules_of(processors):
+    for schedule in schedules_in(processors):
         whole = not any(isinstance(part, Then) for part in _parts(schedule))
         for curve, start in schedule.curves():
             if start and start >= planned.length(curve.unit):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ignite.engine import Engine, Events
 
 import ice_engine as ice
+from ice_engine.errors import ArgumentValueError
 from tests.test_schedules import EVERY, make
 
 EPOCHS, LENGTH, WINDOW = 4, 10, 3  # the last window of an epoch has one micro-batch
@@ -107,6 +108,19 @@ def test_a_step_after_many_measurements_costs_what_one_after_few_does() -> None:
         return min(timeit.repeat(step, number=1, repeat=20))
 
     assert seconds(200_000) < 10 * seconds(1)
+
+
+FOLLOWER = ice.schedules.plateau(metric="loss")
+
+
+@pytest.mark.parametrize("processor", [FOLLOWER, FOLLOWER * ice.schedules.constant(), ice.Compose(FOLLOWER)])
+def test_a_misspelt_metric_is_refused_however_deep_the_schedule_that_follows_it(processor: ice.Processor) -> None:
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.5), processors=[processor])
+
+    with pytest.raises(ArgumentValueError, match=r"report\(los=...\): .* did you mean 'loss'\?"):
+        optimizer.report(los=1.0)
+    optimizer.report(accuracy=1.0)  # perhaps for a processor that reads its measurements
 
 
 def test_groups_and_schedules_that_follow_one_metric_count_for_themselves() -> None:

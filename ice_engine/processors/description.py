@@ -5,7 +5,7 @@ import functools
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
@@ -80,13 +80,13 @@ def reads_lengths(processor: Callable[..., Any]) -> bool:
     return not LENGTHS.isdisjoint(keys | {text for code in _codes(processor) for text in _texts(code)})
 
 
-def schedules_in(processor: Callable[..., Any] | None) -> Iterator[Schedule]:
-    """Yield *processor* if it is a schedule, or the schedules that it composes."""
-    if isinstance(processor, Schedule):
-        yield processor
-    elif isinstance(processor, Compose):
-        for part in processor.processors:
-            yield from schedules_in(part)
+def schedules_in(processors: Iterable[Callable[..., Any] | None]) -> Iterator[Schedule]:
+    """Yield the schedules among *processors*, those in a Compose included."""
+    for processor in processors:
+        if isinstance(processor, Schedule):
+            yield processor
+        elif isinstance(processor, Compose):
+            yield from schedules_in(processor.processors)
 
 
 def _expression(processor: Callable[..., Any]) -> str:

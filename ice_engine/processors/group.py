@@ -11,6 +11,7 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyE
 from ice_engine.processors.agreement import Gather, require_agreement
 from ice_engine.processors.compose import Compose
 from ice_engine.processors.composition import Only
+from ice_engine.processors.description import schedules_in
 from ice_engine.processors.group_mapping import GroupMapping, Written, group_name, likely_entry
 from ice_engine.processors.processor import Processor, belongs, name_of
 from ice_engine.processors.schedule import Schedule
@@ -159,7 +160,7 @@ def written_keys(processors: Sequence[Callable[..., Any]]) -> list[tuple[Callabl
 
 def followed_metrics(processors: Sequence[Callable[..., Any]]) -> set[str]:
     """Return the metrics that schedules among *processors* follow."""
-    curves = (curve for p in processors if isinstance(p, Schedule) for curve, _ in p.curves())
+    curves = (curve for schedule in schedules_in(processors) for curve, _ in schedule.curves())
     return {str(dict(curve.settings)["metric"]) for curve in curves if "measurements" in curve.reads}
 
 
