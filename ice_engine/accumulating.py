@@ -43,6 +43,10 @@ class Accumulating(Scheduling):
         self._parameter_names: dict[int, str] = {}
         _ALL.add(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _ALL.add(self)
+
     def backward(self, loss: torch.Tensor, weight: float | None = None, *, retain_graph: bool = False) -> None:
         r"""Differentiate *loss* into the open window.
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -485,6 +486,22 @@ def test_without_an_engine_a_loss_that_reaches_the_others_parameters_is_refused(
     with generator.toggle(d):
         generator.backward(drawn(d, g, real))
     assert all(map(torch.equal, expected, [p.grad for p in d.parameters()]))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])  # noqa: S301 - our own
+def test_a_copy_is_kept_from_the_others_losses_too(copied):
+    g, first = net(2, 3, 0), net(3, 1, 1)
+    generator = ice.Optimizer(SGD(g.parameters(), lr=0.1), name="generator", accumulation_steps=2)
+    d, critic = copied((first, ice.Optimizer(SGD(first.parameters(), lr=0.1), name="critic", accumulation_steps=2)))
+    critic.backward(judged(d, g, batches(1)[0]))
+    with (
+        pytest.warns(ice.IceEngineWarning, match="'generator' dropped the 1 micro-batches"),
+        pytest.raises(BackwardError, match=r"write with generator.toggle\(module\): around it"),
+    ):
+        generator.backward(drawn(d, g, batches(1)[0]))
+    critic.update()
+    critic.backward(judged(d, g, batches(1)[0]))
+    assert critic.update()
 
 
 def test_without_an_engine_a_window_that_the_caller_differentiates_takes_what_the_others_loss_leaves():
