@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -165,7 +166,7 @@ class Checkpoint(IgniteCheckpoint):
         self._writer = Writer()
         self._under_way: _Save | None = None
         self._position: RunPosition | None = None
-        self._held: set[int] = set()
+        self._held: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._trainer = next((saved for saved in to_save.values() if isinstance(saved, Engine)), None)
         if self._trainer is not None and self._folder is not None and len(to_save) > 1:
             self._position = run_position(self._trainer)
@@ -342,8 +343,8 @@ class Checkpoint(IgniteCheckpoint):
         found = [saved for saved in self.to_save.values() if isinstance(saved, torch.optim.Optimizer)]
         found += [o for o in optimizers_of(self._times.run) if o not in found]
         for optimizer in found:
-            if id(optimizer) not in self._held:
-                self._held.add(id(optimizer))
+            if optimizer not in self._held:
+                self._held.add(optimizer)
                 if isinstance(optimizer, Optimizer):
                     optimizer.wait_before_steps(self._writer.wait_for_copy)
                 else:

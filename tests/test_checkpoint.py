@@ -1,6 +1,7 @@
 """Checkpoints: nothing is lost when a write fails, and a resumed run goes on as if it had never stopped."""
 
 import copy
+import gc
 import os
 import sys
 import textwrap
@@ -687,3 +688,24 @@ def test_objects_are_loaded_from_whole_files_alone(tmp_path, how):
     with pytest.raises(CheckpointError, match=reason):
         ice.Checkpoint.load_objects({"model": other.model}, file)
     assert other.model.weight.tolist() == before
+
+
+def test_steps_of_an_optimizer_where_an_earlier_one_was_in_memory_wait_for_the_copy_too(tmp_path):
+    model = torch.nn.Linear(4, 2)
+    made = [ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))]
+    trainer = Engine(lambda _, batch: made[-1].backward(mse_loss(model(batch[0]), batch[1])))
+    checkpoint = ice.Checkpoint({"model": model, "trainer": trainer}, tmp_path)
+    checkpoint.attach(trainer, Events.ITERATION_COMPLETED)
+    made[-1].attach(trainer)
+    trainer.run(DATA)
+    assert made[-1]._waits
+    address = id(made[-1])
+    made.pop().detach()
+    gc.collect()
+    while id((made or [None])[-1]) != address and len(made) < 10_000:
+        made.append(object.__new__(ice.Optimizer))
+    assert id(made[-1]) == address
+    made[-1].__init__(torch.optim.SGD(model.parameters(), lr=0.1))
+    made[-1].attach(trainer)
+    trainer.run(DATA)
+    assert made[-1]._waits
