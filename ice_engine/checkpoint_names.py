@@ -55,7 +55,7 @@ class Names:
 
         A score of NaN is below all others.
         """
-        step, score = _Varying("global_step", r"-?\d+"), _Varying("score", r"-?[\d.]+|-?inf|nan")
+        step, score = _Varying("global_step", r"-?\d+"), _Varying("score", r"-?\d+(?:\.\d+)?|-?inf|nan")
         expression = re.escape(self.file(step, score if self.by_score else step))
         for varying in (step, score):
             expression = expression.replace(re.escape(varying.mark), f"(?P<{varying.name}>{varying.expression})", 1)

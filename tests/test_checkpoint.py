@@ -242,6 +242,22 @@ def test_names_are_ignites_and_are_found_again(tmp_path, settings, expected):
     assert run.trainer.state.epoch == 3
 
 
+@pytest.mark.parametrize(
+    "name", ["checkpoint_0.2500.1.pt", "checkpoint_0.25.pt.pt", "checkpoint_..pt", "checkpoint_.pt"]
+)
+def test_a_file_beside_whose_name_has_no_score_is_left_alone(tmp_path, name):
+    settings = {"score_function": lambda engine: engine.state.epoch / 8, "n_saved": 1}
+    run = Run(tmp_path, **settings)
+    run.checkpoint.attach(run.trainer)
+    run.train(max_epochs=2)
+    (tmp_path / name).write_bytes((tmp_path / "checkpoint_0.2500.pt").read_bytes())
+    again = Run(tmp_path, **settings)
+    assert again.checkpoint.resume(again.trainer) == tmp_path / "checkpoint_0.2500.pt"
+    again.checkpoint.attach(again.trainer)
+    again.train(max_epochs=3)
+    assert names(tmp_path) == sorted([name, "checkpoint_0.3750.pt"])
+
+
 @pytest.mark.parametrize("n_saved", [1, 2])
 def test_a_run_that_starts_over_saves_from_its_beginning(tmp_path, n_saved):
     run = Run(tmp_path, n_saved=n_saved)
