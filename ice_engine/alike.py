@@ -1,7 +1,7 @@
 """What must be alike on all ranks of an engine, and the errors where it is not."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from ice_engine.distributed.rounds import Kind, Rounds, Row
@@ -9,9 +9,7 @@ from ice_engine.errors import RankError
 from ice_engine.member import Member
 
 
-def agree(
-    rounds: Rounds, facts: dict[str, Any], doing: str, free: frozenset[str] | set[str] = frozenset()
-) -> dict[str, list[Any]]:
+def check_facts(rounds: Rounds, facts: dict[str, Any], doing: str, free: Collection[str] = ()) -> dict[str, list[Any]]:
     """Compare *facts* over ranks, all but the *free* ones, at *doing*, and return those of all.
 
     Raises:
@@ -104,7 +102,7 @@ def check_close(
         raise RankError(message)
     if len({row.digest for row in rows}) > 1:
         facts = {f"{key} of {group}": v for group, entries in values.items() for key, v in entries.items()}
-        agree(rounds, facts, f"a step of {member.name!r}")
+        check_facts(rounds, facts, f"a step of {member.name!r}")
 
 
 def _by_rank(values: Sequence[Any]) -> str:

@@ -3,7 +3,7 @@
 import torch
 
 from ice_engine.event_file import Histogram
-from ice_engine.norms import entries, shard
+from ice_engine.norms import entries, local_part
 
 _BUCKETS = 64
 
@@ -15,7 +15,7 @@ def histogram(tensor: torch.Tensor | None) -> Histogram | None:
     """
     if tensor is None:
         return None
-    local = shard(entries(tensor))
+    local = local_part(entries(tensor))
     if local.is_complex():
         local = torch.view_as_real(local)
     values = local.flatten().float()

@@ -11,7 +11,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ice_engine.errors import StateDictError
-from ice_engine.names import PLACE, bare, class_name, few
+from ice_engine.names import PLACE, bare_name, class_name, few
 
 _MOST = 5  # names in an error
 
@@ -137,7 +137,7 @@ def _sides(groups: Sequence[Mapping[str, Any]], names: list[list[str]]) -> tuple
     saved = [list(group.get("param_names") or own) for group, own in zip(groups, places, strict=True)]
     sizes = [len(own) for own in places]
     if [len(own) for own in saved] == sizes and not any(n.startswith(PLACE) for own in saved + names for n in own):
-        for key in (bare, str):
+        for key in (bare_name, str):
             there, here = ([[key(name) for name in own] for own in side] for side in (saved, names))
             if all(max(Counter(chain.from_iterable(keys)).values(), default=1) == 1 for keys in (there, here)):
                 return _Side(saved, there), _Side(names, here)
@@ -156,7 +156,7 @@ def _sides(groups: Sequence[Mapping[str, Any]], names: list[list[str]]) -> tuple
     saved = [own if len(own) == size else place for own, size, place in zip(saved, sizes, places, strict=True)]
     for i, (own, mine) in enumerate(zip(saved, names, strict=True)):
         for old, new in zip(own, mine, strict=True):
-            if not (old.startswith(PLACE) or new.startswith(PLACE) or bare(old) == bare(new)):
+            if not (old.startswith(PLACE) or new.startswith(PLACE) or bare_name(old) == bare_name(new)):
                 message = (
                     f"param group {i} of the state dict has {old!r} where the optimizer has {new!r}, and not all "
                     "parameters have names of their own to go by. Build the optimizer with the order it was saved with"

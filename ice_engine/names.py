@@ -11,7 +11,7 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 PLACE = "param_groups."  # how the optimizer calls parameters without a name
 
 
-def bare(name: str) -> str:
+def bare_name(name: str) -> str:
     """Return *name* without what DistributedDataParallel and ``torch.compile`` put before a module's names."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
@@ -27,7 +27,7 @@ def unwrapped(names: Sequence[str]) -> list[str]:
     A wrapper's ``module.`` is before every name; of a model with a ``module`` among others it stays.
     """
     compiled = [name.replace("_orig_mod.", "") for name in names]
-    return [bare(name) for name in names] if all(name.startswith("module.") for name in compiled) else compiled
+    return [bare_name(name) for name in names] if all(name.startswith("module.") for name in compiled) else compiled
 
 
 def few(names: Sequence[str], most: int = 5) -> str:

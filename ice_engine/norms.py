@@ -69,7 +69,7 @@ def settled(gradient: torch.Tensor, like: torch.Tensor | None = None) -> torch.T
     return cast("torch.Tensor", sharded.redistribute(placements=placements))
 
 
-def shard(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this rank holds of a DTensor; *tensor* itself if it is none. Talks to no other rank."""
     return cast("torch.Tensor", cast("Any", tensor).to_local()) if _is_dtensor(tensor) else tensor
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
-from ice_engine.alike import agree, check_lengths
+from ice_engine.alike import check_facts, check_lengths
 from ice_engine.distributed.rounds import Kind, Row, is_from_others
 from ice_engine.distributed.world import listed, rank
 from ice_engine.endings import when_left
@@ -129,7 +129,7 @@ class Peers(Meeting):
             facts |= {f"{key} of optimizer {member.name!r}": value for key, value in member.facts().items()}
         begun = [member.window.micro_batches for member in self._members]
         places = {"epoch_length": state.epoch_length, "position": self._resumed, "micro-batches": begun}
-        told = agree(self._rounds, facts | places, _START, free={*places})
+        told = check_facts(self._rounds, facts | places, _START, free={*places})
         lengths = told["epoch_length"]
         self._length = lengths[0] if len(set(lengths)) == len(set(told["position"])) == 1 else None
         check_lengths(lengths, self._members)

@@ -12,7 +12,7 @@ from ice_engine.errors import ArgumentValueError, warn
 from ice_engine.left import Left
 from ice_engine.matching import LoadReport, fit, shapes
 from ice_engine.names import class_name
-from ice_engine.norms import shard
+from ice_engine.norms import local_part
 from ice_engine.processors.history import History
 from ice_engine.state import gradients_in, pack, stub, unpack
 
@@ -75,7 +75,7 @@ class Saving(Attaching):
         if whole:
             # Also of fully_shard(): the shard of one process is the whole.
             parameters = enumerate(self._parameters())
-            state["gradients"] = {i: shard(p.grad) for i, p in parameters if p.grad is not None}
+            state["gradients"] = {i: local_part(p.grad) for i, p in parameters if p.grad is not None}
             state["first"] = self._measures.of_first
         return state
 

@@ -13,7 +13,7 @@ import torch
 
 from ice_engine.batches import replaced
 from ice_engine.errors import CheckpointError
-from ice_engine.norms import shard
+from ice_engine.norms import local_part
 from ice_engine.streams import mark, streamed, wait
 
 _Key = tuple[Any, ...]
@@ -98,9 +98,9 @@ class Snapshot:
 def changed_by_steps(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     """Yield the parameters of *optimizer* and the tensors of its state; of DTensors, what this rank has of them."""
     for group in optimizer.param_groups:
-        yield from map(shard, group["params"])
+        yield from map(local_part, group["params"])
     for state in optimizer.state.values():
-        yield from (shard(value) for value in state.values() if isinstance(value, torch.Tensor))
+        yield from (local_part(value) for value in state.values() if isinstance(value, torch.Tensor))
 
 
 def _has_storage(tensor: torch.Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ice_engine.names import bare, depths, few, likely, unwrapped
+from ice_engine.names import bare_name, depths, few, likely, unwrapped
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from ice_engine.names import bare, depths, few, likely, unwrapped
     ],
 )
 def test_one_wrapper_of_a_kind_is_taken_off(name, expected):
-    assert bare(name) == expected
+    assert bare_name(name) == expected
     assert unwrapped([name, name]) == [expected, expected]
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import ice_engine as ice
 from ice_engine.errors import CheckpointError
-from ice_engine.norms import shard
+from ice_engine.norms import local_part
 from tests.distributed.launch import launch, watch
 from tests.test_resume import Noisy
 from tests.unsized import Unsized
@@ -141,7 +141,7 @@ def _alone_inside_a_window(folder: str) -> list[Any]:
             checkpoint.resume(trainer)
         found.append(trainer.state.iteration)
         trainer.run(data, max_epochs=1)
-        found.append([shard(p).tolist() for p in model.parameters()])
+        found.append([local_part(p).tolist() for p in model.parameters()])
     return found
 
 
