@@ -1,17 +1,13 @@
 """An optimizer that steps once per window, whoever says that a micro-batch has ended."""
 
-import difflib
-import functools
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 
 from ice_engine.arguments import count
-from ice_engine.clipping import ClipNorm
 from ice_engine.closing import Closing
 from ice_engine.distributed.build import Sharding, build
 from ice_engine.distributed.gathered import gather_anew
@@ -21,43 +17,13 @@ from ice_engine.events import check_name
 from ice_engine.facade import OptimizerFacade
 from ice_engine.gradients import Gradient
 from ice_engine.horizon import OnChange
+from ice_engine.optimizer_arguments import as_optimizer, check_clip
 from ice_engine.precision import Policy, Precision
 from ice_engine.processors.group import check_entries, check_processors, set_initial_values
 from ice_engine.typing import Clip, DictProcessor, OptimizerFactory
 from ice_engine.window import Reduction, Tail, Window
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-
-
-def _as_optimizer(init: Callable[P, None]) -> Callable[P, None]:
-    """Let *init* refuse arguments by the name that users call it by; types and help() see its own signature."""
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as err:
-            unknown = next((key for key in kwargs if key not in signature.parameters), None)
-            optimizer = args[1] if len(args) > 1 else kwargs.get("optimizer")
-            hint = "" if unknown is None else _meant(unknown, kwargs[unknown], optimizer, list(signature.parameters))
-            message = f"Optimizer(...) {err}{hint}"
-            raise ArgumentTypeError(message) from None
-        init(*args, **kwargs)
-
-    return checked
-
-
-def _meant(unknown: str, value: Any, optimizer: Any, known: Sequence[str]) -> str:
-    """Return, for an error, where an *unknown* argument belongs."""
-    made = type(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
-    if isinstance(made, type) and unknown in inspect.signature(made).parameters:
-        name = f"torch.optim.{made.__name__}" if made.__module__.startswith("torch.optim.") else made.__name__
-        return f", which {name} takes: Optimizer(functools.partial({name}, {unknown}={value!r}), model.parameters())"
-    close = difflib.get_close_matches(unknown, known, n=1)
-    return f"; did you mean {close[0]}=?" if close else ""
 
 
 class Stepping(Closing):
@@ -67,7 +33,7 @@ class Stepping(Closing):
     and what is planned is the subclass's.
     """
 
-    @_as_optimizer
+    @as_optimizer
     def __init__(
         self,
         optimizer: torch.optim.Optimizer | OptimizerFactory,
@@ -89,7 +55,7 @@ class Stepping(Closing):
         check_name(name)
         given = check_processors(processors)
         window = Window(accumulation_steps, tail, loss_reduction, effective_batch_size)
-        _check_clip(clip)
+        check_clip(clip)
         precision = Precision(grad_scaler, nonfinite, max_consecutive_skips, has_norm=clip is not None)
         if isinstance(optimizer, OptimizerFacade):
             message = (
@@ -296,34 +262,3 @@ class Stepping(Closing):
             dropped = self._window.micro_batches
             logger.log(level, "optimizer %r: dropped %d micro-batches at the epoch's end", self._name, dropped)
             self._clear()
-
-
-def _check_clip(clip: Clip | None) -> Clip | None:
-    if isinstance(clip, list | tuple):
-        message = (
-            f"clip must be one callable, got {clip!r}; to call several, one after the other: "
-            "clip=lambda parameters: (clips[0](parameters), clips[1](parameters))[0]"
-        )
-        raise ArgumentTypeError(message)
-    if clip is not None and not callable(clip):
-        limit = clip if type(clip) in {int, float} else 1.0
-        message = f"clip must be callable, got {clip!r}; such as clip=ice.clip_norm({limit!r})"
-        raise ArgumentTypeError(message)
-    name = getattr(clip, "__name__", clip)
-    if getattr(clip, "__module__", None) == ClipNorm.__module__ and inspect.isfunction(clip):
-        message = f"clip is the function {name} itself; call it, with its limit: clip=ice.{name}(...)"
-        raise ArgumentTypeError(message)
-    try:
-        signature = inspect.signature(clip) if clip is not None else None
-    except (TypeError, ValueError):  # of compiled code
-        return clip
-    try:
-        if signature is not None:
-            signature.bind(())
-    except TypeError as err:
-        message = (
-            f"clip is called with the parameters alone, and {name} cannot be: {err}; "
-            "write clip=ice.clip_norm(1.0), or bind the rest with functools.partial"
-        )
-        raise ArgumentTypeError(message) from err
-    return clip
