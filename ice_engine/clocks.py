@@ -77,7 +77,8 @@ class Clocks:
         """
         if given:
             _check_given(given)
-        self._given = given
+        if given or self.run is not None:  # else what was said before holds: this one is flushed
+            self._given = given
         counted = self.counts["iteration"] + 1 if self.run is None else int(self.run.iteration)
         self.counts["iteration"] = given.get("global_steps") or counted
 

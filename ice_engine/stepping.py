@@ -253,7 +253,7 @@ class Stepping(Closing):
         require_one_process("flush()", attached=self._engine is not None)
         self._refuse_inside_close("flush()")
         if self._window.pending:
-            self._window.end_micro_batch()
+            self._end_micro_batch(size=self._window.size)
         return self._close(self._window.size) if self._window.micro_batches else False
 
     def _drop_tail(self) -> None:

@@ -176,6 +176,7 @@ class Reference:
 
     def flush(self):
         if self.pending:
+            self.clocks["iteration"] += 1
             self.window.append(self.pending)
             self.pending = []
         return self.close() if self.window else False

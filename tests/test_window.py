@@ -387,6 +387,19 @@ def test_flush_steps_with_what_is_there_and_is_idempotent():
     assert weight.item() == -3.0
 
 
+def test_a_flushed_micro_batch_is_counted():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    schedule = ice.schedules.linear(total=4, unit="iteration")
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=4, processors=[schedule])
+    rates = []
+    for _ in range(4):
+        optimizer.backward(weight * 1.0)
+        assert optimizer.flush()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert (optimizer.clocks["iteration"], optimizer.record.iteration) == (4, 4)
+    assert rates == [1.0, 0.75, 0.5, 0.25]
+
+
 def test_flush_steps_whatever_the_tail_and_update_heeds_it_where_told_of_the_epochs_end():
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0), accumulation_steps=2, tail="drop")
