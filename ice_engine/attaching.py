@@ -43,7 +43,7 @@ class Attaching(Stepping):
         return HookRegistry(self._engine)
 
     def _attach(self, engine: Engine, model: torch.nn.Module | None, sync: Sync) -> None:
-        registry = HookRegistry(engine)
+        HookRegistry(engine)  # refuses what is none
         if model is not None and not isinstance(model, torch.nn.Module):
             message = f"model must be a torch.nn.Module, got {type(model).__name__}"
             raise ArgumentTypeError(message)
@@ -58,6 +58,15 @@ class Attaching(Stepping):
         if model is not None:
             self._parameter_names = {id(p): n for n, p in bare(model).named_parameters()}
         self._engine, self._gathering = engine, gathering
+        optimizers_of(engine).append(self)
+        try:
+            self._follow(engine, driven)
+        except BaseException:  # such as of a hook that has one of these names, or of ranks that do not come
+            self.detach()
+            raise
+
+    def _follow(self, engine: Engine, driven: Synchroniser | None) -> None:
+        registry = HookRegistry(engine)
         register(engine, self._name)
         self._clocks.run = engine.state
         self._publish()
@@ -71,7 +80,6 @@ class Attaching(Stepping):
         ):
             registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=OPTIMIZERS)
         summary(engine)
-        optimizers_of(engine).append(self)
         self._precision.goes_on = functools.partial(is_running, engine)
         if self._running and not self._window.is_open:
             self.zero_grad()  # as at the start of a run

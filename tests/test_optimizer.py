@@ -189,6 +189,23 @@ def test_it_attaches_to_engines_only(arguments, message):
         sgd().attach(engine or Engine(lambda e, b: None), *model)
 
 
+def test_where_it_cannot_attach_it_is_as_before_and_can_attach_later():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=1.0))
+    engine = Engine(lambda _, batch: optimizer.backward(weight * batch))
+    hooks = ice.HookRegistry(engine)
+    own = hooks.add(Events.COMPLETED, lambda: None, name="optimizer.run_ended")
+    with pytest.raises(HookError, match=r"a hook named 'optimizer\.run_ended' is on this engine already"):
+        optimizer.attach(engine)
+    assert optimizer.engine is None
+    assert [*hooks] == [own]
+
+    own.remove()
+    optimizer.attach(engine)
+    engine.run([1.0, 2.0])
+    assert (optimizer.clocks["step"], weight.item()) == (2, -3.0)
+
+
 def test_detached_it_leaves_nothing_and_can_attach_again():
     weight = parameter()
     optimizer = sgd(weight)
