@@ -6,8 +6,10 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import pytest
+import torch
 
-from ice_engine.errors import ArgumentTypeError, MissingKeyError, ProcessorReturnError
+import ice_engine as ice
+from ice_engine.errors import ArgumentTypeError, MissingKeyError, ProcessorReturnError, ProcessorValueError
 from ice_engine.processors import Collect, Compose, Processor, dictprocess, schedules
 
 
@@ -154,3 +156,36 @@ def test_what_is_only_passed_on_inside_is_not_written():
     assert Compose(add(x="a", y=1, dst="a"), Collect("b"), add(x="b", y=1, dst="c"), Collect("b")).writes == ("a",)
     assert Compose(add(x="a", y=1, dst="a"), Collect("a"), add(x="a", y=1, dst="c")).writes == ("a", "c")
     assert pipeline({"a": 1, "b": 2}) == {"a": 4}
+
+
+WRAPPED = pytest.mark.parametrize(
+    "wrapped", [lambda schedule: schedule, Compose, lambda schedule: Compose(halve_lr, Compose(schedule))]
+)
+
+
+def halve_lr(mapping: dict[str, Any]) -> dict[str, Any]:
+    mapping["lr"] /= 2
+    return mapping
+
+
+@WRAPPED
+def test_a_schedule_of_one_group_needs_no_entry_in_the_others_in_a_compose_either(wrapped: Callable[..., Any]) -> None:
+    weights = [torch.nn.Parameter(torch.ones(())) for _ in range(2)]
+    groups = [{"params": [weights[0]], "name": "head", "temperature": 1.0}, {"params": [weights[1]], "name": "body"}]
+    schedule = schedules.linear(total=4, dst="temperature").only("head")
+    optimizer = ice.Optimizer(torch.optim.SGD(groups, lr=0.1), processors=[wrapped(schedule)])
+    for _ in range(2):
+        optimizer.backward(weights[0] + weights[1])
+        optimizer.update()
+    assert [group.get("temperature") for group in optimizer.param_groups] == [0.75, None]
+
+
+@WRAPPED
+def test_a_schedule_of_no_number_is_refused_before_the_run_in_a_compose_too(
+    wrapped: Callable[..., Any],
+) -> None:
+    inner = torch.optim.Adam([torch.nn.Parameter(torch.ones(()))])
+    with pytest.raises(
+        ProcessorValueError, match=r"'betas' of .* has 2 elements; schedule one, such as dst='betas\.0'"
+    ):
+        ice.Optimizer(inner, processors=[wrapped(schedules.linear(dst="betas"))])

@@ -9,7 +9,7 @@ import torch
 
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, MissingKeyError, ProcessorValueError
 from ice_engine.processors.agreement import Gather, require_agreement
-from ice_engine.processors.compose import Compose
+from ice_engine.processors.compose import Collect, Compose
 from ice_engine.processors.composition import Only
 from ice_engine.processors.description import schedules_in
 from ice_engine.processors.group_mapping import GroupMapping, Written, group_name, likely_entry
@@ -154,8 +154,15 @@ def _limits(processor: Callable[..., Any]) -> Iterator[str]:
 
 
 def written_keys(processors: Sequence[Callable[..., Any]]) -> list[tuple[Callable[..., Any], str]]:
-    """Return each processor with each key that it is known to write."""
-    return [(p, key) for p in processors if isinstance(p, Processor) for key in p.writes]
+    """Return each processor with each key that it is known to write; in place of a Compose, what it is made of."""
+    found: list[tuple[Callable[..., Any], str]] = []
+    for processor in processors:
+        # After a Collect, what is written may not reach the group: only the Compose knows what does.
+        if isinstance(processor, Compose) and not any(isinstance(part, Collect) for part in processor.processors):
+            found += written_keys(processor.processors)
+        elif isinstance(processor, Processor):
+            found += [(processor, key) for key in processor.writes]
+    return found
 
 
 def followed_metrics(processors: Sequence[Callable[..., Any]]) -> set[str]:
