@@ -111,7 +111,6 @@ def check_name(name: str) -> str:
     return name
 
 
-@functools.cache
 def optimizer_events(name: str = "optimizer") -> type[EventEnum]:
     """Return the four events of the optimizer called *name*, always the same enum for one name.
 
@@ -133,7 +132,12 @@ def optimizer_events(name: str = "optimizer") -> type[EventEnum]:
         >>> optimizer_events("optimizer") is OptimizerEvents
         True
     """
-    if check_name(name) == "optimizer":
+    return _events_of(check_name(name))
+
+
+@functools.cache
+def _events_of(name: str) -> type[EventEnum]:
+    if name == "optimizer":
         return OptimizerEvents
     members = {f"{name}_{kind}".upper(): f"{name}_{kind}".lower() for kind in _KINDS}
     return cast("type[EventEnum]", _Events(f"{name.capitalize()}Events", members))  # type: ignore[call-arg]

@@ -63,7 +63,7 @@ def test_a_name_that_is_no_identifier_is_refused(name):
         ice.optimizer_events(name)
 
 
-@pytest.mark.parametrize("name", [None, 3, b"optimizer"])
+@pytest.mark.parametrize("name", [None, 3, b"optimizer", ["generator"]])
 def test_a_name_that_is_no_string_is_refused(name):
     with pytest.raises(ArgumentTypeError, match="name must be a string, got"):
         ice.optimizer_events(name)
