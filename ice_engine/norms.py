@@ -13,11 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
-
-if dist.is_available():
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 class Part(NamedTuple):
@@ -32,7 +29,7 @@ class Part(NamedTuple):
     """
 
     local: torch.Tensor
-    mesh: "DeviceMesh | None" = None
+    mesh: DeviceMesh | None = None
     across: tuple[int, ...] = ()
     within: tuple[int, ...] = ()
 
@@ -40,12 +37,12 @@ class Part(NamedTuple):
 def part(tensor: torch.Tensor) -> Part:
     """Return what this rank holds of *tensor*, in the same memory if :func:`settled`; call it on every rank."""
     tensor = settled(tensor.detach())
-    if not _is_dtensor(tensor):
+    if not isinstance(tensor, DTensor):
         return Part(tensor.values() if tensor.is_sparse else tensor)
-    sharded = cast("Any", tensor)
-    across = tuple(i for i, placement in enumerate(sharded.placements) if not placement.is_replicate())
-    within = across if tensor.ndim <= 1 else tuple(i for i in across if sharded.placements[i].dim != 0)
-    return Part(sharded.to_local(), sharded.device_mesh, across, within)
+    placements: Any = tensor.placements
+    across = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
+    within = across if tensor.ndim <= 1 else tuple(i for i in across if placements[i].dim != 0)
+    return Part(tensor.to_local(), tensor.device_mesh, across, within)
 
 
 def settled(gradient: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
@@ -57,21 +54,19 @@ def settled(gradient: torch.Tensor, like: torch.Tensor | None = None) -> torch.T
     """
     if gradient.is_sparse:
         return gradient.coalesce()
-    if not _is_dtensor(gradient):
+    if not isinstance(gradient, DTensor):
         return gradient
-    sharded = cast("Any", gradient)
-    if like is not None and _is_dtensor(like):
-        placements = cast("Any", like).placements
-    else:
-        placements = tuple(Replicate() if placement.is_partial() else placement for placement in sharded.placements)
-    if placements == sharded.placements:
-        return gradient
-    return cast("torch.Tensor", sharded.redistribute(placements=placements))
+    placements: Any = (
+        like.placements
+        if isinstance(like, DTensor)
+        else tuple(Replicate() if placement.is_partial() else placement for placement in gradient.placements)
+    )
+    return gradient if placements == gradient.placements else gradient.redistribute(placements=placements)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this rank holds of a DTensor; *tensor* itself if it is none. Talks to no other rank."""
-    return cast("torch.Tensor", cast("Any", tensor).to_local()) if _is_dtensor(tensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def entries(gradient: torch.Tensor) -> torch.Tensor:
@@ -127,7 +122,7 @@ def norm_of_norms(norms: Sequence[torch.Tensor], norm_type: float = 2.0) -> torc
 
 
 def over_ranks(
-    norms: torch.Tensor, mesh: "DeviceMesh | None", across: tuple[int, ...], norm_type: float = 2.0
+    norms: torch.Tensor, mesh: DeviceMesh | None, across: tuple[int, ...], norm_type: float = 2.0
 ) -> torch.Tensor:
     """Return the p-norms over all ranks along the dimensions *across* of *mesh*, given those of each rank's part.
 
@@ -154,7 +149,3 @@ _SINGLE = struct.Struct("f")
 
 ROUNDED: dict[torch.dtype, Callable[[float], float]] = {torch.float32: _single, torch.float64: float}
 """Rounds a number of the host's as a tensor would: what is computed here comes out as there, to the last bit."""
-
-
-def _is_dtensor(tensor: torch.Tensor) -> bool:
-    return dist.is_available() and isinstance(tensor, DTensor)

@@ -4,16 +4,13 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from ice_engine.arguments import choice
 from ice_engine.distributed.world import world_size
+from ice_engine.distributed.zero import refuse_raw, shard
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.fused import prefer
 from ice_engine.typing import OptimizerFactory
-
-if dist.is_available():
-    from ice_engine.distributed.zero import refuse_raw, shard
 
 Sharding = Literal["zero1"]
 
@@ -43,8 +40,7 @@ def build(
                 f"Optimizer(functools.partial({type(optimizer).__name__}, lr=...), model.parameters(), sharding=...)"
             )
             raise ArgumentValueError(message)
-        if dist.is_available():
-            refuse_raw(type(optimizer))
+        refuse_raw(type(optimizer))
         return optimizer
     if isinstance(optimizer, torch.nn.Module) or not callable(optimizer):
         message = (
@@ -71,8 +67,7 @@ def build(
     if not isinstance(made, torch.optim.Optimizer):
         message = f"the factory {optimizer!r} returned {type(made).__name__}; it must return a torch.optim.Optimizer"
         raise ArgumentTypeError(message)
-    if dist.is_available():
-        refuse_raw(type(made))
+    refuse_raw(type(made))
     prefer(made)
     return made
 

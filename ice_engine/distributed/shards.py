@@ -3,21 +3,18 @@
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
-
-if dist.is_available():
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-    from torch.distributed.tensor import DTensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 
 
 def is_sharded(value: object) -> bool:
     """Whether *value* is a DTensor, such as a parameter of ``fully_shard``."""
-    return dist.is_available() and isinstance(value, DTensor)
+    return isinstance(value, DTensor)
 
 
 def is_zero(optimizer: object) -> bool:
     """Whether *optimizer* is a ``ZeroRedundancyOptimizer``, ours or torch's own."""
-    return dist.is_available() and isinstance(optimizer, ZeroRedundancyOptimizer)
+    return isinstance(optimizer, ZeroRedundancyOptimizer)
 
 
 def shard_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
