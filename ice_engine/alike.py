@@ -29,7 +29,11 @@ def check_facts(rounds: Rounds, facts: dict[str, Any], doing: str, free: Collect
 
 
 def check_lengths(lengths: Sequence[int | None], members: Sequence[Member]) -> None:
-    """Refuse epochs of *lengths* that differ, where the forward needs all ranks."""
+    """Refuse epochs of *lengths* that differ, where the forward needs all ranks.
+
+    Raises:
+        RankError: If they do; with each rank's.
+    """
     if len(set(lengths)) > 1 and any(m.sync.together for m in members):
         message = (
             f"epoch_length differs: {_by_rank(lengths)}; the model needs all ranks in every forward. Give all the same "
@@ -39,7 +43,11 @@ def check_lengths(lengths: Sequence[int | None], members: Sequence[Member]) -> N
 
 
 def check_gate(rows: Sequence[Row], members: Sequence[Member], epoch: int) -> None:
-    """Refuse a gate that lacks a rank which the forward needs."""
+    """Refuse a gate that lacks a rank which the forward needs.
+
+    Raises:
+        RankError: Naming the first that is at the end of its data.
+    """
     done = [r for r, row in enumerate(rows) if row[0] in {Kind.EPOCH_LAST, Kind.EPOCH_END}]
     going = any(row[0] == Kind.GATE for row in rows)
     if done and going and any(m.sync.together for m in members):
@@ -90,7 +98,11 @@ def check_close(
     rounds: Rounds,
     values: dict[str, dict[str, str]],
 ) -> None:
-    """Refuse to close windows of different optimizers, partly weighted ones, or with *values* that differ."""
+    """Refuse to close windows of different optimizers, partly weighted ones, or with *values* that differ.
+
+    Raises:
+        RankError: On all ranks, with what each says.
+    """
     if len({row.member for row in rows}) > 1:
         said = "; ".join(f"rank {r}: {members[int(row.member)].name!r}" for r, row in enumerate(rows))
         message = f"the ranks close windows of different optimizers: {said}"

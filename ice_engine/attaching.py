@@ -36,7 +36,11 @@ class Attaching(Stepping):
 
     @property
     def hooks(self) -> HookRegistry:
-        """The hooks of the engine it is attached to."""
+        """The hooks of the engine it is attached to.
+
+        Raises:
+            AttachError: If it is attached to none.
+        """
         if self._engine is None:
             message = f"optimizer {self._name!r} is not attached to an engine; call optimizer.attach(engine) first"
             raise AttachError(message)
