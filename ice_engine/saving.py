@@ -8,13 +8,14 @@ import torch
 from ice_engine.attaching import Attaching
 from ice_engine.distributed import world
 from ice_engine.distributed.consolidation import consolidate, is_sharded, resharded
+from ice_engine.distributed.shards import shard_of
 from ice_engine.errors import ArgumentValueError, warn
 from ice_engine.left import Left
 from ice_engine.matching import LoadReport, fit, shapes
 from ice_engine.names import class_name
 from ice_engine.norms import local_part
 from ice_engine.processors.history import History
-from ice_engine.state import gradients_in, pack, stub, unpack
+from ice_engine.state import gradients_in, keep_precision_of_counts, pack, stub, unpack
 
 _GRADIENT = "ice_engine.gradient"
 
@@ -120,6 +121,7 @@ class Saving(Attaching):
         configured = before if self._course.configured is None else self._course.configured
         names = [group.get("param_names") for group in self.param_groups]
         self._inner.load_state_dict(plain)
+        keep_precision_of_counts(shard_of(self._inner).state, self.param_groups, plain)
         for group, initial, own in zip(self.param_groups, before, names, strict=True):
             for key, value in initial.items():
                 group.setdefault(key, value)

@@ -54,6 +54,28 @@ def unpack(state: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return plain, extra
 
 
+def keep_precision_of_counts(
+    state: Mapping[torch.Tensor, dict[str, Any]], groups: list[dict[str, Any]], plain: dict[str, Any]
+) -> None:
+    """Give what an optimizer counts per parameter, such as NAdam's ``mu_product``, the type it was saved with.
+
+    Torch casts it to the parameter's, ``step`` alone excepted: in bfloat16 it would be another number, and in float64
+    the next one.
+
+    Args:
+        state: Of the optimizer that has loaded *plain*.
+        groups: Its param groups.
+        plain: Torch's part of a state dict.
+    """
+    for saved, group in zip(plain["param_groups"], groups, strict=True):
+        for number, parameter in zip(saved["params"], group["params"], strict=True):
+            loaded = state.get(parameter, {}) if parameter.ndim else {}
+            for key, value in plain["state"].get(number, {}).items():
+                is_count = isinstance(value, torch.Tensor) and not value.ndim and key != "step"
+                if is_count and key in loaded and loaded[key].dtype != value.dtype:
+                    loaded[key] = value.to(loaded[key].device)
+
+
 def gradients_in(extra: Mapping[str, Any] | None) -> Mapping[int, Any]:
     """Return the gradients of the open window that *extra* was saved in, by the place of their parameter."""
     found: Mapping[int, Any] = {} if extra is None else extra["window"].get("gradients", {})

@@ -527,6 +527,30 @@ def lrs(optimizer):
     return [group["lr"] for group in optimizer.param_groups]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("made", [torch.optim.NAdam, torch.optim.ASGD])
+def test_what_an_optimizer_counts_keeps_its_precision_whatever_the_parameters_have(made, dtype):
+    """Which torch casts to their type, so that a run which is resumed comes to something else."""
+    model, resumed = Net().to(dtype), Net().to(dtype)
+    optimizer, other = (ice.Optimizer(made(m.named_parameters(), lr=0.05)) for m in (model, resumed))
+    data = [batch.to(dtype) for batch in batches(0, 6)]
+
+    def run(net, stepped, some):
+        for batch in some:
+            stepped.backward(net(batch))
+            stepped.update()
+
+    run(model, optimizer, data[:3])
+    saved = through_a_file(optimizer.state_dict())
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(saved)
+
+    torch.testing.assert_close(other.state_dict()["state"], saved["state"], rtol=0, atol=0)
+    run(model, optimizer, data[3:])
+    run(resumed, other, data[3:])
+    torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 def test_of_the_same_groups_in_another_order_the_saved_entries_win():
     first, second = Net(), Net()
     saved = sgd(ice.param_groups(first, {"bias": {"lr": 1.0}, "weight": {"lr": 2.0, "weight_decay": 0.5, "mine": 3}}))
