@@ -13,6 +13,7 @@ import functools
 import logging
 import signal
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from ice_engine.errors import RankError
 logger = logging.getLogger(__name__)
 
 WIDTH = 128  # numbers in a row, the kind included
+_INLINE = WIDTH - 3  # bytes of a text that fit into one
 _ZEROS = array.array("d", bytes(8 * WIDTH))
 _PAIR = 2  # ranks, for which an all-gather is one hop
 _SOON = datetime.timedelta(seconds=4)  # after which it is asked who is missing
@@ -134,14 +136,26 @@ class Rounds:
             raise RankError(message)
         return rows
 
-    def texts(self, text: str, doing: str = "") -> list[str]:
-        """Give *text* to every rank and return everybody's, in the order of ranks."""
+    def texts(self, text: str, doing: str) -> list[str]:
+        """Give *text* to every rank and return everybody's, in the order of ranks.
+
+        Raises:
+            RankError: On all ranks, if they are not *doing* the same, and one's text would be taken for another's.
+        """
         data = text.encode()
-        inline = len(data) <= WIDTH - 2
-        rows = self.exchange(Kind.TEXT, [len(data), *(data if inline else ())], doing)
-        if all(row[1] <= WIDTH - 2 for row in rows):
-            return [bytes(map(int, row[2 : 2 + int(row[1])])).decode() for row in rows]
-        return self._long_texts(data, [int(row[1]) for row in rows])
+        inline = len(data) <= _INLINE
+        rows = self.exchange(Kind.TEXT, [zlib.crc32(doing.encode()), len(data), *(data if inline else ())], doing)
+        different = [r for r, row in enumerate(rows) if row[1] != rows[0][1]]
+        if different:
+            places, other = self._texts(doing, [Kind.TEXT] * world_size()), different[0]
+            message = (
+                f"ranks do different things at the same time: rank 0 {places[0]}, rank {other} {places[other]}. "
+                "Let all ranks make the same calls in the same order"
+            )
+            raise RankError(message)
+        if all(row[2] <= _INLINE for row in rows):
+            return [bytes(map(int, row[3 : 3 + int(row[2])])).decode() for row in rows]
+        return self._long_texts(data, [int(row[2]) for row in rows])
 
     def leave_note(self, error: BaseException | None) -> None:
         """Let the others find out what this rank raised, even when it is gone; None takes it back."""

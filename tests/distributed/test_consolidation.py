@@ -12,7 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import ice_engine as ice
-from ice_engine.errors import NotConsolidatedError, RankError
+from ice_engine.errors import CheckpointError, NotConsolidatedError, RankError
 from tests.distributed.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.soak, pytest.mark.timeout(300)]
@@ -215,7 +215,7 @@ def test_any_layout_of_dtensors_is_put_together():
     assert all(found.values()), found
 
 
-def refusals():
+def refusals(folder):
     adam = FACTORIES["AdamW"]
     model = network()
     optimizer = ice.Optimizer(adam, model.parameters(), sharding="zero1", name="generator")
@@ -239,18 +239,23 @@ def refusals():
         alien.state_dict()
     except RankError as error:
         said.append(str(error))
+    try:
+        optimizer.state_dict() if dist.get_rank() == 0 else ice.save_sharded(folder, {"optimizer": optimizer})
+    except (RankError, CheckpointError) as error:
+        said.append(str(error))
     said.append("state" in optimizer.state_dict(1))  # afterwards it works
     return said
 
 
-def test_ranks_that_ask_for_something_else_are_named_on_all():
-    for rank, said in enumerate(launch(refusals, 3)):
+def test_ranks_that_ask_for_something_else_are_named_on_all(tmp_path):
+    for rank, said in enumerate(launch(refusals, 3, str(tmp_path))):
         if rank > 0:
             assert "this is a stub: the whole state is on rank 0" in said.pop(0)
-        other, alien, whole = said
+        other, alien, saves, whole = said
         assert "rank 0 state_dict(rank=0) of optimizer 'generator', rank 1 state_dict(rank=1)" in other
         assert "failed on rank 1: state[" in alien
         assert "['history'] is set" in alien
+        assert "rank 0 state_dict(rank=0) of optimizer 'generator', rank 1 save_sharded(). Let all ranks" in saves
         assert whole is (rank == 1)
 
 
