@@ -150,7 +150,9 @@ class Scheduling(Announcing):
     def _terms(self) -> Terms:
         window = self._window.terms()
         described = [self._description(processor) for processor in self._processors]
-        return Terms.of(self._clocks, {**window, "accumulation_steps": self._size or None}, described)
+        # Of the window that closed last; before the first one has, what was decided for it.
+        window["accumulation_steps"] = self._size or window["accumulation_steps"]
+        return Terms.of(self._clocks, window, described)
 
     def _description(self, processor: DictProcessor) -> Any:
         given = (described for known, described in self._described if known is processor)

@@ -492,6 +492,14 @@ def test_the_effective_batch_is_kept_by_a_resume_and_decided_anew_by_a_fresh_run
     assert optimizer.accumulation_steps == 2
 
 
+def test_the_effective_batch_is_kept_by_a_resume_from_before_the_first_window_closed():
+    *_, state, optimizer = items([8, 8, 8], 32, tail="drop")
+    assert (optimizer.accumulation_steps, optimizer.clocks["step"]) == (4, 0)
+    state["trainer"] |= {"epoch_length": 4, "iteration": 4}
+    steps, *_ = items([2, 8, 8, 8], 32, epochs=2, state=state, tail="drop")
+    assert steps == [26]  # not 16 micro-batches, as for a first weight of 2
+
+
 def test_a_resumed_run_whose_windows_hold_twice_as_much_is_told(caplog):
     *_, state, _ = items([8, 8, 8, 8], 32)
     steps, *_ = items([16] * 4, 32, epochs=2, state=state)
