@@ -127,6 +127,8 @@ class Attaching(Stepping):
             common=self._clocks.common,
         )
         together.join(member)
+        if self._loaded:
+            self._resume_size()
         return member
 
     def _facts(self) -> dict[str, Any]:
@@ -144,6 +146,7 @@ class Attaching(Stepping):
             "processors": [name_of(processor) for processor in self._processors],
             "class": class_name(self._inner),
             "sync": self._member.sync.always if self._member is not None else None,
+            "number of ranks with data of their own": self._window.ranks,
             "number of parameters": [len(group["params"]) for group in self.param_groups],
         }
 

@@ -104,7 +104,7 @@ class Meeting:
         self._members.append(member)
         member.sync.meet = functools.partial(self._meet, member.sync)
         member.window.unit_of = functools.partial(self._unit_of, member)
-        member.window.ranks = world_size()
+        member.window.ranks = member.sync.ranks
 
     def _gate(self, kind: Kind) -> list[Row]:
         """Say where this rank is, until all say something that a window can close at."""
@@ -283,7 +283,8 @@ class Meeting:
             return
         # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.
         window.unit = window.unit or max(row.unit for row in rows)
-        window.share(sum(row.weight for row in rows), world_size())
+        # Ranks with the same data say the same of it.
+        window.share(sum(row.weight for row in rows) / (world_size() // window.ranks), window.ranks)
         if reduced:
             member.sync.complete(member.parameters())
         whole = reduced or member.sync.reduce(member.parameters())

@@ -132,10 +132,9 @@ class Saving(Attaching):
         if extra is not None:
             self._clocks.counts.update({clock: int(value) for clock, value in extra["clocks"].items()})
             self._course.load_state_dict(extra.get("horizon"), configured)
-            if self._window.batch is not None:
-                self._window.ranks = world.world_size()
-                self._window.resume({} if self._course.terms is None else self._course.terms.run)
-                self._size = self._window.size
+            if self._member is None:
+                self._window.ranks = world.world_size()  # of which attach() may find that some have the same data
+            self._resume_size()
             self._measurements = {metric: History(values) for metric, values in extra.get("measurements", {}).items()}
             self._changed = None
             self._precision.load_state_dict(extra)

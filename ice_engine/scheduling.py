@@ -171,6 +171,12 @@ class Scheduling(Announcing):
             pending=pending,
         )
 
+    def _resume_size(self) -> None:
+        """Go on with windows of the size that a loaded run had, if it is still due."""
+        if self._window.batch is not None:
+            self._window.resume({} if self._course.terms is None else self._course.terms.run)
+            self._size = self._window.size
+
     def _say_size(self) -> None:
         """Tell what was decided; loudly, if a resumed run's windows no longer hold what they should."""
         window = self._window

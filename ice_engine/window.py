@@ -43,7 +43,7 @@ class Window:
     Attributes:
         size: Micro-batches per step; 0 until they are decided.
         first: The weight that they were decided from; 0.0 until then.
-        ranks: How many processes fill a window together.
+        ranks: How many processes fill a window together, each with data of its own.
         micro_batches: Complete micro-batches in the open window.
         weight: Their total weight.
         pending: Whether a loss has entered the micro-batch that is under way.

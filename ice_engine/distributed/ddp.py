@@ -20,7 +20,7 @@ class DDPSync(Synchroniser):
 
     def __init__(self, model: DistributedDataParallel) -> None:
         super().__init__(model)
-        self.reduces = True
+        self.ranks, self.reduces = self.model.process_group.size(), True
         # A static graph is the one that DDP sees reduced first, and stays so: every backward needs all ranks. To save
         # memory there is nothing to reduce for in between: gradients are whole on every rank, and those of a rank with
         # fewer losses would be waited for.

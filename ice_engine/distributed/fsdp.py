@@ -24,6 +24,7 @@ class FSDPSync(Synchroniser):
 
     def __init__(self, model: Any, sync: Sync) -> None:
         super().__init__(model)
+        self.ranks = max((_size(group.mesh_info) for group in param_groups(fully_sharded(model))), default=1)
         self.reduces, self.always = True, sync == "memory"
         self._behind = False
 
@@ -84,3 +85,8 @@ class FSDPSync(Synchroniser):
         groups = param_groups(fully_sharded(self.model))
         found = {id(held): held for group in groups for held in group.fsdp_params}
         return [held for held in found.values() if hasattr(held, "_unsharded_param")]
+
+
+def _size(mesh: Any) -> int:
+    """Return over how many ranks FSDP2 averages: of a whole model's mesh, those of its own dimensions only."""
+    return getattr(mesh, "shard_mesh_size", 1) * getattr(mesh, "replicate_mesh_size", 1)

@@ -23,6 +23,8 @@ class Synchroniser:
 
     Attributes:
         model: The module.
+        ranks: How many it averages over, each with data of its own; others split the model with one of them, and have
+            the same data as that one.
         together: Whether even a forward needs all ranks, so that none may have a micro-batch more than the others.
         follows: Whether a rank without a loss can take part in what the others reduce.
         reduces: Whether a backward reduces now.
@@ -31,6 +33,7 @@ class Synchroniser:
             may have fewer losses, or another model's.
     """
 
+    ranks = 1
     together = follows = True
 
     def __init__(self, model: torch.nn.Module) -> None:

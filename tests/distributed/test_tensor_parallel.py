@@ -1,5 +1,7 @@
 """Tensor parallelism, alone and beside data parallelism, and replicated shards: the steps are those of a plain loop."""
 
+import functools
+import math
 from typing import Any
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
 from tests.distributed.launch import launch
@@ -17,7 +21,10 @@ pytestmark = pytest.mark.distributed
 
 CLIP, EPOCHS, K = 0.5, 2, 2
 SIZES = [[5, 3, 4, 6, 2], [2, 4, 3, 1, 5], [3, 3, 1, 4, 2], [1, 2, 6, 2, 4]]  # of micro-batches, by place in the data
-PLACES = {"tensor": 1, "tensor and data": 2, "replicated shards": 4}
+PLACES = {"tensor": 1, "tensor and data": 2, "replicated shards": 4, "data in subgroups": 2}
+KINDS = {2: ["tensor"], 4: ["tensor", "tensor and data", "replicated shards", "data in subgroups"]}
+ITEMS = 20  # of a step, where they are what is asked for
+SIZE = {1: 4, 2: 2, 4: 1}  # micro-batches of 5 items, by places of data: 5 is the largest of the first ones
 
 
 def network() -> torch.nn.Module:
@@ -35,25 +42,70 @@ def split(model: torch.nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
-def trained(kind: str) -> Any:
-    model, place = network(), 0
+def spread(kind: str) -> tuple[torch.nn.Module, int]:
+    """Return the network, on all ranks, and this one's place in the data."""
+    model = network()
     if kind == "tensor":
         split(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        return model, 0
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    if kind == "replicated shards":
+        fully_shard(model, mesh=mesh)
+        return model, dist.get_rank()
+    if kind == "data in subgroups":  # as beside parallelism of the model that is the user's own
+        model = DistributedDataParallel(model, process_group=mesh["data"].get_group())
     else:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-        if kind == "tensor and data":
-            split(model, mesh["tensor"])
-            fully_shard(model, mesh=mesh["data"])
-            place = mesh["data"].get_local_rank()
-        else:
-            fully_shard(model, mesh=mesh)
-            place = dist.get_rank()
+        split(model, mesh["tensor"])
+        fully_shard(model, mesh=mesh["data"])
+    return model, mesh["data"].get_local_rank()
+
+
+def whole(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+
+
+def trained(kind: str) -> Any:
+    model, place = spread(kind)
     optimizer = ice.Optimizer(
         torch.optim.AdamW(model.parameters(), lr=0.1), accumulation_steps=K, clip=ice.clip_norm(CLIP)
     )
     ice.create_trainer(model, optimizer, mse_loss).run(batches(place), max_epochs=EPOCHS)
     state = optimizer.state_dict(rank=0).get("state", {})
-    return [p.full_tensor() for p in model.parameters()], [each["exp_avg"] for each in state.values()]
+    return whole(model), [each["exp_avg"] for each in state.values()]
+
+
+def note(optimizer: ice.Optimizer, said: list[Any], _: Any) -> None:
+    said.append((optimizer.record.micro_batches, optimizer.record.weight, optimizer.param_groups[0]["lr"]))
+
+
+def resumed(kind: str, attached: bool) -> Any:
+    """Train an epoch, and one more in which the first micro-batch has another size; loaded before attach(), or after.
+
+    Returns what each step was of, and what was trained.
+    """
+    model, place = spread(kind)
+    said: list[Any] = []
+    states: list[Any] = []
+    for epochs in (1, EPOCHS):
+        optimizer = ice.Optimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            effective_batch_size=ITEMS,
+            processors=[ice.schedules.cosine()],
+            on_change="replan",
+        )
+        if states and not attached:
+            optimizer.load_state_dict(states[0]["optimizer"])
+        trainer = ice.create_trainer(model, optimizer, mse_loss)
+        if states:
+            trainer.load_state_dict(states[0]["trainer"])
+            if attached:
+                optimizer.load_state_dict(states[0]["optimizer"])
+        trainer.add_event_handler(optimizer.event("STEP_COMPLETED"), functools.partial(note, optimizer, said))
+        own = batches(place)
+        trainer.run(own if epochs == 1 else [*own[1:], own[0]], max_epochs=epochs)
+        states = [{"optimizer": optimizer.state_dict(rank=0), "trainer": trainer.state_dict()}]
+        dist.broadcast_object_list(states)
+    return said, whole(model)
 
 
 def plain_loop(places: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -70,15 +122,54 @@ def plain_loop(places: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return [p.detach() for p in model.parameters()], [each["exp_avg"] for each in optimizer.state.values()]
 
 
+def steps(places: int) -> tuple[list[tuple[int, float, float]], list[torch.Tensor]]:
+    """What :func:`resumed` is to return, by a loop over the micro-batches of all places."""
+    model, size, length, said = network(), SIZE[places], len(SIZES[0]), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    each = math.ceil(length / size)  # steps of an epoch
+    for epoch in range(EPOCHS):
+        data = [own if epoch == 0 else [*own[1:], own[0]] for own in map(batches, range(places))]
+        for step, first in enumerate(range(0, length, size)):
+            window = [batch for own in data for batch in own[first : first + size]]
+            x, y = (torch.cat([batch[i] for batch in window]) for i in (0, 1))
+            # The first run is of one epoch; the second plans anew what is left of both.
+            done, total = step + epoch * each, each * (epoch + 1)
+            optimizer.param_groups[0]["lr"] = rate = 0.1 * (1 + math.cos(math.pi * done / total)) / 2
+            said.append((len(data[0][first : first + size]), float(len(x)), rate))
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+    return said, [p.detach() for p in model.parameters()]
+
+
 def _all(kinds: list[str]) -> dict[str, Any]:
-    return {kind: trained(kind) for kind in kinds}
+    return {kind: (trained(kind), resumed(kind, attached=True), resumed(kind, attached=False)) for kind in kinds}
 
 
-@pytest.mark.parametrize(("ranks", "kinds"), [(2, ["tensor"]), (4, ["tensor", "tensor and data", "replicated shards"])])
-def test_the_steps_and_the_state_are_those_of_a_plain_loop(ranks, kinds):
-    found = launch(_all, ranks, kinds)
-    for kind in kinds:
+@functools.cache
+def results(ranks: int) -> list[dict[str, Any]]:
+    return launch(_all, ranks, KINDS[ranks])
+
+
+@pytest.mark.parametrize("ranks", KINDS)
+def test_the_steps_and_the_state_are_those_of_a_plain_loop(ranks):
+    for kind in KINDS[ranks]:
         parameters, moments = plain_loop(PLACES[kind])
-        for rank, each in enumerate(found):
-            torch.testing.assert_close(each[kind][0], parameters, rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(each[kind][1], [] if rank else moments, rtol=1e-12, atol=1e-12)
+        for rank, each in enumerate(results(ranks)):
+            found = each[kind][0]
+            torch.testing.assert_close(found[0], parameters, rtol=1e-12, atol=1e-12)
+            if kind != "data in subgroups":  # whose state is whole on every rank
+                torch.testing.assert_close(found[1], [] if rank else moments, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("ranks", KINDS)
+def test_ranks_of_the_same_data_count_its_items_once(ranks, attached):
+    """Windows of an ``effective_batch_size``, records and schedules go by the items that there are, also resumed."""
+    for kind in KINDS[ranks]:
+        said, parameters = steps(PLACES[kind])
+        for each in results(ranks):
+            found = each[kind][1 if attached else 2]
+            assert [step[:2] for step in found[0]] == [step[:2] for step in said], kind
+            assert [step[2] for step in found[0]] == pytest.approx([step[2] for step in said]), kind
+            torch.testing.assert_close(found[1], parameters, rtol=1e-12, atol=1e-12)
