@@ -9,7 +9,7 @@ from ignite.engine import Engine, Events
 
 from ice_engine.distributed import world
 from ice_engine.distributed.build import remove_last_param_group
-from ice_engine.distributed.gathered import fully_sharded, gather_anew
+from ice_engine.distributed.gathered import fully_sharded, gather_anew, require_unsharded
 from ice_engine.distributed.sync import synchroniser
 from ice_engine.distributed.synchroniser import Sync, Synchroniser
 from ice_engine.errors import ArgumentTypeError, AttachError, warn
@@ -56,6 +56,8 @@ class Attaching(Stepping):
         gathering = [] if model is None else fully_sharded(model)
         gather_anew(gathering)  # or else the model has whole parameters now, which no optimizer has
         driven = synchroniser(model, self._parameters(), sync) if world.world_size() > 1 else None
+        if model is None:
+            require_unsharded(self._parameters())
         if self._processors:
             check_names(self._processors, self.param_groups)
             set_initial_values(self._processors, self.param_groups)

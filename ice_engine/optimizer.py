@@ -129,7 +129,8 @@ class Optimizer(Saving):
         Args:
             engine: The engine whose ``train_step`` calls :meth:`backward`.
             model: The module being trained; gives parameters their names in errors and checkpoints. In many
-                processes, the ``DistributedDataParallel`` or ``fully_shard``'ed module whose reduction it drives.
+                processes, the ``DistributedDataParallel`` or ``fully_shard``'ed module whose reduction it drives; the
+                latter in one process, too.
             sync: What accumulation saves in many processes: ``"communication"`` reduces gradients once per window,
                 ``"memory"`` in every micro-batch, so that ``fully_shard`` keeps them sharded;
                 ``DistributedDataParallel``, whose gradients are whole, once per window either way.
@@ -139,7 +140,8 @@ class Optimizer(Saving):
 
         Raises:
             AttachError: If it is attached, another optimizer of the engine has its name or one of its
-                parameters, or nothing would reduce the gradients of many ranks.
+                parameters, nothing would reduce the gradients of many ranks, or parameters are sharded and there is
+                no *model*.
         """
         self._attach(engine, model, sync)
         return self

@@ -11,10 +11,28 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from ice_engine.distributed.shards import is_sharded
+from ice_engine.errors import AttachError
+
 
 def fully_sharded(*models: torch.nn.Module) -> list[FSDPModule]:
     """Return the modules of *models* that ``fully_shard`` was applied to."""
     return [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def require_unsharded(parameters: Iterable[torch.Tensor]) -> None:
+    """Refuse *parameters* of a model that is not known, and so would not gather them anew.
+
+    Raises:
+        AttachError: If one is sharded, be it over one process.
+    """
+    if any(is_sharded(parameter) for parameter in parameters):
+        message = (
+            "attach() was given no model, and the optimizer has parameters that are sharded (DTensor): after a step, "
+            "fully_shard may go on with those of before that it has gathered. Pass the module, as in many processes: "
+            "optimizer.attach(engine, model=model)"
+        )
+        raise AttachError(message)
 
 
 def param_groups(modules: Iterable[FSDPModule]) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import softplus
 
 import ice_engine as ice
+from ice_engine.errors import AttachError
 from tests.distributed.launch import launch
 from tests.distributed.test_fsdp_windows import LENGTH, batches, network, sgd, whole
 
@@ -210,6 +211,25 @@ def _toggled_part(validates: bool) -> list[float]:
 def test_a_toggle_of_a_part_that_is_gathered_with_the_whole_leaves_the_optimizers_own_parameters_their_flags():
     """That part is no module that ``fully_shard`` was applied to: its parameters are those of the root around it."""
     assert launch(_toggled_part, 2, True) == launch(_toggled_part, 2, False)
+
+
+def _without_its_model() -> str:
+    model = network(3, 1)
+    fully_shard(model)
+    optimizer = ice.Optimizer(sgd(model))
+    trainer = Engine(lambda _, batch: optimizer.backward(model(batch).square().mean()))
+    with pytest.raises(AttachError) as refused:
+        optimizer.attach(trainer)
+    optimizer.attach(trainer, model=model)
+    trainer.run(batches(0))
+    return str(refused.value)
+
+
+def test_in_one_process_too_a_fully_sharded_model_is_given_to_attach():
+    """Else a forward without a backward, such as one of a metric in train_step, would leave it as it was at a step."""
+    (said,) = launch(_without_its_model, 1)
+    assert "DTensor" in said
+    assert "optimizer.attach(engine, model=model)" in said
 
 
 def _copied() -> list[Any]:
