@@ -287,11 +287,9 @@ class Meeting:
         window.share(sum(row.weight for row in rows) / (world_size() // window.ranks), window.ranks)
         if reduced:
             member.sync.complete(member.parameters())
-        whole = reduced or member.sync.reduce(member.parameters())
-        if whole:
-            member.close()
         else:
-            member.discard("a stop" if at_end else "a last micro-batch without backward()")
+            member.sync.reduce(member.parameters())
+        member.close()
 
     def _drop(self, member: Member, still_open: Sequence[Member]) -> None:
         """Drop a window that is open on some rank: on all of them the loss scale adapts if it was the last one."""

@@ -75,7 +75,7 @@ class DDPSync(Synchroniser):
         self.after_backward()
         self._used = True
 
-    def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
         """Average gradients that no backward has reduced."""
         if self.model.find_unused_parameters:
             # It has noted what was used since it reduced, and must be through with that.
@@ -86,7 +86,6 @@ class DDPSync(Synchroniser):
             self.complete(parameters)
         else:
             average(parameters, self.model.process_group)
-        return True
 
     def complete(self, parameters: Sequence[torch.Tensor]) -> None:
         """Average the gradients that DDP does not know of: of *parameters* that required none when it was made."""

@@ -34,8 +34,8 @@ class FSDPSync(Synchroniser):
         self.model.set_requires_gradient_sync(self.reduces)
 
     def before_backward(self, loss: torch.Tensor) -> None:  # noqa: ARG002 - needs none
-        """Note whether this one reduces what was accumulated, or leaves more."""
-        self._behind = not self.reduces
+        """Note whether this one leaves what is to be reduced later."""
+        self._behind |= not self.reduces
 
     def take_part(self, loss: torch.Tensor | None = None, *, retain_graph: bool = False) -> None:
         """Differentiate *loss* into gradients of 0; without one there is nothing to take part with."""
@@ -50,9 +50,26 @@ class FSDPSync(Synchroniser):
             for hook in hooks:
                 hook.remove()
 
-    def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002 - reduced already, or out of reach
-        """Return whether the last backward has reduced; what was not, nobody can reach."""
-        return not self._behind
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Average gradients that no backward has reduced, as one that does would at its end."""
+        self.complete(parameters)
+
+    def complete(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Average what a backward has left out that reduced, but did not come through the model."""
+        if not self._behind:
+            return
+        wanted = {id(parameter) for parameter in parameters}
+        held = self._all_held()
+        others = [each for each in held if id(each.sharded_param) not in wanted]
+        if any(_has_whole_gradient(each) for each in held if id(each.sharded_param) in wanted):
+            self.on(last=True)
+            with self.aside(each.sharded_param for each in others):  # the windows of other optimizers go on
+                for group in param_groups(fully_sharded(self.model)):
+                    with group.use_training_state(group._training_state):  # noqa: SLF001 - no public way there
+                        group.post_backward()
+                    group.finalize_backward()
+            self.on(last=False)
+        self._behind = any(map(_has_whole_gradient, others))
 
     def forget(self, parameters: Iterable[torch.Tensor]) -> None:
         """Drop what backward passes have left of *parameters* that did not reduce."""
@@ -85,6 +102,11 @@ class FSDPSync(Synchroniser):
         groups = param_groups(fully_sharded(self.model))
         found = {id(held): held for group in groups for held in group.fsdp_params}
         return [held for held in found.values() if hasattr(held, "_unsharded_param")]
+
+
+def _has_whole_gradient(held: Any) -> bool:
+    """Whether FSDP2 has accumulated a gradient of a parameter that it has not reduced."""
+    return not (held.unsharded_accumulated_grad is None and held._unsharded_param.grad is None)  # noqa: SLF001 - as said
 
 
 def _size(mesh: Any) -> int:

@@ -61,9 +61,8 @@ class Synchroniser:
     def take_part(self, loss: torch.Tensor | None = None, *, retain_graph: bool = False) -> None:
         """Take part with zeros in the reduction that the other ranks' backward makes, by one of *loss* if need be."""
 
-    def reduce(self, parameters: Sequence[torch.Tensor]) -> bool:  # noqa: ARG002 - nothing to reduce
-        """Average gradients that no backward has reduced; return whether that could be done."""
-        return True
+    def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Average gradients that no backward has reduced."""
 
     def forget(self, parameters: Iterable[torch.Tensor]) -> None:
         """Drop what backward passes have left of *parameters*, besides their gradients, to be reduced later."""

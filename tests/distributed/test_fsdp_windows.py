@@ -3,6 +3,7 @@
 The oracle is a float64 loop with one big batch per window.
 """
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -205,40 +206,99 @@ def test_a_rank_may_weigh_a_loss_with_nothing_inside_a_window(empty, sync):
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
 
 
-def _left_open(steps: int) -> tuple[list[float], list[str]]:
-    """Pass over the last micro-batch of the epoch, in which what the window has accumulated would be reduced."""
+def _left_open(how: str, layers: bool) -> tuple[list[float], list[str]]:
+    """End each epoch without the backward that would reduce what the window has accumulated."""
     model = network(3, 1)
+    for layer in (model[0], model[2]) if layers else ():
+        fully_shard(layer)
     fully_shard(model)
-    optimizer = ice.Optimizer(sgd(model), accumulation_steps=steps)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=3)
 
     def train_step(engine: Engine, batch: torch.Tensor) -> None:
-        if engine.state.iteration % LENGTH:
-            optimizer.backward(model(batch).square().mean())
+        if engine.state.iteration % LENGTH or how == "epoch ended":
+            optimizer.backward(model(batch).square().mean(), weight=len(batch))
+        elif how == "past the model":
+            optimizer.backward(torch.zeros((), requires_grad=True), weight=0)
 
     trainer = Engine(train_step)
     optimizer.attach(trainer, model=model)
+    if how == "epoch ended":
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(every=LENGTH - 1), trainer.terminate_epoch)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         trainer.run(batches(dist.get_rank()), max_epochs=EPOCHS)
     return whole(model), [str(warning.message) for warning in said]
 
 
-def test_a_window_that_a_passed_over_micro_batch_would_have_reduced_is_dropped_with_a_warning():
-    dropped = (
-        "optimizer 'optimizer' dropped the 1 micro-batches of a window that a last micro-batch without backward() left "
-        "open"
-    )
+def _left_open_of_two() -> list[float]:
+    """As if passed over, with an optimizer for each layer of one model, of which one carries its window on."""
+    model = network(3, 1)
+    fully_shard(model)
+    optimizers = [
+        ice.Optimizer(torch.optim.SGD(layer.parameters(), lr=0.5), name=name, accumulation_steps=3, tail=tail)
+        for name, layer, tail in (("first", model[0], "step"), ("second", model[2], "carry"))
+    ]
+
+    def train_step(engine: Engine, batch: torch.Tensor) -> None:
+        if engine.state.iteration % LENGTH:
+            loss = model(batch).square().mean()
+            for optimizer in optimizers:
+                optimizer.backward(loss, retain_graph=optimizer is optimizers[0])
+
+    trainer = Engine(train_step)
+    for optimizer in optimizers:
+        optimizer.attach(trainer, model=model)
+    trainer.run(batches(dist.get_rank()), max_epochs=EPOCHS)
+    return whole(model)
+
+
+def _all_left_open() -> tuple[dict[Any, tuple[list[float], list[str]]], list[float]]:
+    ways = [(how, layers) for how in ("passed over", "past the model", "epoch ended") for layers in (False, True)]
+    return {way: _left_open(*way) for way in ways}, _left_open_of_two()
+
+
+@functools.cache
+def left_open() -> list[tuple[dict[Any, tuple[list[float], list[str]]], list[float]]]:
+    return launch(_all_left_open, RANKS)
+
+
+def test_a_window_that_no_backward_has_reduced_steps_at_the_epochs_end():
     model = network(3, 1)
     optimizer = sgd(model)
-    window = [batches(rank)[i] for rank in range(RANKS) for i in range(3)]
     for _ in range(EPOCHS):
-        optimizer.zero_grad()
-        model(torch.cat(window)).square().mean().backward()
-        optimizer.step()
+        for micro_batches in (range(3), [3]):
+            optimizer.zero_grad()
+            model(torch.cat([batches(r)[i] for r in range(RANKS) for i in micro_batches])).square().mean().backward()
+            optimizer.step()
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
-    for parameters, said in launch(_left_open, RANKS, 3):
-        assert dropped in said
-        torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+    for ways, _ in left_open():
+        for way, (parameters, said) in ways.items():
+            assert said == [], way
+            found = torch.tensor(parameters, dtype=torch.float64)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, msg=f"{way}")
+
+
+def test_what_one_optimizer_of_a_model_reduces_at_the_epochs_end_leaves_the_window_of_another_as_it_is():
+    model = network(3, 1)
+    layers = [list(model[i].parameters()) for i in (0, 2)]
+    optimizers = [torch.optim.SGD(parameters, lr=0.5) for parameters in layers]
+    # Micro-batches of both epochs, after which the window of each closes.
+    ends = [2, 3, 6, 7], [2, 5, 7]
+    begun = [0, 0]
+    for i in range(EPOCHS * (LENGTH - 1)):
+        for rank in range(RANKS):
+            (model(batches(rank)[i % (LENGTH - 1)]).square().mean() / RANKS).backward()
+        for which, optimizer in enumerate(optimizers):
+            if i in ends[which]:
+                for parameter in layers[which]:
+                    parameter.grad /= i + 1 - begun[which]
+                optimizer.step()
+                optimizer.zero_grad()
+                begun[which] = i + 1
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for _, parameters in left_open():
+        found = torch.tensor(parameters, dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def _stopped_before(sync: Any, unknown: bool) -> list[float]:
@@ -253,8 +313,8 @@ def _stopped_before(sync: Any, unknown: bool) -> list[float]:
     return whole(model)
 
 
-@pytest.mark.parametrize(("sync", "unknown"), [("memory", False), ("communication", True)])
-def test_a_stop_of_all_ranks_before_a_micro_batch_that_reduces_steps_with_what_was_reduced(sync, unknown):
+@pytest.mark.parametrize(("sync", "unknown"), [("memory", False), ("communication", True), ("communication", False)])
+def test_a_stop_of_all_ranks_before_a_micro_batch_that_reduces_steps_with_what_there_is(sync, unknown):
     model = network(3, 1)
     optimizer = sgd(model)
     for micro_batches in (range(3), [3]):
