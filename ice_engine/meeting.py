@@ -285,11 +285,13 @@ class Meeting:
         window.unit = window.unit or max(row.unit for row in rows)
         # Ranks with the same data say the same of it.
         window.share(sum(row.weight for row in rows) / (world_size() // window.ranks), window.ranks)
+        self._rounds.guard.enter(f"the step of {self._place(Kind.CLOSE)}", collectives=False)
         if reduced:
             member.sync.complete(member.parameters())
         else:
             member.sync.reduce(member.parameters())
         member.close()
+        self._rounds.guard.leave()
 
     def _drop(self, member: Member, still_open: Sequence[Member]) -> None:
         """Drop a window that is open on some rank: on all of them the loss scale adapts if it was the last one."""

@@ -204,10 +204,8 @@ class Peers(Meeting):
         if not closing:
             return
         self._switch(last=False)
-        self._rounds.guard.enter(f"the step of {self._place(Kind.GATE)}", collectives=False)
         for member in closing:
             self._close(member, reduced=reducing and member.sync not in self._passed, leaving=leaving)
-        self._rounds.guard.leave()
 
     def _keep_promise(self, engine: Engine) -> None:
         """Do with the others what this rank said at a gate that it would, if a handler has stopped it since."""

@@ -102,7 +102,9 @@ def train(case, me, sharding):
     elif case == "another collective in the reduction":
         other = 1 - dist.get_rank()
         engine.add_event_handler(Events.ITERATION_STARTED(once=4), failing(lambda: dist.recv(torch.ones(1), other)))
-    engine.run([torch.ones(2 + dist.get_rank(), 4)] * 4, max_epochs=2)
+    data = [torch.ones(2 + dist.get_rank(), 4)] * 4
+    # Of an unknown length: the second step is after the last micro-batch, where nobody promised one.
+    engine.run(iter(data[:3]) if case == "stopped in a step of ZeRO" else data, max_epochs=2)
 
 
 def rank_of(case, rank, who, sharding, port):
