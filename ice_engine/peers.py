@@ -170,12 +170,7 @@ class Peers(Meeting):
         self._before = [m.differentiated for m in self._members]
         for member in self._members:
             member.broken = False
-        # Where even the forward needs all ranks, a window cannot be reduced after the fact: nor one whose end nobody
-        # knows, nor one that would be carried on.
-        state = engine.state
-        ends = (last and state.epoch == state.max_epochs) or state.iteration == state.max_iters
-        alone = together and (self._length is None or ends)
-        reduced = self._members if alone else self._closing if self._reducing else []
+        reduced = self._closing if self._reducing else []
         self._switch(last=False, closing=reduced)
         if self._reducing:
             self._expected = [m for m in self._members if m in reduced or m.sync.always]

@@ -46,7 +46,7 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.5)
 
 
-def _trained(tail: Any, sync: Any, unknown: bool) -> tuple[list[float], list[int]]:
+def _trained(tail: Any, sync: Any, unknown: bool) -> tuple[list[float], list[int], bool]:
     model = network(3, 1)
     fully_shard(model)
     optimizer = ice.Optimizer(sgd(model), accumulation_steps=3, tail=tail)
@@ -54,9 +54,16 @@ def _trained(tail: Any, sync: Any, unknown: bool) -> tuple[list[float], list[int
     optimizer.attach(trainer, model=model, sync=sync)
     sizes: list[int] = []
     trainer.add_event_handler(optimizer.event("STEP_COMPLETED"), lambda: sizes.append(optimizer.record.micro_batches))
+    reduced: list[bool] = []  # inside of windows
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def look() -> None:
+        if optimizer.in_window:
+            reduced.append(any(p.grad is not None for p in model.parameters()))
+
     data = batches(dist.get_rank())
     trainer.run(Unsized(data) if unknown else data, max_epochs=EPOCHS)
-    return whole(model), sizes
+    return whole(model), sizes, any(reduced)
 
 
 @pytest.mark.parametrize("unknown", [False, True])
@@ -73,8 +80,9 @@ def test_windows_of_every_tail(tail, sizes, sync, unknown):
         model(torch.cat(window)).square().mean().backward()
         optimizer.step()
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
-    for parameters, found in launch(_trained, RANKS, tail, sync, unknown):
+    for parameters, found, reduced in launch(_trained, RANKS, tail, sync, unknown):
         assert found == sizes
+        assert reduced == (sync == "memory")
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
 
 
