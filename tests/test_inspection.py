@@ -235,7 +235,7 @@ def anonymous():
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 def watch():
-    while not done.wait(0.002):
+    while not done.wait(0.0005):
         seen.append(anonymous())
 
 done, seen = threading.Event(), [anonymous()]
