@@ -25,7 +25,7 @@ for _ in range(12):
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
             together = rounds()
             together.close()  # so that the end of the process waits for no thread of ours
-            together.texts("the last word")
+            together.texts("the last word", "the end")
             sys.exit()
         ranks.append(pid)
     aborted += sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 for pid in ranks)
