@@ -47,7 +47,7 @@ class Attaching(Stepping):
         return HookRegistry(self._engine)
 
     def _attach(self, engine: Engine, model: torch.nn.Module | None, sync: Sync) -> None:
-        HookRegistry(engine)  # refuses what is none
+        registry = HookRegistry(engine)
         if model is not None and not isinstance(model, torch.nn.Module):
             message = f"model must be a torch.nn.Module, got {type(model).__name__}"
             raise ArgumentTypeError(message)
@@ -66,13 +66,12 @@ class Attaching(Stepping):
         self._engine, self._gathering = engine, gathering
         optimizers_of(engine).append(self)
         try:
-            self._follow(engine, driven)
+            self._follow(engine, registry, driven)
         except BaseException:  # such as of a hook that has one of these names, or of ranks that do not come
             self.detach()
             raise
 
-    def _follow(self, engine: Engine, driven: Synchroniser | None) -> None:
-        registry = HookRegistry(engine)
+    def _follow(self, engine: Engine, registry: HookRegistry, driven: Synchroniser | None) -> None:
         register(engine, self._name)
         self._clocks.run = engine.state
         self._publish()

@@ -7,7 +7,7 @@ import torch
 
 from ice_engine.attaching import Attaching
 from ice_engine.distributed import world
-from ice_engine.distributed.consolidation import consolidate, is_sharded, resharded
+from ice_engine.distributed.consolidation import consolidate, is_spread, resharded
 from ice_engine.distributed.shards import shard_of
 from ice_engine.errors import ArgumentValueError, warn
 from ice_engine.left import Left
@@ -49,7 +49,7 @@ class Saving(Attaching):
             message = f"rank must be an integer from 0 to {world.world_size() - 1}, got {rank!r}"
             raise ArgumentValueError(message)
         extra = self._extra_state()
-        if not is_sharded(self._inner):
+        if not is_spread(self._inner):
             return pack(dict(self._inner.state_dict()), self._names(), extra)
         whole = consolidate(self._inner, rank, self._name)
         return stub(rank) if whole is None else pack(whole, self._names(), extra)

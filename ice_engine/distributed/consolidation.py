@@ -10,27 +10,21 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from ice_engine.distributed import wire, world
 from ice_engine.distributed.agreement import announce
-from ice_engine.distributed.shards import is_zero
+from ice_engine.distributed.pieces import box, cut, distribute, is_first_copy
+from ice_engine.distributed.shards import is_sharded, is_zero
 from ice_engine.errors import StateDictError
-
-if dist.is_available():
-    from torch.distributed.tensor import DTensor
-
-    from ice_engine.distributed.pieces import box, cut, distribute, is_first_copy
 
 Keys = tuple[Any, ...]
 """The keys that lead to a value of the state: number of the parameter, name, and so on."""
 
 
-def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+def is_spread(optimizer: torch.optim.Optimizer) -> bool:
     """Whether no rank holds the whole state of *optimizer*."""
-    if not dist.is_available():
-        return False
-    return is_zero(optimizer) or any(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
+    return is_zero(optimizer) or any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
 
 
 def consolidate(optimizer: torch.optim.Optimizer, rank: int, name: str = "optimizer") -> dict[str, Any] | None:
@@ -75,7 +69,7 @@ def resharded(optimizer: torch.optim.Optimizer, plain: dict[str, Any]) -> dict[s
     Returns:
         A state dict that *optimizer* can load.
     """
-    if not is_sharded(optimizer):
+    if not is_spread(optimizer):
         return plain
     state = dict(plain["state"])
     for saved, group in zip(plain["param_groups"], optimizer.param_groups, strict=True):
@@ -85,7 +79,7 @@ def resharded(optimizer: torch.optim.Optimizer, plain: dict[str, Any]) -> dict[s
     return {**plain, "state": state}
 
 
-def _laid_out_as(p: "DTensor") -> Callable[[torch.Tensor, Keys], torch.Tensor]:
+def _laid_out_as(p: DTensor) -> Callable[[torch.Tensor, Keys], torch.Tensor]:
     def lay_out(tensor: torch.Tensor, keys: Keys) -> torch.Tensor:
         if isinstance(tensor, DTensor):
             return tensor

@@ -24,7 +24,7 @@ class FSDPSync(Synchroniser):
 
     def __init__(self, model: Any, sync: Sync) -> None:
         super().__init__(model)
-        self.ranks = max((_size(group.mesh_info) for group in param_groups(fully_sharded(model))), default=1)
+        self.ranks = max((_size(group.mesh_info) for group in self._groups()), default=1)
         self.reduces, self.always = True, sync == "memory"
         self._behind = False
 
@@ -42,7 +42,7 @@ class FSDPSync(Synchroniser):
         if loss is None:
             return
         # A gradient of 0 becomes NaN on its way through a loss that is not finite, and would be reduced at once.
-        whole = (held._unsharded_param for held in self._all_held())  # noqa: SLF001 - no public way there
+        whole = [held.unsharded_param for held in self._all_held()]
         hooks = [parameter.register_hook(torch.zeros_like) for parameter in whole if parameter.requires_grad]
         try:
             torch.autograd.backward(loss, torch.zeros_like(loss), retain_graph=retain_graph)
@@ -58,55 +58,57 @@ class FSDPSync(Synchroniser):
         """Average what a backward has left out that reduced, but did not come through the model."""
         if not self._behind:
             return
-        wanted = {id(parameter) for parameter in parameters}
-        held = self._all_held()
-        others = [each for each in held if id(each.sharded_param) not in wanted]
-        if any(_has_whole_gradient(each) for each in held if id(each.sharded_param) in wanted):
+        own = self._held(parameters)
+        others = [held.sharded_param for held in self._all_held() if held not in own]
+        if any(map(_has_whole_gradient, own)):
             self.on(last=True)
-            with self.aside(each.sharded_param for each in others):  # the windows of other optimizers go on
-                for group in param_groups(fully_sharded(self.model)):
-                    with group.use_training_state(group._training_state):  # noqa: SLF001 - no public way there
+            with self.aside(others):  # the windows of other optimizers go on
+                for group in self._groups():
+                    with group.use_training_state(group._training_state):  # noqa: SLF001 - it leaves another one
                         group.post_backward()
                     group.finalize_backward()
             self.on(last=False)
-        self._behind = any(map(_has_whole_gradient, others))
+        self._behind = any(map(_has_whole_gradient, self._held(others)))
 
     def forget(self, parameters: Iterable[torch.Tensor]) -> None:
         """Drop what backward passes have left of *parameters* that did not reduce."""
         if self._behind:
             for held in self._held(parameters):
-                held._unsharded_param.grad = held.unsharded_accumulated_grad = None  # noqa: SLF001 - no public way there
+                _keep(held, None, None)
 
     @contextlib.contextmanager
     def aside(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
         """Let what :meth:`forget` drops be the same at the end as at the beginning, whatever comes between."""
-        before = [
-            (held, held._unsharded_param.grad, held.unsharded_accumulated_grad)  # noqa: SLF001 - no public way there
-            for held in self._held(parameters)
-        ]
+        before = [(held, held.unsharded_param.grad, held.unsharded_accumulated_grad) for held in self._held(parameters)]
         try:
             for held, *_ in before:
-                held._unsharded_param.grad = held.unsharded_accumulated_grad = None  # noqa: SLF001 - likewise
+                _keep(held, None, None)
             yield
         finally:
             for held, gradient, accumulated in before:
-                held._unsharded_param.grad = gradient  # noqa: SLF001 - likewise
-                held.unsharded_accumulated_grad = accumulated
+                _keep(held, gradient, accumulated)
 
     def _held(self, parameters: Iterable[torch.Tensor]) -> list[Any]:
         """Where FSDP2 keeps whole gradients of *parameters* until it reduces them; it has no public way there."""
         wanted = {id(parameter) for parameter in parameters}
         return [held for held in self._all_held() if id(held.sharded_param) in wanted]
 
+    def _groups(self) -> Iterator[Any]:
+        return param_groups(fully_sharded(self.model))
+
     def _all_held(self) -> list[Any]:
-        groups = param_groups(fully_sharded(self.model))
-        found = {id(held): held for group in groups for held in group.fsdp_params}
-        return [held for held in found.values() if hasattr(held, "_unsharded_param")]
+        found = {id(held): held for group in self._groups() for held in group.fsdp_params}
+        return [held for held in found.values() if hasattr(held, "unsharded_param")]
+
+
+def _keep(held: Any, gradient: torch.Tensor | None, accumulated: torch.Tensor | None) -> None:
+    """Let these be the gradients of a parameter that FSDP2 has not reduced."""
+    held.unsharded_param.grad, held.unsharded_accumulated_grad = gradient, accumulated
 
 
 def _has_whole_gradient(held: Any) -> bool:
     """Whether FSDP2 has accumulated a gradient of a parameter that it has not reduced."""
-    return not (held.unsharded_accumulated_grad is None and held._unsharded_param.grad is None)  # noqa: SLF001 - as said
+    return not (held.unsharded_accumulated_grad is None and held.unsharded_param.grad is None)
 
 
 def _size(mesh: Any) -> int:

@@ -16,28 +16,24 @@ _own: tuple[object, dist.ProcessGroup] | None = None
 
 
 def world_size() -> int:
-    """Number of processes that train together; 1 without ``torch.distributed``."""
-    return dist.get_world_size() if _is_joined() else 1
+    """Number of processes that train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
     """This process's number, from 0."""
-    return dist.get_rank() if _is_joined() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def warn_if_alone() -> None:
     """Warn where a launcher started several processes, which do not know of each other."""
     started = os.environ.get("WORLD_SIZE", "")
-    if started.isdecimal() and int(started) > 1 and not _is_joined():
+    if started.isdecimal() and int(started) > 1 and not dist.is_initialized():
         warn(
             f"this is process {os.environ.get('RANK', '?')} of WORLD_SIZE={started}, and there is no process group: "
             "each trains a model of its own. Before the optimizer is made, call "
             "torch.distributed.init_process_group(), or run under idist.Parallel(backend=...)"
         )
-
-
-def _is_joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def listed(ranks: Sequence[int]) -> str:
