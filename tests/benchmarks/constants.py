@@ -80,7 +80,7 @@ class Constants:
         entry = self.entry * self.crowd(ranks)
         if ranks <= 2:
             return entry + (ranks - 1) * self.hop
-        hops = 1 + math.ceil(math.log2(ranks))
+        hops = 1 + math.floor(math.log2(ranks))  # gloo's tree is binomial: rank 5, 0b101, is two hops away
         return entry + hops * self.hop + (ranks - 1) * self.arrival
 
     def __str__(self) -> str:
