@@ -3,7 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,11 +13,10 @@ from ice_engine.errors import ArgumentTypeError, BackwardError, ClosureError, wa
 from ice_engine.events import is_running
 from ice_engine.gradients import Gradient
 from ice_engine.isolation import gradients_aside
-from ice_engine.left import Left
+from ice_engine.left import Change, Left
 from ice_engine.measures import Measures
 from ice_engine.member import syncs_of
 from ice_engine.nonfinite import nonfinite_loss
-from ice_engine.of_engine import optimizers_of
 from ice_engine.precision import Precision
 from ice_engine.scheduling import Scheduling
 
@@ -41,6 +40,7 @@ class Accumulating(Scheduling):
         self._left = Left()
         self._in_close: bool = False
         self._parameter_names: dict[int, str] = {}
+        self._beside: list[Any] = []  # all that are attached to its engine, this one included; kept on that
         _ALL.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,7 +78,9 @@ class Accumulating(Scheduling):
         if self._in_close or engine is None or not is_running(engine) or self.needs_closure:
             self._check_time()
         parameters = self._parameters()
-        self._require_own_gradients(parameters)
+        change = self._left.change(parameters)
+        if change is not None:
+            self._refuse(change)
         if self._precision.scaler is not None:
             self._precision.require_unscaled(loss)
             self._precision.require_one_owner(self, self._inner)
@@ -87,7 +89,7 @@ class Accumulating(Scheduling):
         part = window.enter(loss, weight, spread=begins and self._spreads(weighted=weight is not None))
         if window.first != first:
             self._say_size()
-        if len(window.losses) == _FORGOTTEN and engine is None and not self._clocks.counts["iteration"]:
+        if engine is None and len(window.losses) == _FORGOTTEN and not self._clocks.counts["iteration"]:
             warn(
                 f"backward() was called {_FORGOTTEN} times and update() never: optimizer {self._name!r} does not "
                 "step; call optimizer.attach(engine) before the run, or optimizer.update() after each micro-batch"
@@ -139,8 +141,7 @@ class Accumulating(Scheduling):
         try:
             if self._precision.scaler is not None:
                 part = self._precision.scale(part)
-            alone = self._engine is not None and len(optimizers_of(self._engine)) == 1
-            if not alone and (foreign := self._foreign_parameters()):
+            if len(self._beside) != 1 and (foreign := self._foreign_parameters()):
                 # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters
                 # that it must not train: what it leaves there would enter the other's step.
                 with self._aside(foreign) as reached:
@@ -167,7 +168,7 @@ class Accumulating(Scheduling):
         Yields:
             Whether any of them has got one meanwhile.
         """
-        beside = [] if self._engine is None else [other._member for other in optimizers_of(self._engine)]  # noqa: SLF001 - own class
+        beside = [other._member for other in self._beside]  # noqa: SLF001 - own class
         with contextlib.ExitStack() as stack:
             reached = stack.enter_context(gradients_aside(foreign))
             for sync in syncs_of(member for member in beside if member is not None):
@@ -218,7 +219,7 @@ class Accumulating(Scheduling):
 
     def _foreign_parameters(self) -> list[torch.Tensor]:
         if self._engine is not None:
-            others = optimizers_of(self._engine)
+            others = self._beside
         else:
             # Those that a loss of this one would spoil; not windows whose losses the caller differentiates itself.
             others = [other for other in [*_ALL] if other._engine is None and other._window.losses]  # noqa: SLF001
@@ -249,8 +250,10 @@ class Accumulating(Scheduling):
     def _require_own_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
         """Refuse gradients that backward() did not leave as they are: in the window's mean they would be wrong."""
         change = self._left.change(parameters)
-        if change is None:
-            return
+        if change is not None:
+            self._refuse(change)
+
+    def _refuse(self, change: Change) -> NoReturn:
         if change == "foreign":
             message = (
                 f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); "

@@ -64,7 +64,8 @@ class Attaching(Stepping):
         if model is not None:
             self._parameter_names = {id(p): n for n, p in bare(model).named_parameters()}
         self._engine, self._gathering = engine, gathering
-        optimizers_of(engine).append(self)
+        self._beside = optimizers_of(engine)
+        self._beside.append(self)
         try:
             self._follow(engine, registry, driven)
         except BaseException:  # such as of a hook that has one of these names, or of ranks that do not come
@@ -105,10 +106,10 @@ class Attaching(Stepping):
             peers(cast("Engine", self._engine)).leave(self._member)
             self._member = None
         self._clocks.leave()
-        optimizers_of(self._engine).remove(self)
-        if not optimizers_of(self._engine):
+        self._beside.remove(self)
+        if not self._beside:
             summary(cast("Engine", self._engine)).leave()
-        self._engine, self._gathering = None, []
+        self._engine, self._gathering, self._beside = None, [], []
         self._precision.goes_on = always
 
     def _join(self, together: Peers, driven: Synchroniser) -> Member:

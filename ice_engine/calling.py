@@ -16,8 +16,8 @@ from ice_engine.errors import (
 )
 from ice_engine.processors import Processor
 
-Caller = Callable[[Engine, dict[str, Any]], Any]
-"""Calls a hook with what its event gives: the engine, and more by keyword."""
+Caller = Callable[..., Any]
+"""Calls a hook with what its event gives: the engine, and on one event ``iter_counter`` by keyword."""
 
 
 def check_hook(hook: Any) -> None:
@@ -45,7 +45,7 @@ def caller(hook: Callable[..., Any], event: Any, name: str) -> Caller:
         HookSignatureError: If it cannot be called so, or would do nothing or the wrong thing.
     """
     if isinstance(hook, Processor):
-        return lambda engine, _: _process(hook, engine)
+        return lambda engine, **_: _process(hook, engine)
     signature = _signature(hook)
     # On this one event, Ignite's own check of a handler does not match its call.
     counted = event == Events.TERMINATE_SINGLE_EPOCH
@@ -54,14 +54,14 @@ def caller(hook: Callable[..., Any], event: Any, name: str) -> Caller:
     if signature is not None:
         _refuse_deferred(hook, f"{where} {called}, ")
         if counted and _binds(signature, None, iter_counter=0):
-            return lambda engine, given: hook(engine, **given)
+            return hook
         if counted and _binds(signature, iter_counter=0) and "iter_counter" in signature.parameters:
-            return lambda _, given: hook(**given)
+            return lambda _, **given: hook(**given)
         if _binds(signature, None):
             _refuse_overwritten(signature, where)
-            return lambda engine, _: hook(engine)
+            return (lambda engine, **_: hook(engine)) if counted else hook
         if _binds(signature):
-            return lambda *_: hook()
+            return lambda *_, **__: hook()
     message = f"{where} {called}. Bind other parameters with functools.partial, or read engine.state"
     raise HookSignatureError(message)
 

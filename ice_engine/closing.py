@@ -19,6 +19,7 @@ from ice_engine.errors import ArgumentTypeError, AttachError, NoGradientsError
 from ice_engine.events import StepRecord
 from ice_engine.gradients import Gradient, Multiplier, is_one
 from ice_engine.nonfinite import first_nonfinite, nonfinite_loss
+from ice_engine.processors.binding import Binding
 from ice_engine.processors.group import frozen, take_back
 from ice_engine.processors.group_mapping import Written, group_name
 from ice_engine.typing import Clip, GroupClip
@@ -107,7 +108,7 @@ class Closing(Accumulating):
 
     def _decide(self, gradient: Gradient, parameters: list[torch.Tensor]) -> bool:
         precision, clip = self._precision, self._folded_clip
-        norm, found_inf = self._measure(gradient, parameters)
+        norm, found_inf = self._measure(gradient, parameters, clip)
         if self._measures.wants_length:
             # A clip's norm may be another one than the length.
             self._measures.whole(norm if clip is None or clip.norm_type == 2.0 else gradient.norm())  # noqa: PLR2004
@@ -153,12 +154,11 @@ class Closing(Accumulating):
         return clip if isinstance(clip, ClipNorm) and not (clip.per_group or clip.error_if_nonfinite) else None
 
     def _measure(
-        self, gradient: Gradient, parameters: list[torch.Tensor]
+        self, gradient: Gradient, parameters: list[torch.Tensor], folded: ClipNorm | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the norm before clipping and, without a norm, whether an entry is infinite or NaN."""
-        clip = self._folded_clip
-        if clip is not None or (self._clip is None and self._measures.wants_norm):
-            return gradient.norm(2.0 if clip is None else clip.norm_type), None
+        if folded is not None or (self._clip is None and self._measures.wants_norm):
+            return gradient.norm(2.0 if folded is None else folded.norm_type), None
         if self._clip is not None:
             gradient.multiply()
             if isinstance(self._clip, GroupClip) and self._clip.per_group:
@@ -193,12 +193,15 @@ class Closing(Accumulating):
 
     def _step(self, gradient: Gradient, norm: torch.Tensor | None, factor: Multiplier) -> None:
         left = gradient.final(factor)
-        if not self._binding.blind:
+        binding = self._binding
+        if not binding.blind:
             gradient.multiply(factor)
             left = 1.0
         written: list[Written] = []
         if self._processors:
             written = self._run_processors()
+            # It was looked up there; a function of the user's may have added groups since.
+            binding = cast("Binding", self._bound) if binding.blind else self._binding
         elif self._window.batch is not None and self._engine is not None and self._course.unsettled:
             self._settle(self._window.micro_batches)  # the first loss has told how long windows are
         # Only now: whether it can, the processors may have changed, such as weight_decay.
@@ -208,9 +211,10 @@ class Closing(Accumulating):
         self._count("step")
         record_before = self._last_record
         try:
-            self._note(norm, None, factor)
+            self._note(binding, norm, None, factor)
             if self._fire("STEP_STARTED"):
-                self._note(norm, None, factor)  # again: torch's and Ignite's schedulers sit there
+                binding = self._binding
+                self._note(binding, norm, None, factor)  # again: torch's and Ignite's schedulers sit there
             self._stepping = True
             if self._measures.wants_strides:
                 self._measures.before_step(
@@ -221,7 +225,7 @@ class Closing(Accumulating):
             else:
                 for wait in self._waits:
                     wait()
-                fused.step_with(self._inner, self._binding.form, left, gradient.device)
+                fused.step_with(self._inner, binding.form, left, gradient.device)
                 gather_anew(self._gathering)
         except BaseException:
             self._count("step", -1)
@@ -237,7 +241,7 @@ class Closing(Accumulating):
 
     def _skip(self, reason: str, norm: torch.Tensor | None = None) -> bool:
         self._count("skipped")
-        self._note(norm, reason)
+        self._note(self._binding, norm, reason)
         self._end_window("STEP_SKIPPED")
         return False
 
@@ -250,8 +254,10 @@ class Closing(Accumulating):
         self._closing = False
         self._fire(kind)
 
-    def _note(self, norm: torch.Tensor | None, reason: str | None, factor: Multiplier | None = None) -> None:
-        binding, clip = self._binding, self._clip
+    def _note(
+        self, binding: Binding, norm: torch.Tensor | None, reason: str | None, factor: Multiplier | None = None
+    ) -> None:
+        clip = self._clip
         record = StepRecord(
             step=self._clocks.counts["step"],
             attempt=self._clocks.counts["attempt"],

@@ -256,7 +256,7 @@ class HookRegistry:
     def _insert(self, event: Any, call: Caller, registration: _Registration) -> None:
         def handler(engine: Engine, *_: Any, **given: Any) -> None:
             if registration.active:
-                call(engine, given)
+                call(engine, **given)
 
         # What profilers and Ignite's log call it.
         handler.__name__ = handler.__qualname__ = registration.hook.name

@@ -189,12 +189,14 @@ class Saving(Attaching):
         of_this_run: dict[str, Any] = {
             "_engine": None,
             "_gathering": [],
+            "_beside": [],
             "_member": None,
             "_parameter_names": {},
             "_waits": [],
             "_last_record": None,
             "_left": Left(),
             "_bound": None,
+            "_lengths": None,
         }
         return {**kept, **of_this_run, "_closing": False, "_in_close": False}
 

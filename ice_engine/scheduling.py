@@ -55,6 +55,7 @@ class Scheduling(Announcing):
         self._measurements: dict[str, History] = {}
         self._changed: set[str] | None = set()  # by functions; None if those of an earlier process might have
         self._bound: Binding | None = None
+        self._lengths: dict[str, Any] | None = None  # of the run, in the step before
         self._member: Member | None = None
 
     @property
@@ -114,13 +115,20 @@ class Scheduling(Announcing):
 
     def _run_processors(self) -> list[Written]:
         """Let processors write to the groups, and return what was there before."""
-        # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed.
-        if self._course.configured is not None or self._course.outdated(self._clocks):
+        clocks, course = self._clocks, self._course
+        lengths = clocks.lengths(self._size, self._window.tail)
+        # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed; or the first
+        # loss has told how long windows are.
+        if (
+            course.configured is not None
+            or (lengths is not self._lengths and course.outdated(clocks))
+            or (self._window.batch is not None and self._engine is not None and course.unsettled)
+        ):
             self._settle(self._window.micro_batches)
-        if self._window.batch is not None and self._engine is not None and self._course.unsettled:
-            self._settle(self._window.micro_batches)  # the first loss has told how long windows are
+            lengths = clocks.lengths(self._size, self._window.tail)
+        self._lengths = lengths
         binding = self._binding
-        context = self._clocks.context(self._size, self._window.tail)
+        context = {**clocks.position(), **lengths}
         written = binding.run(context)
         if written is None:
             # What the clocks alone decide is the same on every rank, as they are; anything else has to be compared.

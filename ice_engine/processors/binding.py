@@ -3,7 +3,7 @@
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ice_engine.errors import ProcessorError
@@ -94,12 +94,14 @@ class Binding:
             written.append((group, key, before))
             group[key] = value
 
-    def _floats(self, key: str) -> Iterator[float]:
+    def _floats(self, key: str) -> list[float]:
+        found = []
         for group in self._groups:
-            found = group.get(key)
-            if type(found) is not float:
+            value = group.get(key)
+            if type(value) is not float:
                 raise _NotThatSimple
-            yield found
+            found.append(value)
+        return found
 
 
 class _NotThatSimple(Exception):  # noqa: N818 - no error

@@ -66,7 +66,7 @@ class Curve(Schedule):
     def parts(self) -> tuple[Schedule, ...]:
         return ()
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         return self.factory.__name__
 
