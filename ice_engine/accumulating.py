@@ -284,9 +284,13 @@ class Accumulating(Scheduling):
         # Whatever was raised: the loss scale must not stay in the middle of a window.
         self._precision.close(overflowed=self._overflowed)
         self._overflowed = None
-        self._measures.forget()
         if self._window.is_open:
             self._window.reset()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Clear what is left of a window that is empty: gradients, and what is known of them."""
+        self._measures.forget()
         self._left.forget()
         if self._member is not None:
             self._member.sync.forget(self._parameters())

@@ -65,10 +65,11 @@ class Closing(Accumulating):
                 self._count("attempt", self._counts_before["attempt"] - self._clocks.counts["attempt"])
             raise
         finally:
-            self._closing = False
-            if self._in_close:
+            if self._closing:
                 self._clear()
-            self._in_close = False
+            elif self._in_close:
+                self._let_go()
+            self._closing = self._in_close = False
 
     def _attempt(self) -> bool:
         window = self._window
