@@ -28,6 +28,8 @@ class DDPSync(Synchroniser):
         self._used = self._settled = False
         self._unsent: object = None
         self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
+        tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding | torch.nn.EmbeddingBag) and m.sparse]
+        self._sparse = {id(table.weight) for table in tables}  # as DDP finds out whose gradients are
         logged: Any = self.model._get_ddp_logging_data  # noqa: SLF001 - no public way to it
         known = logged().get("num_parameter_tensors")
         if known is not None and known != len(self._reduced):
@@ -130,7 +132,12 @@ class DDPSync(Synchroniser):
             parameter.grad = gradient
 
     def _differentiate_zeros(self, parameters: Sequence[torch.Tensor]) -> None:
-        reached = [p.view_as(p) for p in parameters]  # a graph, for DDP to see that all of them are used
+        # A graph, for DDP to see that all of them are used; where it expects a sparse gradient, of no rows.
+        reached = [_no_rows(p) if id(p) in self._sparse else p.view_as(p) for p in parameters]
         # As the forward does that this rank may not have had.
         self.model.reducer.prepare_for_backward(reached if self.model.find_unused_parameters else [])
-        torch.autograd.backward(reached, [torch.zeros_like(p) for p in parameters])
+        torch.autograd.backward(reached, [torch.zeros_like(each) for each in reached])
+
+
+def _no_rows(table: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.embedding(torch.empty(0, dtype=torch.int64, device=table.device), table, sparse=True)

@@ -1,5 +1,7 @@
 """What DDP leaves to its user, and would hang on, part the ranks or refuse: two ranks, beside one big batch."""
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ice_engine as ice
 from tests.distributed.launch import launch, watch
 from tests.distributed.test_windows import RAGGED, batches, flat, network, plain_loop, sgd
+from tests.unsized import Unsized
 
 pytestmark = pytest.mark.distributed
 
@@ -165,3 +168,55 @@ def test_an_optimizer_that_was_detached_is_attached_to_its_engine_again():
     expected = launch(_attached_again, 2, False)
     assert expected[0][0] == 4
     assert launch(_attached_again, 2, True) == expected
+
+
+def _sparse_data(rank: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randint(7, (2 + (i + rank) % 3, 2), generator=generator) for i in range((5, 2, 4)[rank])]
+
+
+def _sparse_loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return (model(batch).sum(1) - batch.sum(1, keepdim=True)).square().mean()
+
+
+def _sparse(folder: str) -> list[Any]:
+    """Train an embedding with sparse gradients by windows of two; stopped after its second step, and resumed."""
+    found = []
+    for sized, unused, sharding in itertools.product((True, False), (True, False), (None, "zero1")):
+        for stop in (2, 0):
+            torch.manual_seed(0)
+            table = torch.nn.Embedding(7, 3, sparse=True, dtype=torch.float64)
+            model = DistributedDataParallel(table, find_unused_parameters=unused)
+            factory = functools.partial(torch.optim.SparseAdam, lr=0.1)
+            optimizer = ice.Optimizer(factory, model.parameters(), accumulation_steps=2, sharding=sharding)
+            engine = Engine(lambda _, batch, o=optimizer, m=model: o.backward(_sparse_loss(m, batch), len(batch)))
+            optimizer.attach(engine, model=model)
+            at_step = optimizer.event("STEP_COMPLETED")
+            engine.add_event_handler(at_step(once=stop or 100), engine.terminate)
+            to_save = {"engine": engine, "model": model, "optimizer": optimizer}
+            checkpoint = ice.Checkpoint(to_save, f"{folder}/{sized}-{unused}-{sharding}")
+            checkpoint.attach(engine, at_step)
+            checkpoint.resume(engine)
+            data = _sparse_data(dist.get_rank())
+            engine.run(data if sized else Unsized(data), max_epochs=2)
+            dist.barrier()
+        found.append([sized, unused, sharding, optimizer.clocks["step"], table.weight.tolist()])
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_sparse_gradients_stay_sparse_on_ranks_without_data_and_resumed(tmp_path, world):
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(7, 3, sparse=True, dtype=torch.float64)
+    optimizer = torch.optim.SparseAdam(table.parameters(), lr=0.1)
+    for begin in (0, 2, 4) * 2:
+        optimizer.zero_grad()
+        window = [batch for rank in range(world) for batch in _sparse_data(rank)[begin : begin + 2]]
+        _sparse_loss(table, torch.cat(window)).backward()
+        optimizer.step()
+    for found in launch(_sparse, world, str(tmp_path), timeout=60):
+        for *case, steps, weight in found:
+            torch.testing.assert_close(
+                torch.tensor(weight, dtype=torch.float64), table.weight.detach(), rtol=0, atol=1e-12, msg=f"{case}"
+            )
+            assert steps == 6
