@@ -69,11 +69,20 @@ def keep_precision_of_counts(
     """
     for saved, group in zip(plain["param_groups"], groups, strict=True):
         for number, parameter in zip(saved["params"], group["params"], strict=True):
-            loaded = state.get(parameter, {}) if parameter.ndim else {}
-            for key, value in plain["state"].get(number, {}).items():
-                is_count = isinstance(value, torch.Tensor) and not value.ndim and key != "step"
-                if is_count and key in loaded and loaded[key].dtype != value.dtype:
-                    loaded[key] = value.to(loaded[key].device)
+            loaded, counts = state.get(parameter, {}), _counts(plain["state"].get(number, {}), parameter)
+            for key in counts.keys() & loaded.keys():
+                if loaded[key].dtype != counts[key].dtype:
+                    loaded[key] = counts[key].to(loaded[key].device)
+
+
+def _counts(saved: Mapping[str, Any], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    numbers = {k: v for k, v in saved.items() if isinstance(v, torch.Tensor) and not v.ndim and k != "step"}
+    if parameter.ndim:
+        return numbers
+    # Its moments are numbers as well, of its type; counts are in single precision.
+    if parameter.dtype not in {number.dtype for number in numbers.values()}:
+        return {}  # saved with another type, that torch has cast
+    return {key: number for key, number in numbers.items() if number.dtype == torch.float32}
 
 
 def gradients_in(extra: Mapping[str, Any] | None) -> Mapping[int, Any]:

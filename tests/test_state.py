@@ -527,11 +527,34 @@ def lrs(optimizer):
     return [group["lr"] for group in optimizer.param_groups]
 
 
+class Scaled(Net):
+    """Has a parameter of shape ()."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class Alone(nn.Module):
+    """Has nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return (x * self.scale - 1).square().mean()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("made", [torch.optim.NAdam, torch.optim.ASGD])
-def test_what_an_optimizer_counts_keeps_its_precision_whatever_the_parameters_have(made, dtype):
+@pytest.mark.parametrize("make", [Net, Scaled, Alone])
+def test_what_an_optimizer_counts_keeps_its_precision_whatever_the_parameters_have(make, made, dtype):
     """Which torch casts to their type, so that a run which is resumed comes to something else."""
-    model, resumed = Net().to(dtype), Net().to(dtype)
+    model, resumed = make().to(dtype), make().to(dtype)
     optimizer, other = (ice.Optimizer(made(m.named_parameters(), lr=0.05)) for m in (model, resumed))
     data = [batch.to(dtype) for batch in batches(0, 6)]
 
