@@ -5,9 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ice_engine.distributed.gathered import fully_sharded, param_groups
 from ice_engine.distributed.synchroniser import Sync, Synchroniser
+from ice_engine.errors import AttachError
 
 
 class FSDPSync(Synchroniser):
@@ -18,12 +20,20 @@ class FSDPSync(Synchroniser):
     Args:
         model: The module.
         sync: What accumulation saves.
+
+    Raises:
+        AttachError: If it has gradients that are sparse.
     """
 
     follows = False
 
     def __init__(self, model: Any, sync: Sync) -> None:
         super().__init__(model)
+        for name, module in model.named_modules():
+            table = isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse and module.weight
+            if isinstance(table, DTensor) and table.requires_grad:
+                message = f"{name!r} has sparse gradients, which fully_shard cannot reduce; leave out sparse=True"
+                raise AttachError(message)
         self.ranks = max((_size(group.mesh_info) for group in self._groups()), default=1)
         self.reduces, self.always = True, sync == "memory"
         self._behind = False

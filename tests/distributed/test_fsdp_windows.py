@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import softplus
 
 import ice_engine as ice
-from ice_engine.errors import RankError
+from ice_engine.errors import AttachError, RankError
 from tests.distributed.launch import launch
 from tests.unsized import Unsized
 
@@ -395,3 +395,21 @@ def test_a_shared_loss_that_weighs_nothing_to_the_first_optimizer_keeps_its_grap
     expected = torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
     for parameters in launch(_shared, RANKS):
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+
+
+def _sparse() -> str:
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 3, sparse=True), torch.nn.Linear(3, 1))
+    fully_shard(model)
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(AttachError) as refused:
+        optimizer.attach(Engine(lambda *_: None), model=model)
+    model[0].requires_grad_(False)
+    optimizer.attach(Engine(lambda *_: None), model=model)
+    return str(refused.value)
+
+
+def test_sparse_gradients_are_refused_where_torch_could_not_reduce_them():
+    """Torch's own error, in the first backward: Could not run 'fsdp::chunk_cat' with ... the 'SparseCPU' backend."""
+    assert (
+        launch(_sparse, 2) == ["'0' has sparse gradients, which fully_shard cannot reduce; leave out sparse=True"] * 2
+    )
