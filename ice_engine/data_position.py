@@ -157,23 +157,44 @@ def _restore_own(data: Any, states: Iterable[torch.Tensor]) -> None:
         generator.set_state(state)
 
 
-def shared_out(positions: Sequence[dict[str, Any]], ranks: int, mine: dict[str, Any]) -> dict[str, Any]:
+def shared_out(
+    positions: Sequence[dict[str, Any]],
+    ranks: int,
+    mine: dict[str, Any],
+    *,
+    before: int | None = None,
+    now: int | None = None,
+) -> dict[str, Any]:
     """Return *mine*, one of all ranks' *positions*, as one of *ranks*, which are others than then.
+
+    Args:
+        positions: Of every rank.
+        ranks: How many there are now.
+        mine: The one to change.
+        before: How many of *positions* are of data of their own, as many ranks having the same; None for all.
+        now: How many of *ranks* have data of their own; None for all.
 
     Raises:
         CheckpointError: If it is the state of a loader, which nobody else can share out.
     """
-    taken = sum(position["taken"] for position in positions)
+    before, now = before or len(positions), now or ranks
+    taken = sum(position["taken"] for position in positions) * before // len(positions)
     if mine["loader"] is not None and not mine["over"]:
         message = (
-            f"it holds where the loaders of {len(positions)} ranks were in their data, and now there are {ranks}. "
+            f"it holds where the loaders of {len(positions)} ranks{of_whose_data(len(positions), before)} were in "
+            f"their data, and now there are {ranks}{of_whose_data(ranks, now)}. "
             "Resume with as many, or with a loader without state_dict(), such as torch's own DataLoader"
         )
         raise CheckpointError(message)
-    if (rest := taken % ranks) and not mine["over"]:
+    if (rest := taken % now) and not mine["over"]:
         logger.warning("%d of the %d micro-batches that the epoch has had are trained once more", rest, taken)
     over = all(position["over"] for position in positions)
-    return {**mine, "taken": taken // ranks, "over": over, "loader": None}
+    return {**mine, "taken": taken // now, "over": over, "loader": None}
+
+
+def of_whose_data(ranks: int, own: int) -> str:
+    """Return what to say after a number of *ranks* of which only *own* have data of their own."""
+    return f" with the data of {own}" if own != ranks else ""
 
 
 def _has_state(data: Any) -> bool:

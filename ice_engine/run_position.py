@@ -9,7 +9,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from ice_engine import random_state
-from ice_engine.data_position import TrackedData, length, shared_out
+from ice_engine.data_position import TrackedData, length, of_whose_data, shared_out
 from ice_engine.distributed import world
 from ice_engine.empty_epoch import EmptyEpoch
 from ice_engine.errors import CheckpointError, warn
@@ -30,6 +30,7 @@ _KINDS: dict[str, Any] = {
     "random": dict,
     "metrics": dict,
     "counted": dict,
+    "places": int | None,
 }
 
 
@@ -49,7 +50,7 @@ class RunPosition:
         self._data: TrackedData | None = None
         self._began = 0  # iterations before this epoch
         self._resumed: dict[str, Any] | None = None
-        self._ranks = 1  # that made what it resumes
+        self._ranks = self._places = 1  # that made what it resumes, and of them those with data of their own
         self._reload: Callable[[], object] = bool
         self._through = False  # with this epoch's data, if other ranks have more
         self.in_epoch = False
@@ -86,14 +87,25 @@ class RunPosition:
             "random": random_state.capture(),
             "metrics": {name: value for name, value in state.metrics.items() if _is_plain(value)},
             "counted": {optimizer.name: optimizer.clocks["iteration"] for optimizer in optimizers_of(self._engine)},
+            "places": self._places_now(),
         }
+
+    def _places_now(self) -> int:
+        """Return how many ranks have data of their own: others split a model with one of them, and have its data."""
+        windows = (optimizer._window for optimizer in optimizers_of(self._engine))  # noqa: SLF001 - of this package
+        return max((window.ranks for window in windows), default=world.world_size())
+
+    @property
+    def _is_alike(self) -> bool:
+        """Whether the data is shared out among the ranks as it was then."""
+        return (self._ranks, self._places) == (world.world_size(), self._places_now())
 
     def load_state_dict(self, states: Sequence[dict[str, Any]], reload: Callable[[], object]) -> None:
         """Let the next run, of an engine that is loaded already, go on where *states* are.
 
-        With other ranks than then, each passes over as many batches as all together had taken, shared out among those
-        there are and rounded down: none is missed. An epoch is as long as its data is now. A rank that is new draws
-        from its generators as it finds them.
+        With other ranks than then, or others with data of their own, each passes over as many batches as all together
+        had taken, shared out among those there are and rounded down: none is missed. An epoch is as long as its data is
+        now. A rank that is new draws from its generators as it finds them.
 
         Args:
             states: From :meth:`state_dict` of every rank.
@@ -101,13 +113,17 @@ class RunPosition:
         """
         self._ranks, now = len(states), world.world_size()
         state = states[world.rank() if world.rank() < self._ranks else 0]
-        if self._ranks != now and state["data"] is not None:
-            state = {**state, "data": shared_out([each["data"] for each in states], now, state["data"])}
+        # Of which older files say nothing: with as many ranks, probably as many.
+        self._places = state["places"] or (self._places_now() if self._ranks == now else self._ranks)
+        if not self._is_alike and state["data"] is not None:
+            data = [each["data"] for each in states]
+            shared = shared_out(data, now, state["data"], before=self._places, now=self._places_now())
+            state = {**state, "data": shared}
         if world.rank() >= self._ranks:
             state = {**state, "random": random_state.capture()}
         # Ignite would compute it from the iteration, and be wrong if an epoch was ended before its time.
         self._engine.state.epoch = state["epoch"] - state["in_epoch"]
-        if self._ranks == now:
+        if self._is_alike:
             # What the engine has is of the rank that saved; where some have more data, each counts its own.
             elsewhere = self._engine.state.iteration != state["iteration"]
             self._engine.state.iteration = state["iteration"]
@@ -137,7 +153,7 @@ class RunPosition:
         before, now = state["epoch_length"], length(engine.state.dataloader)
         if now is None or before != state["data"].get("length"):
             return  # an epoch is as long as the run says, not its data
-        if self._ranks == world.world_size():
+        if self._is_alike:
             if now != before:
                 warn(
                     f"the data has {now} batches, and had {before} when the run was saved, which goes on with epochs "
@@ -149,9 +165,11 @@ class RunPosition:
         for optimizer in optimizers_of(engine):
             optimizer.count_from(engine.state.iteration)
         if world.rank() == 0:
+            ranks = world.world_size()
             logger.warning(
-                "the run of %d rank%s goes on with %d after iteration %d%s",
-                *(self._ranks, "s" if self._ranks > 1 else "", world.world_size(), engine.state.iteration),
+                "the run of %d rank%s%s goes on with %d%s after iteration %d%s",
+                *(self._ranks, "s" if self._ranks > 1 else "", of_whose_data(self._ranks, self._places)),
+                *(ranks, of_whose_data(ranks, self._places_now()), engine.state.iteration),
                 f": an epoch has {now} micro-batches instead of {before}" if now != before else "",
             )
 
@@ -224,10 +242,13 @@ def positions(saved: Any, engine: Any) -> list[dict[str, Any]]:
         CheckpointError: If a run cannot be there.
     """
     try:
-        common = {"through": False, "counted": {}} | {key: engine[key] for key in ("iteration", "epoch_length")}
+        common = {"through": False, "counted": {}, "places": None} | {
+            key: engine[key] for key in ("iteration", "epoch_length")
+        }
         states = [{**common, **state} for state in saved["positions"]]
         kinds = len(states) > 0 and all(isinstance(state[key], _KINDS[key]) for state in states for key in _KINDS)
         fits = kinds and all(0 <= state["began"] <= state["iteration"] for state in states)
+        fits = fits and all(1 <= (state["places"] or 1) <= len(states) for state in states)
     except (IndexError, KeyError, TypeError):
         states, fits = [], False
     if not fits:

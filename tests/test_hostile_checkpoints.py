@@ -78,6 +78,8 @@ def position(**entries):
         position(began=-1),
         position(data=3),
         position(random=None),
+        position(places=2),  # of one rank
+        position(places="1"),
         position(metrics=3),
     ],
 )

@@ -325,7 +325,8 @@ def test_with_fewer_ranks_and_as_long_an_epoch_the_log_says_nothing_of_its_lengt
         first.train(until=2)
     file = tmp_path / "checkpoint_2.pt"
     content = checkpoint_file.read(file)
-    content["ice_engine"]["positions"] *= 2  # as of two ranks, each with all of the data
+    (position,) = content["ice_engine"]["positions"]
+    content["ice_engine"]["positions"] = [{**position, "places": 2}] * 2  # as of two ranks, each with all of the data
     checkpoint_file.write(file, content)
     second = Training(tmp_path)
     second.checkpoint.resume(second.trainer)

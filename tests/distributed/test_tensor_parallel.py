@@ -2,11 +2,13 @@
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ignite.engine import Events
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -173,3 +175,61 @@ def test_ranks_of_the_same_data_count_its_items_once(ranks, attached):
             assert [step[:2] for step in found[0]] == [step[:2] for step in said], kind
             assert [step[2] for step in found[0]] == pytest.approx([step[2] for step in said]), kind
             torch.testing.assert_close(found[1], parameters, rtol=1e-12, atol=1e-12)
+
+
+SHARED = 12  # micro-batches of an epoch, dealt out to the places of data
+WINDOW = 4  # of them in a step
+
+
+def in_turn() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    wide = torch.randn(SHARED, 2, 5, generator=generator, dtype=torch.float64)
+    return [(each[:, :4], each[:, 4:]) for each in wide]
+
+
+def dealt_out(folder: Path, kind: str, stop: int | None) -> Any:
+    """Train one epoch on from where *folder* is, up to step *stop*; return its iterations, and the model."""
+    places = {"one": 1, "data": dist.get_world_size(), **PLACES}[kind]
+    model, place = (network(), dist.get_rank()) if kind in {"one", "data"} else spread(kind)
+    if kind == "data":
+        model = DistributedDataParallel(model)
+    optimizer = ice.Optimizer(torch.optim.AdamW(model.parameters(), lr=0.1), accumulation_steps=WINDOW // places)
+    trainer = ice.create_trainer(model, optimizer, mse_loss)
+    checkpoint = ice.Checkpoint({"trainer": trainer, "model": model, "optimizer": optimizer}, folder)
+    checkpoint.attach(trainer, optimizer.event("STEP_COMPLETED"))
+    checkpoint.resume(trainer)
+    if stop is not None:
+        trainer.add_event_handler(optimizer.event("STEP_COMPLETED")(once=stop), trainer.terminate)
+    said: list[int] = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: said.append(trainer.state.iteration))
+    trainer.run(in_turn()[place::places], max_epochs=1)
+    return said, whole(model)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("tensor", 2), ("data", 2)),  # as many ranks, and twice the places
+        (("tensor", 2), ("one", 1)),
+        (("data", 2), ("tensor", 2)),
+        (("tensor and data", 4), ("data", 2)),
+        (("one", 1), ("tensor and data", 4)),
+    ],
+)
+def test_a_run_goes_on_in_its_epoch_with_another_number_of_places(tmp_path, before, after):
+    launch(dealt_out, before[1], tmp_path, before[0], 2)
+    places = {"one": 1, "data": after[1], **PLACES}[after[0]]
+
+    runs = launch(dealt_out, after[1], tmp_path, after[0], None)
+
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    data = in_turn()
+    for first in range(0, SHARED, WINDOW):
+        x, y = (torch.cat([batch[i] for batch in data[first : first + WINDOW]]) for i in (0, 1))
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+    for said, found in runs:
+        assert said == list(range(2 * WINDOW // places + 1, SHARED // places + 1))
+        torch.testing.assert_close(found, [p.detach() for p in model.parameters()], rtol=1e-10, atol=1e-10)
