@@ -174,7 +174,7 @@ def _end(content: mmap.mmap, whole: int, clocks: Clocks, path: Path) -> int:
 
 def _is_beyond(row: Mapping[str, Any], clocks: Clocks) -> bool:
     of_source = clocks.get(row["source"])
-    if of_source is not None:
+    if of_source is not None and "attempt" in row:  # else it is an evaluator's, which had that name then
         return bool(row["attempt"] > of_source["attempt"])
     first = next(iter(clocks.values()))
     return bool(row["step"] > first["step"] or row.get("iteration", 0) > first["iteration"])

@@ -397,3 +397,31 @@ def test_what_a_checkpoint_is_resumed_from_is_in_the_ledger(tmp_path):
     trainer.add_event_handler(Events.ITERATION_STARTED, lambda: checkpoint.last_checkpoint)
     trainer.run([1.0] * 4)
     assert found == [1, 2, 3, 4]
+
+
+def test_a_name_that_was_an_evaluators_may_be_an_optimizers_in_a_resumed_run(tmp_path):
+    """Its lines have no attempt, and go by the step and iteration, as all of evaluators do."""
+    path = tmp_path / "ledger.jsonl"
+    engine, optimizer = parts()
+    evaluator = Engine(lambda engine, batch: None)
+    evaluator.add_event_handler(Events.COMPLETED, lambda: evaluator.state.metrics.update(accuracy=0.5))
+    ice.Ledger(path).attach(engine, optimizer, evaluators={"critic": evaluator})
+    states = {}
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED(once=2),
+        lambda: states.update(optimizer=optimizer.state_dict(), trainer=dict(engine.state_dict())),
+    )
+    engine.add_event_handler(Events.ITERATION_COMPLETED(every=2), lambda: evaluator.run([0]))
+    engine.run([1.0] * 4)
+    engine, optimizer = parts(name="critic")
+    optimizer.load_state_dict(states["optimizer"])
+    engine.load_state_dict(states["trainer"])
+    ice.Ledger(path).attach(engine, optimizer)
+    engine.run([1.0] * 4)
+    assert [(row["source"], row["step"]) for row in read(path)] == [
+        ("optimizer", 1),
+        ("optimizer", 2),
+        ("critic", 2),
+        ("critic", 3),
+        ("critic", 4),
+    ]
