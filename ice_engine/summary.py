@@ -37,8 +37,9 @@ class Summary:
         self._begun: float | None = None
         self._steps: dict[str, int] = {}
         hooks = HookRegistry(engine)
-        hooks.add(Events.STARTED, self._on_started, name="summary.start", order=-80)
-        hooks.add(Events.COMPLETED | Events.TERMINATE, self._on_ended, name="summary", order=100)
+        # Names of ours that the user has not chosen: one of theirs that is the same must not forbid attach().
+        hooks.add(Events.STARTED, self._on_started, name=hooks.free_name("summary.start"), order=-80)
+        hooks.add(Events.COMPLETED | Events.TERMINATE, self._on_ended, name=hooks.free_name("summary"), order=100)
 
     def leave(self) -> None:
         """Take it off its engine again."""

@@ -105,3 +105,17 @@ def test_several_optimizers_stand_in_the_same_line(lines):
     engine.run([1.0] * 4)
     (line,) = lines()
     assert "; generator: 2 steps, 0 of short windows, 0 skipped; critic: 4 steps, 0 of short windows" in line
+
+
+def test_hooks_of_the_users_may_have_the_names_of_the_summary(lines):
+    weight, called = torch.nn.Parameter(torch.ones(())), []
+    optimizer = ice.Optimizer(torch.optim.SGD([weight], lr=0.5))
+    engine = Engine(lambda engine, batch: optimizer.backward(weight * batch))
+    hooks = ice.HookRegistry(engine)
+    for name in ("summary", "summary.start"):
+        hooks.add(Events.COMPLETED, lambda: called.append(1), name=name)
+    optimizer.attach(engine)
+    engine.run([1.0])
+    assert (len(called), len(lines())) == (2, 1)
+    optimizer.detach()
+    assert sorted(hook.name for hook in hooks) == ["summary", "summary.start"]
