@@ -77,6 +77,7 @@ def fit(
     extra: Mapping[str, Any] | None,
     *,
     strict: bool,
+    mend: str = "To load what fits and leave out the rest: optimizer.load_state_dict(state_dict, strict=False)",
 ) -> tuple[dict[str, Any], LoadReport]:
     """Rearrange a state dict so that torch, which goes by position, gives each parameter its own state.
 
@@ -89,6 +90,7 @@ def fit(
         plain: Torch's part of a state dict.
         extra: Our part, or None.
         strict: Refuse what does not match, instead of leaving it out.
+        mend: What to do then, for the error.
 
     Returns:
         A state dict of *optimizer*'s groups, and the report.
@@ -103,7 +105,8 @@ def fit(
     matched = {key for key in here.places if key in there.places and key not in resized}
     new, dropped = ([key for key in side.places if key not in matched] for side in (here, there))
     if strict and (new or dropped):
-        raise StateDictError(_misfit(there, here, new, dropped, resized))
+        message = f"the state dict does not fit: {_misfit(there, here, new, dropped, resized)}. {mend}"
+        raise StateDictError(message)
     sources = _sources(plain["param_groups"], optimizer.param_groups, there, here, matched)
     if here.keys != there.keys or resized:
         groups = _groups(optimizer, plain, sources, regrouped=not _same_partition(there, here))
@@ -190,10 +193,7 @@ def _misfit(
         f"{here.name(key)!r} had shape {(*old,)}, now {(*own,)}" for key, (old, own) in [*resized.items()][:_MOST]
     ]
     parts += [f"and {len(resized) - _MOST} more have another shape"] if len(resized) > _MOST else []
-    return (
-        f"the state dict does not fit: {'; '.join(parts)}. To load what fits and leave out the rest: "
-        "optimizer.load_state_dict(state_dict, strict=False)"
-    )
+    return "; ".join(parts)
 
 
 def _states(

@@ -244,7 +244,8 @@ class _Optimizer:
             numbered.append({**group, "params": list(range(first, len(state)))})
         plain, extra = unpack({"state": state, "param_groups": numbered, "ice_engine": extra})
         own = self._names()
-        plain, _ = fit(self._optimizer.inner, own, plain, extra, strict=True)
+        mend = f"To begin it anew, leave {self._name!r} out of what is loaded"
+        plain, _ = fit(self._optimizer.inner, own, plain, extra, strict=True, mend=mend)
         named = [{**g, "param_names": names} for g, names in zip(plain["param_groups"], own, strict=True)]
         return {**plain, "param_groups": named}, extra
 

@@ -551,13 +551,16 @@ def test_an_optimizer_that_does_not_fit_leaves_the_model_as_it_is(tmp_path: Path
     other = Network(1)
     fewer = ice.Optimizer(torch.optim.AdamW(list(other.named_parameters())[:3]))
 
-    with pytest.raises(CheckpointError, match=r"only the state dict has 'head\.bias'"):
+    with pytest.raises(CheckpointError, match=r"only the state dict has 'head\.bias'") as caught:
         ice.load_sharded(tmp_path / "a", {"model": other, "optimizer": fewer})
+    assert str(caught.value).endswith("To begin it anew, leave 'optimizer' out of what is loaded")
     with pytest.raises(CheckpointError, match="holds no 'ema'; it has model, optimizer"):
         ice.load_sharded(tmp_path / "a", {"model": other, "ema": Engine(lambda engine, batch: None)})
 
     assert torch.equal(other.body.weight, Network(1).body.weight)
     assert not fewer.state
+    ice.load_sharded(tmp_path / "a", {"model": other})  # as the error says
+    assert torch.equal(other.body.weight, model.body.weight)
 
 
 def test_state_follows_names_into_other_groups_and_places_where_there_are_no_names(tmp_path: Path) -> None:
