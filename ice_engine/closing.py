@@ -133,7 +133,9 @@ class Closing(Accumulating):
         counts, epoch = self._clocks.counts, self._clocks.epoch
         place = f"attempt {counts['attempt']}, iteration {counts['iteration']}"
         place += "" if epoch is None else f", epoch {epoch}"
-        report = f"{reason} (optimizer {self._name!r}, {place}, rank {world.rank()})"
+        # All have the gradient by now, and say so; whose loss it came from is in the reason.
+        place += f", {'rank' if self._member is None else 'reported by rank'} {world.rank()}"
+        report = f"{reason} (optimizer {self._name!r}, {place})"
         precision.stop_if_exhausted(report)
         if world.rank() == 0:  # all ranks skip as one
             # By skips a GradScaler finds its scale.

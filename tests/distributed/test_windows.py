@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
 from ice_engine.distributed.rounds import WIDTH, Kind, rounds
-from ice_engine.errors import RankError
+from ice_engine.errors import NonFiniteGradientError, RankError
 from tests.distributed.launch import launch
 from tests.unsized import Unsized
 
@@ -425,6 +425,22 @@ def test_a_nan_on_one_rank_is_skipped_on_all_and_names_the_rank():
     clocks, scale, (reason,), _ = found[0]
     assert (clocks["step"], clocks["skipped"], scale) == (3, 1, 512.0)
     assert "rank 1: the loss of micro-batch 1 of its window was not finite" in reason
+
+
+def _nan_that_raises() -> str:
+    model, factor = DistributedDataParallel(network()), math.nan if dist.get_rank() else 1.0
+    optimizer = ice.Optimizer(sgd(model), nonfinite="raise", clip=ice.clip_norm(1.0))
+    trainer = Engine(lambda _, batch: optimizer.backward(model(batch[0]).sum() * factor))
+    optimizer.attach(trainer, model=model)
+    with pytest.raises(NonFiniteGradientError) as caught:
+        trainer.run(batches(dist.get_rank(), RAGGED), max_epochs=1)
+    return str(caught.value)
+
+
+def test_the_rank_that_reports_a_nan_is_not_taken_for_the_one_that_had_it():
+    for rank, said in enumerate(launch(_nan_that_raises, 2)):
+        assert "; rank 1: the loss of micro-batch 1 of its window was not finite (optimizer" in said
+        assert f", reported by rank {rank})" in said
 
 
 def bad(*_: Any) -> None:
