@@ -40,7 +40,7 @@ def _create(path: Path) -> tuple[Path, int]:
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         number = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         # Until it is locked, another process may take it for one that was left.
-        if _is_locked(number, anyway=True) and part.exists():
+        if is_locked(number, anyway=True) and part.exists():
             return part, number
         os.close(number)
 
@@ -53,13 +53,13 @@ def _remove_orphans(folder: Path) -> None:
             with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
                 number = os.open(part, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
-                    if _is_locked(number, anyway=False):
+                    if is_locked(number, anyway=False):
                         part.unlink(missing_ok=True)
                 finally:
                     os.close(number)
 
 
-def _is_locked(number: int, *, anyway: bool) -> bool:
+def is_locked(number: int, *, anyway: bool) -> bool:
     """Lock an open file, and return whether that is done; *anyway*, where the system or its disk has no locks."""
     if fcntl is None:
         return anyway

@@ -14,13 +14,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ice_engine import disk
 from ice_engine.errors import CheckpointError
+from ice_engine.part_file import is_locked
 
 VERSION = 1
 METADATA = ".metadata"
@@ -41,6 +43,27 @@ class Manifest:
     objects: list[str]
     world_size: int
     files: dict[str, tuple[int, str]]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep *folder*, which is made, from other jobs meanwhile, where its file system can; ends with the process.
+
+    Raises:
+        CheckpointError: If another job is saving into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":  # opens no folders
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        if not is_locked(lock, anyway=True):
+            message = "another job is saving into the folder; save into one of its own"
+            raise CheckpointError(message)
+        yield
+    finally:
+        os.close(lock)
 
 
 def clear(folder: Path) -> None:

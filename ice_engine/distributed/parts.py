@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,16 @@ def write(folder: Path, objects: list[str], collect: Callable[[], dict[str, Any]
     agree("save_sharded()", f"{folder} of {', '.join(objects)}")
     # Collected first: what cannot be saved leaves no folder behind.
     entries = together(doing, collect)
-    together(doing, lambda: manifest.clear(folder) if world.rank() == 0 else None)
-    _write_parts(doing, folder, entries)
-    own = together(doing, lambda: _own_files(folder))
-    told = gather(doing, json.dumps(own))
-    files = {name: (size, sha) for text in told for name, (size, sha) in json.loads(text).items()}
-    whole = Manifest(objects, world.world_size(), files)
-    together(doing, lambda: manifest.commit(folder, whole) if world.rank() == 0 else None)
+    with ExitStack() as held:
+        lock = manifest.alone(folder)
+        together(doing, lambda: held.enter_context(lock) if world.rank() == 0 else None)
+        together(doing, lambda: manifest.clear(folder) if world.rank() == 0 else None)
+        _write_parts(doing, folder, entries)
+        own = together(doing, lambda: _own_files(folder))
+        told = gather(doing, json.dumps(own))
+        files = {name: (size, sha) for text in told for name, (size, sha) in json.loads(text).items()}
+        whole = Manifest(objects, world.world_size(), files)
+        together(doing, lambda: manifest.commit(folder, whole) if world.rank() == 0 else None)
 
 
 def _write_parts(doing: str, folder: Path, entries: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from ice_engine.distributed.metadata import read_metadata
 from ice_engine.distributed.rounds import Kind, rounds
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
 from tests.distributed.launch import launch, watch
+from tests.forked import CONTEXT
 
 SAVED, MORE = 3, 2  # steps before the checkpoint, and after it
 CLOCKS = {"step": 3, "attempt": 4, "skipped": 1, "iteration": 9}
@@ -650,3 +651,28 @@ def test_wrong_objects_are_refused(objects: Any, error: type[Exception], message
         with pytest.raises(error) as caught:
             function(tmp_path / "a", objects)
         assert message in str(caught.value)
+
+
+def save_at_once(folder: Path, value: float, start: Any) -> None:
+    model = Large(value, megabytes=1)
+    start.wait()
+    try:
+        ice.save_sharded(folder, {"model": model})
+    except CheckpointError:
+        os._exit(1)
+
+
+def test_of_two_jobs_that_save_into_one_folder_one_wins_and_the_other_is_refused(tmp_path: Path) -> None:
+    for attempt in range(4):
+        start = CONTEXT.Barrier(2)
+        folder = tmp_path / str(attempt)
+        jobs = [CONTEXT.Process(target=save_at_once, args=(folder, value, start)) for value in (1.0, 2.0)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join(60)
+        codes = [job.exitcode for job in jobs]
+        assert sorted(codes, key=str) == [0, 1]
+        model = Large(0.0, megabytes=1)
+        ice.load_sharded(folder, {"model": model})
+        assert {float(v) for w in model.weights for v in w.detach().unique()} == {1.0 + codes.index(0)}
