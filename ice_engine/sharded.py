@@ -36,7 +36,8 @@ def save_sharded(folder: str | Path, objects: Mapping[str, Any]) -> None:
     Raises:
         ArgumentTypeError: If an object has no ``state_dict``, or is a torch optimizer.
         ArgumentValueError: If a name cannot be one.
-        CheckpointError: On every rank, if the folder is not new, or any rank cannot save its part or is gone.
+        CheckpointError: On every rank, if the folder is not new, parameters of a model differ between ranks by name or
+            shape, or any rank cannot save its part or is gone.
 
     Examples:
         >>> model = torch.nn.Linear(2, 1)
@@ -52,7 +53,8 @@ def save_sharded(folder: str | Path, objects: Mapping[str, Any]) -> None:
     def collect() -> dict[str, Any]:
         return {key: value for part in parts for key, value in part.entries()}
 
-    write(_absolute(folder), list(objects), collect)
+    shapes = {key: shape for part in parts if isinstance(part, _Model) for key, shape in part.shapes()}
+    write(_absolute(folder), list(objects), shapes, collect)
 
 
 def load_sharded(folder: str | Path, objects: Mapping[str, Any]) -> None:
@@ -137,10 +139,17 @@ class _Model:
     def __init__(self, name: str, model: torch.nn.Module) -> None:
         self._name, self._model = name, bare(model)
 
+    def _key(self, name: str) -> str:
+        return f"{self._name}.{name.replace('_orig_mod.', '')}"
+
+    def shapes(self) -> Iterator[tuple[str, list[int]]]:
+        """Yield keys and whole shapes of the parameters."""
+        for name, parameter in self._model.named_parameters():
+            yield self._key(name), [*parameter.shape]
+
     def _state(self) -> dict[str, tuple[str, Any]]:
         """Return names in the module, and values, by key."""
-        state = self._model.state_dict()
-        return {f"{self._name}.{key.replace('_orig_mod.', '')}": (key, value) for key, value in state.items()}
+        return {self._key(name): (name, value) for name, value in self._model.state_dict().items()}
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         # Buffers may differ between ranks, and DistributedDataParallel has those of rank 0 hold.

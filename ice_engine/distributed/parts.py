@@ -1,12 +1,13 @@
 """A flat dict of tensors and plain data, of which each rank writes its part, and reads what it needs."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,13 +25,17 @@ from ice_engine.distributed.metadata import read_metadata
 from ice_engine.distributed.together import agree, connected, fail_if, gather, group, reason, together
 from ice_engine.errors import CheckpointError
 
+Shapes: TypeAlias = dict[str, list[int]]
+"""Shapes of whole parameters, by key."""
 
-def write(folder: Path, objects: list[str], collect: Callable[[], dict[str, Any]]) -> None:
+
+def write(folder: Path, objects: list[str], shapes: Shapes, collect: Callable[[], dict[str, Any]]) -> None:
     """Save what all ranks *collect* into *folder*; at return it is whole and on the disk. Call on every rank.
 
     Args:
         folder: A new folder that all ranks share.
         objects: Names for the manifest; the same on all ranks.
+        shapes: Of the models; the same on all ranks.
         collect: Returns this rank's part. What several ranks have under one key is written once; DTensors are
             written by the shard.
 
@@ -41,16 +46,36 @@ def write(folder: Path, objects: list[str], collect: Callable[[], dict[str, Any]
     agree("save_sharded()", f"{folder} of {', '.join(objects)}")
     # Collected first: what cannot be saved leaves no folder behind.
     entries = together(doing, collect)
+    _check_shapes(doing, shapes)
     with ExitStack() as held:
-        lock = manifest.alone(folder)
-        together(doing, lambda: held.enter_context(lock) if world.rank() == 0 else None)
-        together(doing, lambda: manifest.clear(folder) if world.rank() == 0 else None)
+
+        def begin() -> None:
+            held.enter_context(manifest.alone(folder))
+            manifest.clear(folder)
+
+        together(doing, begin if world.rank() == 0 else lambda: None)
         _write_parts(doing, folder, entries)
         own = together(doing, lambda: _own_files(folder))
         told = gather(doing, json.dumps(own))
         files = {name: (size, sha) for text in told for name, (size, sha) in json.loads(text).items()}
         whole = Manifest(objects, world.world_size(), files)
         together(doing, lambda: manifest.commit(folder, whole) if world.rank() == 0 else None)
+
+
+def _check_shapes(doing: str, shapes: Shapes) -> None:
+    text = json.dumps(shapes)
+    if len({*gather(doing, hashlib.sha256(text.encode()).hexdigest())}) == 1:
+        return
+    told: list[Shapes] = [json.loads(each) for each in gather(doing, text)]
+    for rank, other in enumerate(told):
+        for key in {**told[0], **other}:
+            here, there = (f"of shape {(*each[key],)}" if key in each else "not there" for each in (told[0], other))
+            if here != there:
+                message = (
+                    f"{doing}: {key!r} is {here} on rank 0, {there} on rank {rank}; a model that is split over ranks "
+                    "has its parameters on all of them, as DTensors"
+                )
+                raise CheckpointError(message)
 
 
 def _write_parts(doing: str, folder: Path, entries: dict[str, Any]) -> None:

@@ -486,6 +486,27 @@ def test_a_collective_of_the_users_may_be_under_way(tmp_path: Path) -> None:
     assert launch(save_beside_the_default_group, 2, tmp_path) == [4.0, 4.0]
 
 
+def save_models_that_differ(folder: Path) -> list[str]:
+    rank = dist.get_rank()
+    models = torch.nn.Linear(4, 1 + rank), torch.nn.ModuleDict({f"stage{rank}": torch.nn.Linear(1, 1)})
+    said = []
+    for number, model in enumerate(models):
+        with pytest.raises(CheckpointError) as error:
+            ice.save_sharded(folder / str(number), {"model": model})
+        said.append(str(error.value).removeprefix(f"saving {folder / str(number)}: "))
+    return said
+
+
+@pytest.mark.distributed
+def test_a_model_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
+    """Its tensors would be taken for pieces of one, or be a model that no rank has, and none could load it."""
+    end = "; a model that is split over ranks has its parameters on all of them, as DTensors"
+    first = f"'model.weight' is of shape (1, 4) on rank 0, of shape (2, 4) on rank 1{end}"
+    second = f"'model.stage0.weight' is of shape (1, 1) on rank 0, not there on rank 1{end}"
+    assert launch(save_models_that_differ, 2, tmp_path) == [[first, second]] * 2
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.soak
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
