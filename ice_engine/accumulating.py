@@ -3,7 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -13,7 +13,7 @@ from ice_engine.errors import ArgumentTypeError, BackwardError, ClosureError, wa
 from ice_engine.events import is_running
 from ice_engine.gradients import Gradient
 from ice_engine.isolation import gradients_aside
-from ice_engine.left import Change, Left
+from ice_engine.left import Left
 from ice_engine.measures import Measures
 from ice_engine.member import syncs_of
 from ice_engine.nonfinite import nonfinite_loss
@@ -78,9 +78,7 @@ class Accumulating(Scheduling):
         if self._in_close or engine is None or not is_running(engine) or self.needs_closure:
             self._check_time()
         parameters = self._parameters()
-        change = self._left.change(parameters)
-        if change is not None:
-            self._refuse(change)
+        self._require_own_gradients(parameters)
         if self._precision.scaler is not None:
             self._precision.require_unscaled(loss)
             self._precision.require_one_owner(self, self._inner)
@@ -250,10 +248,8 @@ class Accumulating(Scheduling):
     def _require_own_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
         """Refuse gradients that backward() did not leave as they are: in the window's mean they would be wrong."""
         change = self._left.change(parameters)
-        if change is not None:
-            self._refuse(change)
-
-    def _refuse(self, change: Change) -> NoReturn:
+        if change is None:
+            return
         if change == "foreign":
             message = (
                 f"parameters of optimizer {self._name!r} have gradients that did not come from its backward(); "

@@ -119,14 +119,12 @@ class Clocks:
 
     def position(self) -> dict[str, int | None]:
         """Return the part of :meth:`context` that changes from step to step."""
-        counts, run = self.counts, self.run
-        if run is not None and not (self._given or self.common):  # as nearly always; below the same, for 2 us more
-            iteration, epoch, done, length = counts["iteration"], run.epoch, None, run.epoch_length
-        else:
-            iteration, epoch = self.iteration, self._now("epoch", "current_epoch")
-            done, length = self._given.get("epoch_steps"), self._now("epoch_length", "epoch_size")
-        if done is None and run is not None and length is not None:
-            done = (iteration - 1) % length + 1
+        counts = self.counts
+        iteration, epoch = self.iteration, self._now("epoch", "current_epoch")
+        done = self._given.get("epoch_steps")
+        if done is None and self.run is not None:
+            length = self._now("epoch_length", "epoch_size")
+            done = None if length is None else (iteration - 1) % length + 1
         return {
             "step": counts["step"],
             "attempt": counts["attempt"],

@@ -1,14 +1,11 @@
 """Gradients as ``backward()`` left them; what others put, change or clear would make the window's mean wrong."""
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 
 from ice_engine.norms import entries
-
-Change: TypeAlias = Literal["foreign", "cleared", "changed"]
-"""What somebody else did to gradients."""
 
 
 class Left:
@@ -32,7 +29,7 @@ class Left:
         """Whether gradients are remembered; perhaps of other ranks only, whose reduction this one took part in."""
         return self._of_window is not None
 
-    def change(self, parameters: Sequence[torch.Tensor]) -> Change | None:
+    def change(self, parameters: Sequence[torch.Tensor]) -> Literal["foreign", "cleared", "changed"] | None:
         """Return what somebody did to the gradients of *parameters* since, if anything."""
         if self._of_window is None:
             return "foreign" if has_gradient(parameters) else None

@@ -7,7 +7,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ice_engine.distributed.averaging import average, present
-from ice_engine.distributed.synchroniser import Synchroniser
+from ice_engine.distributed.synchroniser import Synchroniser, sparse_tables
 from ice_engine.errors import AttachError
 
 
@@ -28,8 +28,7 @@ class DDPSync(Synchroniser):
         self._used = self._settled = False
         self._unsent: object = None
         self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
-        tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding | torch.nn.EmbeddingBag) and m.sparse]
-        self._sparse = {id(table.weight) for table in tables}  # as DDP finds out whose gradients are
+        self._sparse = {id(table) for _, table in sparse_tables(model)}
         logged: Any = self.model._get_ddp_logging_data  # noqa: SLF001 - no public way to it
         known = logged().get("num_parameter_tensors")
         if known is not None and known != len(self._reduced):

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ice_engine.distributed.gathered import fully_sharded, param_groups
-from ice_engine.distributed.synchroniser import Sync, Synchroniser
+from ice_engine.distributed.synchroniser import Sync, Synchroniser, sparse_tables
 from ice_engine.errors import AttachError
 
 
@@ -29,8 +29,7 @@ class FSDPSync(Synchroniser):
 
     def __init__(self, model: Any, sync: Sync) -> None:
         super().__init__(model)
-        for name, module in model.named_modules():
-            table = isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse and module.weight
+        for name, table in sparse_tables(model):
             if isinstance(table, DTensor) and table.requires_grad:
                 message = f"{name!r} has sparse gradients, which fully_shard cannot reduce; leave out sparse=True"
                 raise AttachError(message)
@@ -74,7 +73,7 @@ class FSDPSync(Synchroniser):
             self.on(last=True)
             with self.aside(others):  # the windows of other optimizers go on
                 for group in self._groups():
-                    with group.use_training_state(group._training_state):  # noqa: SLF001 - it leaves another one
+                    with group.use_training_state(group._training_state):  # noqa: SLF001 - no public name, and post_backward() leaves another
                         group.post_backward()
                     group.finalize_backward()
             self.on(last=False)

@@ -47,7 +47,7 @@ class Manifest:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep *folder*, which is made, from other jobs meanwhile, where its file system can; ends with the process.
+    """Make *folder*, and keep it from other jobs meanwhile, where its file system can; ends with the process.
 
     Raises:
         CheckpointError: If another job is saving into it.
@@ -67,12 +67,11 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Make *folder*, or empty it of a checkpoint that was never finished.
+    """Empty *folder* of a checkpoint that was never finished.
 
     Raises:
         CheckpointError: If it holds a finished one, or anything else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     there = sorted(path.name for path in folder.iterdir())
     if _COMMIT in there:
         message = "the folder holds a finished checkpoint, which is never overwritten; save into a new folder"

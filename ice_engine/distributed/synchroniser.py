@@ -6,13 +6,20 @@ end of data whose length nobody knew, what it would have done is done after it.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 
 Sync = Literal["communication", "memory"]
 """What accumulation saves: ``"communication"`` reduces once a window, ``"memory"`` every micro-batch of shards."""
+
+
+def sparse_tables(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield, by module, the parameters of *model* whose gradients are sparse, found as DDP itself finds them."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
+            yield name, module.weight
 
 
 class Synchroniser:

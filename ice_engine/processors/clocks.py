@@ -29,7 +29,7 @@ def elapsed(mapping: Mapping[str, Any], unit: Unit, processor: str) -> float:
         MissingKeyError: If the mapping has no such clock, or has None for it.
     """
     mend = "Give it to Optimizer(processors=[...]), or set it yourself."
-    count: int | None = mapping[unit] if unit in mapping else require_key(mapping, unit, processor, mend)
+    count: int | None = require_key(mapping, unit, processor, mend)
     if count is None:
         message = f"processor {processor!r} follows {unit!r}, which is None: nothing here counts it. Use another unit="
         raise MissingKeyError(message)
