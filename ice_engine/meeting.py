@@ -14,6 +14,7 @@ from ignite import distributed as idist
 from ignite.engine import Engine
 
 from ice_engine.alike import CloseRow, check_close, check_gate
+from ice_engine.distributed.agreement import announce
 from ice_engine.distributed.rounds import Kind, Row, rounds
 from ice_engine.distributed.synchroniser import Synchroniser
 from ice_engine.distributed.world import world_size
@@ -57,6 +58,7 @@ class Meeting:
         self._engine = engine
         self._rounds = rounds()
         # Ignite's first question for the rank is a collective; asked later, in a handler on one rank, it would hang.
+        announce("attach() of the first optimizer of an engine")
         idist.sync()
         self._members: list[Member] = []
         self._length: int | None = None  # of an epoch, if all ranks end it at the same micro-batch

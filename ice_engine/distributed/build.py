@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 
 from ice_engine.arguments import choice
+from ice_engine.distributed.watch import watch
 from ice_engine.distributed.world import world_size
 from ice_engine.distributed.zero import refuse_raw, shard
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
@@ -30,6 +31,8 @@ def build(
         RankError: If it would be sharded, and another rank does not build the same.
     """
     choice("sharding", sharding, (None, "zero1"))
+    if world_size() > 1:
+        watch()  # from here on the others can ask where this rank is, should it not come to where all meet
     if isinstance(optimizer, torch.optim.Optimizer):
         if params is not None:
             message = "params go with a factory; an optimizer instance has its own. Leave params out"

@@ -89,8 +89,9 @@ class Guard:
                     self._end(error)
 
     def _end(self, error: RankError) -> None:
-        self._watch.raised(error)
+        # Before the note: a store may be kept, or locked, by the very process that is stopped.
         logger.critical("rank %d ends here, as nothing else can end its wait: %s", rank(), error)
+        self._watch.raised(error)
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -20,9 +20,10 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from ice_engine.distributed.arrival import meet
 from ice_engine.distributed.guard import Guard
 from ice_engine.distributed.suspects import Suspects
-from ice_engine.distributed.watch import Watch, describe, others
+from ice_engine.distributed.watch import describe, others, watch
 from ice_engine.distributed.world import PATIENCE, listed, own_group, rank, world_size
 from ice_engine.errors import RankError
 
@@ -91,22 +92,23 @@ class Rounds:
     """
 
     def __init__(self) -> None:
-        self._watch = Watch(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - no public way to it
-        self._watch.meet()
+        self._watch = watch()
+        self._doing = "the first meeting of all ranks"
+        try:
+            meet(self._watch)
+            self._group = own_group()
+        except dist.DistError as error:  # the store is gone, or a rank, in between
+            raise self.gone(error) from error
         self.guard = Guard(self._watch)
-        self._group = own_group()
-        self._doing = ""
         # Made once: between forward and backward passes, which take the cache, five small tensors are 0.2 ms a round.
         self._rows = torch.empty(world_size(), WIDTH, dtype=torch.float64, device="cpu")
         self._parts = [*self._rows.unbind()]
         self._kept: collections.deque[Any] = collections.deque(maxlen=2)
         self._left: RankError | None = None  # why this rank gave a round up, which the others may still come to
-        self._watch.introduce(self.texts(self._watch.introduction, "the first of all rounds"))
 
     def close(self) -> None:
-        """Stop answering the other ranks."""
+        """Look no more whom the others wait for."""
         self.guard.close()
-        self._watch.close()
 
     def exchange(self, kind: Kind, values: Sequence[float] = (), doing: str = "") -> list[Row]:
         """Give *values* to every rank and return everybody's, in the order of ranks, each after its kind.

@@ -8,8 +8,7 @@ from ice_engine.errors import RankError
 
 logger = logging.getLogger(__name__)
 
-_STUCK = 60.0  # seconds after which several ranks in one collective of their own count as stuck
-_ALL_STUCK = 15.0  # the same, of all ranks but this one: then nobody computes what the others wait for
+_STUCK = 15.0  # seconds after which several ranks in collectives of their own count as stuck
 _SILENT = 30.0  # the same, of a rank on another host without an answer: a call into C may keep its interpreter
 
 
@@ -46,15 +45,17 @@ class Suspects:
         away = {r: a for r, a in answers.items() if a is not None and a.collective}
         same = {r: a for r, a in away.items() if self._before.get(r) == a}
         reducing = {r: a for r, a in answers.items() if a is not None and a.reduction and r not in away}
-        enough = _ALL_STUCK if len(same) + len(reducing) == len(answers) else _STUCK
-        if same and ((len(away) == 1 and self._in_round) or waited > enough):
+        # One that computes may come to where those are, which may have a group of their own.
+        computing = [r for r, a in answers.items() if r not in same and r not in reducing and not (a and a.with_us)]
+        alone = len(same) == 1 and not reducing and self._in_round
+        if same and not computing and (alone or waited > _STUCK):
             where = "; ".join(f"rank {r} waits in {a.collective}(), called at {a.place}" for r, a in same.items())
             message = (
                 f"{where}, and nobody else comes there: the others are at {doing}. "
                 "Call it on every rank, or on none: a handler on one rank only must not communicate"
             )
             raise RankError(message)
-        if reducing and self._in_round and waited > _ALL_STUCK:
+        if reducing and self._in_round and waited > _STUCK:
             where = "; ".join(f"rank {r} is in {a.reduction}, at {a.place}" for r, a in reducing.items())
             message = (
                 f"{where}, and waits for all ranks there, while others are at {doing}. Call backward() of the "

@@ -25,17 +25,16 @@ import torch
 import torch.distributed as dist
 
 from ice_engine.distributed.process import Process, this_process
-from ice_engine.distributed.world import listed, rank, world_size
-from ice_engine.errors import RankError
+from ice_engine.distributed.world import rank, world_size
 
 logger = logging.getLogger(__name__)
 
 _EVERY = 0.3  # seconds between two looks into the store
-_LOOK = datetime.timedelta(seconds=4)  # between two looks at who is here
-_ABSENT = 300.0  # seconds after which a rank that never was here counts as lost; it may be preparing its data
 _ANSWER = 3.0  # seconds to wait for an answer
 _READ = 8.0  # seconds for the others to look, which they do every 4
 _AGAIN = 0.5  # seconds after which one that is stopped still is; a job that goes on does so process by process
+# What DistributedDataParallel() calls, which are collectives in C.
+_OF_DDP = {"_verify_param_shape_across_processes", "_sync_module_states"}
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent.parent)
 _IGNITE = str(Path(ignite.__file__).parent)
@@ -73,9 +72,10 @@ class Watch:
     def __init__(self, store: Any) -> None:
         self._store = cast("Any", dist).PrefixStore("ice_engine", store)
         self._done = threading.Event()
-        self._processes: list[Process] = []
+        self._processes: dict[int, Process] = {}
         self.reduction = ""
         self._failed = False
+        self._store.set(f"process/{rank()}", json.dumps(dataclasses.asdict(this_process())))
         # Of its own, as a client that waits in the main thread would keep this one waiting.
         store = self._store.clone()
         self._thread = threading.Thread(target=self._answer, args=(store,), daemon=True, name="ice_engine.watch")
@@ -93,33 +93,28 @@ class Watch:
         self._note_uncaught(self._store)
         if self._failed and rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             # The store is in this process, not in torchrun's; the others look there for who was the first to fail.
+            with contextlib.suppress(RuntimeError):
+                self._get_to_know()
             end = time.monotonic() + _READ
             while time.monotonic() < end and any(self.fate(r) == "runs" for r in others()):
                 time.sleep(_EVERY / 10)
         self.close()
 
-    def meet(self) -> None:
-        """Wait until every rank is here; before a group is made, which waits in C and names nobody.
-
-        Raises:
-            RankError: If a rank does not come.
-        """
+    def arrive(self) -> None:
+        """Say that this rank is where all meet."""
         self._store.set(f"here/{rank()}", "")
-        begin = time.monotonic()
-        while True:
-            with contextlib.suppress(RuntimeError):  # not all came in that time, in the words of each kind of store
-                self._store.wait([f"here/{r}" for r in others()], _LOOK)
-            missing = [r for r in others() if not self._store.check([f"here/{r}"])]
-            if not missing:
-                return
-            waited = time.monotonic() - begin
-            if waited > _ABSENT:
-                message = (
-                    f"{listed(missing)} did not come to attach() in {waited:.0f} s. Attach the optimizer on every "
-                    "rank, or on none; look for the first error in the output of that rank"
-                )
-                raise RankError(message)
-            logger.warning("rank %d waits at attach() for %.0f s for %s", rank(), waited, listed(missing))
+
+    def missing(self, patience: datetime.timedelta) -> list[int]:
+        """Return the ranks that have not arrived within *patience*."""
+        with contextlib.suppress(RuntimeError):  # not all came in that time, in the words of each kind of store
+            self._store.wait([f"here/{r}" for r in others()], patience)
+        self._get_to_know()
+        return [r for r in others() if not self._store.check([f"here/{r}"])]
+
+    def _get_to_know(self) -> None:
+        for r in others():
+            if r not in self._processes and self._store.check([f"process/{r}"]):
+                self._processes[r] = Process(**json.loads(self._store.get(f"process/{r}")))
 
     def raised(self, error: BaseException | None) -> None:
         """Leave a note for the others, for when this rank is gone, that it raised *error*; None takes it back."""
@@ -135,18 +130,11 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 store.set(f"raised/{rank()}", describe(error))
 
-    @property
-    def introduction(self) -> str:
-        """What the others are to know of this process."""
-        return json.dumps(dataclasses.asdict(this_process()))
-
-    def introduce(self, introductions: Iterable[str]) -> None:
-        """Take in what :attr:`introduction` is on every rank, in the order of ranks."""
-        self._processes = [Process(**json.loads(text)) for text in introductions]
-
     def fate(self, of: int) -> str:
         """Return what has become of the process of rank *of*, as far as this host knows."""
-        fate = self._processes[of].fate if self._processes else "unknown"
+        if of not in self._processes:
+            return "unknown"
+        fate = self._processes[of].fate
         if fate == "is stopped":
             time.sleep(_AGAIN)
             fate = self._processes[of].fate
@@ -213,6 +201,8 @@ def where(frame: FrameType | None) -> Answer:
         if path == dist.distributed_c10d.__file__:  # and not what computes with tensors spread over ranks
             if code.co_name not in {"wrapper", "wait"}:
                 collective = code.co_name
+        elif code.co_name in _OF_DDP and path == torch.distributed.utils.__file__:
+            collective = code.co_name
         elif path.startswith(_OURS):
             ours, with_us = True, with_us or path.endswith("rounds.py")
         elif not path.startswith((_TORCH, _IGNITE, "<frozen")):
@@ -233,3 +223,16 @@ def describe(error: BaseException) -> str:
 def others() -> list[int]:
     """Return all ranks but this one."""
     return [each for each in range(world_size()) if each != rank()]
+
+
+_current: tuple[object, Watch] | None = None
+
+
+def watch() -> Watch:
+    """Return the watch of the process group there is; the first call, on this rank alone, begins it."""
+    global _current  # noqa: PLW0603 - one for the process, as torch's own default group, and made anew with it
+    if _current is None or _current[0] is not dist.group.WORLD:
+        if _current is not None:
+            _current[1].close()
+        _current = dist.group.WORLD, Watch(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - no public way to it
+    return _current[1]

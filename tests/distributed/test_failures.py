@@ -1,6 +1,6 @@
 """A rank that raises, stops, dies or goes its own way: every other rank learns it in seconds, and which one it was."""
 
-import datetime
+import functools
 import logging
 import os
 import signal
@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
-from ice_engine.distributed import watch as who
+from ice_engine.distributed import arrival
 from ice_engine.errors import RankError
 from tests.distributed.launch import launch, watch
 
@@ -268,20 +268,39 @@ def test_a_rank_that_goes_its_own_way_is_found_on_all(what, expected):
         assert expected in outcome.error
 
 
-def _attached_on_one() -> None:
-    who._LOOK, who._ABSENT = datetime.timedelta(seconds=1), 1.0  # instead of four seconds and five minutes
-    model = DistributedDataParallel(torch.nn.Linear(4, 1))
-    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-    if dist.get_rank() == 0:
-        optimizer.attach(Engine(lambda *_: None), model=model)
-    optimizer.backward(model(torch.ones(2, 4)).sum())
+def _met_by_one(why: str) -> None:
+    model: Any = torch.nn.Linear(4, 1)
+    if why != "sharded on one":
+        model = DistributedDataParallel(model)
+    late, sharding = dist.get_rank() == 1, None
+    if why == "none made":
+        arrival._ABSENT = 1.0  # seconds instead of five minutes
+        time.sleep(7 if late else 0)
+    if why == "sharded on one" and late:
+        sharding = "zero1"
+    factory = functools.partial(torch.optim.SGD, lr=0.1)
+    optimizer = ice.Optimizer(factory, model.parameters(), sharding=sharding)
+    if why == "killed" and late:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if why == "sharded on one":
+        model = DistributedDataParallel(model)
+    optimizer.attach(Engine(lambda *_: None), model=model)
 
 
-def test_attached_on_one_rank_only_it_is_an_error_on_all():
-    attached, other = watch(_attached_on_one, 2, timeout=45)
+@pytest.mark.parametrize(
+    ("why", "first", "expected"),
+    [
+        ("killed", 0, "rank 1 is gone, it does not answer any more: killed? The others wait for it at test_failures"),
+        ("none made", 0, "rank 1 did not come to test_failures.py"),
+        ("sharded on one", 1, "rank 0 waits in _verify_param_shape_across_processes(), called at test_failures.py"),
+    ],
+)
+def test_a_rank_that_does_not_come_to_where_all_meet_is_named(why, first, expected):
+    outcomes = watch(_met_by_one, 2, why, timeout=45)
 
-    assert "rank 1 did not come to attach() in " in attached.error
-    assert "AttachError: backward() is for one process; this is rank 1 of 2" in other.error
+    assert expected in outcomes[first].error
+    if why == "none made":  # it comes, but too late
+        assert "rank 0 raised RankError: rank 1 did not come to " in outcomes[1].error
 
 
 def _evaluated(model: DistributedDataParallel) -> DistributedDataParallel:
