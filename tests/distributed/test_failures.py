@@ -110,6 +110,24 @@ def _processor(group: Any) -> Any:
     return group
 
 
+def _slow_in_a_group_of_its_own() -> int:
+    of_two = dist.new_group([1, 2])
+
+    def after(engine: Engine) -> None:
+        if engine.state.iteration == AT and dist.get_rank() in {1, 2}:
+            time.sleep(14 if dist.get_rank() == 2 else 0)  # three looks of who waits for it
+            dist.all_reduce(torch.ones(1), group=of_two)
+
+    engine, optimizer = trainer(1, after=after)
+    engine.run(data())
+    return optimizer.clocks["step"]
+
+
+@SOAK
+def test_who_waits_for_a_slow_rank_in_a_group_of_theirs_is_not_blamed_by_the_others():
+    assert launch(_slow_in_a_group_of_its_own, 3) == [12] * 3
+
+
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_what_one_rank_raises_stops_all_and_is_named(world):
     *others, last = launch(_raising, world)
