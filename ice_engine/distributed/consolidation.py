@@ -5,8 +5,9 @@ that of different parameters on each rank, which are put side by side; FSDP2's a
 together. CUDA tensors go through the CPU (not run here: there was neither CUDA nor NCCL).
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from ice_engine.distributed import wire, world
 from ice_engine.distributed.agreement import announce
 from ice_engine.distributed.pieces import box, cut, distribute, is_first_copy
+from ice_engine.distributed.rounds import rounds
 from ice_engine.distributed.shards import is_sharded, is_zero
 from ice_engine.errors import StateDictError
 
@@ -48,6 +50,11 @@ def consolidate(optimizer: torch.optim.Optimizer, rank: int, name: str = "optimi
     except StateDictError as error:
         text, tensors, problem = "", [], str(error)
     announce(f"state_dict(rank={rank}) of optimizer {name!r}{_extent(optimizer, own)}", problem)
+    with rounds().transfer() if world.world_size() > 1 else contextlib.nullcontext():
+        return _gathered(own, text, tensors, rank)
+
+
+def _gathered(own: dict[str, Any], text: str, tensors: Sequence[torch.Tensor], rank: int) -> dict[str, Any] | None:
     if world.rank() != rank:
         wire.send(text, tensors, rank)
         return None

@@ -6,11 +6,13 @@ watchdog does, this one ends the process, after it has said why.
 """
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from ice_engine.distributed.suspects import Suspects
 from ice_engine.distributed.watch import Answer, Watch, here
@@ -54,6 +56,16 @@ class Guard:
     def leave(self) -> None:
         """End it."""
         self._entered = None
+
+    @contextlib.contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """Watch over what needs all ranks and is done inside something that may do so as well."""
+        outer = self._entered
+        self.enter(doing, collectives=False)
+        try:
+            yield
+        finally:
+            self._entered = outer
 
     def close(self) -> None:
         """Look no more."""

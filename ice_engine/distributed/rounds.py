@@ -7,6 +7,7 @@ go together, every rank learns it in that round and stops with the same error, i
 import array
 import atexit
 import collections
+import contextlib
 import datetime
 import enum
 import functools
@@ -14,7 +15,7 @@ import logging
 import signal
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -158,6 +159,19 @@ class Rounds:
         if all(row[2] <= _INLINE for row in rows):
             return [bytes(map(int, row[3 : 3 + int(row[2])])).decode() for row in rows]
         return self._long_texts(data, [int(row[2]) for row in rows])
+
+    @contextlib.contextmanager
+    def transfer(self) -> Iterator[None]:
+        """Watch over what all ranks send to each other, in collectives of torch's, after the last round.
+
+        Raises:
+            RankError: If another rank is gone.
+        """
+        with self.guard.during(self._doing):
+            try:
+                yield
+            except RuntimeError as error:
+                raise self.gone(error) from error
 
     def leave_note(self, error: BaseException | None) -> None:
         """Let the others find out what this rank raised, even when it is gone; None takes it back."""

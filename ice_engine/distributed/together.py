@@ -39,21 +39,23 @@ def connected(doing: str) -> Iterator[None]:
     Raises:
         CheckpointError: If another rank is gone.
     """
-    try:
+    if world.world_size() == 1:
         yield
-    except RuntimeError as err:
-        if world.world_size() == 1:
-            raise
-        gone = rounds().gone(err)
+        return
+    try:
+        with rounds().transfer():
+            yield
+    except RankError as err:
         _hang_up(err)
-        message = f"{doing}: {gone}"
+        message = f"{doing}: {err}"
         raise CheckpointError(message) from err
 
 
-def _hang_up(err: BaseException) -> None:
+def _hang_up(err: RankError) -> None:
     # Ranks that wait for this one, not for the one that is gone, hear of it only as this connection closes. Gloo closes
     # it when nothing refers to the group any more: neither destroying nor aborting it does, and a traceback refers.
-    traceback.clear_frames(err.__traceback__)
+    if err.__cause__ is not None:
+        traceback.clear_frames(err.__cause__.__traceback__)
     if _group_of.cache_info().currsize:
         dist.destroy_process_group(group())
     _group_of.cache_clear()

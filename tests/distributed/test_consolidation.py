@@ -2,6 +2,8 @@
 
 import functools
 import io
+import os
+import signal
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import ice_engine as ice
+from ice_engine.distributed import wire
 from ice_engine.errors import CheckpointError, NotConsolidatedError, RankError
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch, watch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.soak, pytest.mark.timeout(300)]
 
@@ -281,6 +284,22 @@ def test_a_rank_that_comes_alone_is_told_where_the_others_are():
         assert f"rank {other} waits in barrier(), called at test_consolidation.py:" in waited
     assert "the others are at state_dict(rank=0) of optimizer 'generator'" in waited
     assert "is a round ahead of them" in again
+
+
+def killed():
+    optimizer = ice.Optimizer(FACTORIES["AdamW"], (model := network()).parameters(), sharding="zero1", name="generator")
+    train(model, optimizer, 1)
+    if dist.get_rank() == 2:
+        wire.send = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    optimizer.state_dict()
+
+
+def test_a_rank_that_is_killed_while_it_sends_is_named_by_who_waits():
+    receiver, sender, gone = watch(killed, 3, timeout=45)
+    assert gone.exitcode == -signal.SIGKILL
+    assert "RankError: lost the connection at state_dict(rank=0) of optimizer 'generator'" in receiver.error
+    assert "rank 2 does not answer any more: killed?" in receiver.error
+    assert "ranks 0, 2 do not answer any more: killed?" in sender.error  # the receiver has ended as well
 
 
 def local():
