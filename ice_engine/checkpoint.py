@@ -10,9 +10,7 @@ import functools
 import json
 import logging
 import math
-import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -31,30 +29,18 @@ from ice_engine.distributed import world
 from ice_engine.distributed.plain import plain
 from ice_engine.distributed.together import agree, gather, gather_plain, together
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, warn
-from ice_engine.events import clock_of, fire, is_running
+from ice_engine.events import clock_of, is_running
 from ice_engine.hooks import HookRegistry
-from ice_engine.of_engine import of_engine, optimizers_of
-from ice_engine.optimizer import Optimizer
+from ice_engine.of_engine import optimizers_of
 from ice_engine.peers import Peers, peers
 from ice_engine.preemption import SIGNALS
-from ice_engine.recording import Recordings
 from ice_engine.resuming import OURS, Item, adopted, find, load
 from ice_engine.run_position import RunPosition, run_position
 from ice_engine.save_times import Request, SaveTimes
 from ice_engine.summary import summary
-from ice_engine.writer import Writer
+from ice_engine.under_way import Save, UnderWay
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Save:
-    """A save that was decided on: its file, and which files there are once it is written, and are no more."""
-
-    engine: Engine
-    filename: str
-    saved: list[Item]
-    outdated: list[str]
 
 
 class Checkpoint(IgniteCheckpoint):
@@ -132,14 +118,7 @@ class Checkpoint(IgniteCheckpoint):
         self._folder: Path | None = None
         if isinstance(save_handler, str | Path):
             self._folder = Path(save_handler).expanduser()
-            if self._folder.exists() and not self._folder.is_dir():
-                message = f"save_handler must be a folder, got {self._folder}, which is a file"
-                raise ArgumentValueError(message)
-            try:
-                save_handler = Folder(self._folder, save_on_rank)
-            except OSError as err:
-                message = f"{self._folder} cannot be made: {err}; give a save_handler that can be written to"
-                raise CheckpointError(message) from err
+            save_handler = Folder(self._folder, save_on_rank)
         if n_saved is not None:
             n_saved = count("n_saved", n_saved, 1)
         try:
@@ -162,17 +141,15 @@ class Checkpoint(IgniteCheckpoint):
             raise ArgumentValueError(*err.args) from err
         self._background = background
         choice("on_failure", on_failure, ("raise", "warn"))
-        self._goes_on = on_failure == "warn"
-        self._writer = Writer()
-        self._under_way: _Save | None = None
+        self._under_way = UnderWay(self.save_handler, self._count, goes_on=on_failure == "warn")
         self._position: RunPosition | None = None
-        self._held: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._trainer = next((saved for saved in to_save.values() if isinstance(saved, Engine)), None)
         if self._trainer is not None and self._folder is not None and len(to_save) > 1:
             self._position = run_position(self._trainer)
         # A file that is kept for its score may not be the newest, and so is nothing to go on from after a signal.
         stops = self._position is not None and self.score_function is None
-        self._times = SaveTimes(self._position, signals if stops else (), self._save, self._settle, self._finish)
+        signals = signals if stops else ()
+        self._times = SaveTimes(self._position, signals, self._save, self._under_way.settle, self._under_way.finish)
         if self._trainer is not None and self._folder is not None:
             self._times.follow(self._trainer)
 
@@ -241,7 +218,7 @@ class Checkpoint(IgniteCheckpoint):
     def last_checkpoint(self) -> str | Path | None:
         """The file with the highest priority; waits for one that is being written."""
         self._times.take_wanted()
-        self._finish()
+        self._under_way.finish()
         return super().last_checkpoint
 
     def _on_event(self, engine: Engine, clock: str = "iteration") -> None:
@@ -261,24 +238,17 @@ class Checkpoint(IgniteCheckpoint):
 
     def _save(self, request: Request) -> None:
         """Decide, collect and write, together with all ranks."""
-        self._finish()
+        self._under_way.finish()
         save = self._decide(request)
         if save is None:
             return
         content = self._content(save)
-        self._under_way = save
-        write = functools.partial(self._write, save)
-        running = self._times.run is not None and is_running(self._times.run)
-        if world.rank() != self.save_on_rank:
-            pass
-        elif self._background and running:
-            self._writer.write_aside(content, self._held_optimizers(), write)
-        else:
-            self._writer.write_now(content, write)
-        if not (self._background and running):
-            self._finish()
+        run = self._times.run
+        aside = self._background and run is not None and is_running(run)
+        writes = world.rank() == self.save_on_rank
+        self._under_way.begin(save, content if writes else None, run, self._optimizers() if aside else None)
 
-    def _decide(self, request: Request) -> _Save | None:
+    def _decide(self, request: Request) -> Save | None:
         engine = request.engine
         if not engine.has_registered_events(CheckpointEvents.SAVED_CHECKPOINT):
             engine.register_events(*CheckpointEvents)
@@ -297,7 +267,7 @@ class Checkpoint(IgniteCheckpoint):
         saved = sorted([*others, Item(priority, filename)], key=lambda item: item.priority)
         kept = saved[-self.n_saved :] if self.n_saved is not None else saved
         outdated = [item.filename for item in saved if item not in kept]
-        return _Save(engine, filename, kept, outdated)
+        return Save(engine, filename, kept, outdated)
 
     def _measured(self, request: Request) -> tuple[Any, Any]:
         engine, step = request.engine, None
@@ -324,7 +294,7 @@ class Checkpoint(IgniteCheckpoint):
         told = json.loads(gather("a checkpoint", json.dumps([step, priority]))[self.save_on_rank])
         return told[0], told[1]
 
-    def _content(self, save: _Save) -> dict[str, Any]:
+    def _content(self, save: Save) -> dict[str, Any]:
         content = saved_objects.collect(self.to_save, self.save_on_rank)
         if len(content) == 1 and not self.include_self:
             alone: dict[str, Any] = next(iter(content.values()))
@@ -338,46 +308,13 @@ class Checkpoint(IgniteCheckpoint):
             content["checkpointer"] = {"_saved": [tuple(item) for item in save.saved]}
         return content
 
-    def _held_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimizers whose steps wait for a copy of what they change."""
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return those whose steps change what is saved."""
         found = [saved for saved in self.to_save.values() if isinstance(saved, torch.optim.Optimizer)]
-        found += [o for o in optimizers_of(self._times.run) if o not in found]
-        for optimizer in found:
-            if optimizer not in self._held:
-                self._held.add(optimizer)
-                if isinstance(optimizer, Optimizer):
-                    optimizer.wait_before_steps(self._writer.wait_for_copy)
-                else:
-                    optimizer.register_step_pre_hook(lambda *_: self._writer.wait_for_copy())
-        return found
+        return found + [o for o in optimizers_of(self._times.run) if o not in found]
 
-    def _write(self, save: _Save, content: Mapping[str, Any]) -> None:
-        for recording in of_engine(self._times.run, Recordings):
-            recording.flush()  # a resumed run would have a hole there
-        handler: Any = self.save_handler
-        handler(content, save.filename)
-        for filename in save.outdated:
-            handler.remove(filename)
-
-    def _settle(self) -> None:
-        if self._under_way is not None and self._writer.is_done:
-            self._finish()
-
-    def _finish(self, *, raises: bool = True) -> None:
-        """Wait for what is being written, and count it as saved."""
-        save, self._under_way = self._under_way, None
-        if save is None:
-            return
-        try:
-            self._writer.finish()
-        except CheckpointError as err:
-            if raises and not self._goes_on:
-                raise
-            warn(str(err))
-            return
+    def _count(self, save: Save) -> None:
         self._saved = save.saved
-        # In a handler of an edge, where other saves are still to be asked for: that event stays the engine's last.
-        fire(save.engine, CheckpointEvents.SAVED_CHECKPOINT)
 
     def _save_by_ignite(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
         saved = list(self._saved)
@@ -420,7 +357,7 @@ class Checkpoint(IgniteCheckpoint):
                 "to_save={'trainer': trainer, ...}"
             )
             raise CheckpointError(message)
-        self._finish()
+        self._under_way.finish()
         saves = world.rank() == self.save_on_rank
         own = together("resume()", functools.partial(self._find, self._folder) if saves else list[Item])
         # All must know what is there, to decide alike what is better.

@@ -11,7 +11,7 @@ from ignite.handlers import DiskSaver
 
 from ice_engine import checkpoint_file
 from ice_engine.checkpoint_names import Names
-from ice_engine.errors import CheckpointError
+from ice_engine.errors import ArgumentValueError, CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,21 @@ class Folder(DiskSaver):
     Args:
         path: The folder; made if it is not there.
         save_on_rank: The rank that writes.
+
+    Raises:
+        ArgumentValueError: If it is a file.
+        CheckpointError: If it cannot be made.
     """
 
     def __init__(self, path: Path, save_on_rank: int) -> None:
-        super().__init__(path, create_dir=True, require_empty=False, save_on_rank=save_on_rank)
+        if path.exists() and not path.is_dir():
+            message = f"save_handler must be a folder, got {path}, which is a file"
+            raise ArgumentValueError(message)
+        try:
+            super().__init__(path, create_dir=True, require_empty=False, save_on_rank=save_on_rank)
+        except OSError as err:
+            message = f"{path} cannot be made: {err}; give a save_handler that can be written to"
+            raise CheckpointError(message) from err
 
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Any = None) -> None:  # noqa: ARG002 - Ignite gives it
         """Write a file; at return it is whole and on the disk, and the newest, also by a clock that goes backwards."""

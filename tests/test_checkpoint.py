@@ -717,7 +717,7 @@ def test_steps_of_an_optimizer_that_takes_the_place_of_one_that_is_gone_wait_for
     assert made[-1]._waits
     made.pop().detach()
     gc.collect()
-    assert not checkpoint._held  # or else what comes to be at its address would be taken for it
+    assert not checkpoint._under_way._held  # or else what comes to be at its address would be taken for it
     made.append(ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1)))
     made[-1].attach(trainer)
     trainer.run(DATA)

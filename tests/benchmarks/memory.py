@@ -180,7 +180,7 @@ def saved(layers: int, *, background: bool) -> tuple[float, float, float]:
             highest = max(highest, resident() - start + grown(epoch)[0])
             kept.append(resident() - start)
             # Held here, so that a save which took others would be seen.
-            buffers.append(list(checkpoint._writer._snapshots._memory.values()))
+            buffers.append(list(checkpoint._under_way._writer._snapshots._memory.values()))
     return kept[0], kept[-1] - kept[0], highest - without
 
 
