@@ -158,12 +158,7 @@ def _restore_own(data: Any, states: Iterable[torch.Tensor]) -> None:
 
 
 def shared_out(
-    positions: Sequence[dict[str, Any]],
-    ranks: int,
-    mine: dict[str, Any],
-    *,
-    before: int | None = None,
-    now: int | None = None,
+    positions: Sequence[dict[str, Any]], ranks: int, mine: dict[str, Any], *, before: int, now: int
 ) -> dict[str, Any]:
     """Return *mine*, one of all ranks' *positions*, as one of *ranks*, which are others than then.
 
@@ -171,13 +166,12 @@ def shared_out(
         positions: Of every rank.
         ranks: How many there are now.
         mine: The one to change.
-        before: How many of *positions* are of data of their own, as many ranks having the same; None for all.
-        now: How many of *ranks* have data of their own; None for all.
+        before: How many of *positions* are of data of their own, as many ranks having the same.
+        now: How many of *ranks* have data of their own.
 
     Raises:
         CheckpointError: If it is the state of a loader, which nobody else can share out.
     """
-    before, now = before or len(positions), now or ranks
     taken = sum(position["taken"] for position in positions) * before // len(positions)
     if mine["loader"] is not None and not mine["over"]:
         message = (

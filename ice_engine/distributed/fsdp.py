@@ -68,16 +68,16 @@ class FSDPSync(Synchroniser):
         if not self._behind:
             return
         own = self._held(parameters)
-        others = [held.sharded_param for held in self._all_held() if held not in own]
+        others = [held for held in self._all_held() if held not in own]
         if any(map(_has_whole_gradient, own)):
             self.on(last=True)
-            with self.aside(others):  # the windows of other optimizers go on
+            with self.aside(held.sharded_param for held in others):  # the windows of other optimizers go on
                 for group in self._groups():
                     with group.use_training_state(group._training_state):  # noqa: SLF001 - no public name, and post_backward() leaves another
                         group.post_backward()
                     group.finalize_backward()
             self.on(last=False)
-        self._behind = any(map(_has_whole_gradient, self._held(others)))
+        self._behind = any(map(_has_whole_gradient, others))
 
     def forget(self, parameters: Iterable[torch.Tensor]) -> None:
         """Drop what backward passes have left of *parameters* that did not reduce."""

@@ -130,7 +130,7 @@ def test_buckets_are_made_without_a_trace():
 )
 def test_what_cannot_be_shared_out_is_trained_once_more(caplog, over, said):
     position = {"taken": 5, "length": 8, "over": over, "loader": None, "random": None}
-    shared = shared_out([position] * 3, 2, position)
+    shared = shared_out([position] * 3, 2, position, before=3, now=2)
     assert shared == {**position, "taken": 7}
     assert said in caplog.text
     assert bool(caplog.text) is bool(said)
@@ -139,8 +139,9 @@ def test_what_cannot_be_shared_out_is_trained_once_more(caplog, over, said):
 def test_the_place_of_a_loader_that_keeps_it_is_of_as_many_ranks():
     position = {"taken": 5, "length": 8, "over": False, "loader": {"at": 5}, "random": None}
     with pytest.raises(CheckpointError, match=r"where the loaders of 3 ranks were in their data, and now there are 2"):
-        shared_out([position] * 3, 2, position)
-    assert shared_out([{**position, "over": True}] * 3, 2, {**position, "over": True})["loader"] is None
+        shared_out([position] * 3, 2, position, before=3, now=2)
+    over = {**position, "over": True}
+    assert shared_out([over] * 3, 2, over, before=3, now=2)["loader"] is None
 
 
 IN_AN_EPOCH, BETWEEN_EPOCHS = 8, 12
