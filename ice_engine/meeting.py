@@ -17,7 +17,6 @@ from ice_engine.alike import CloseRow, check_close, check_gate
 from ice_engine.distributed.agreement import announce
 from ice_engine.distributed.rounds import Kind, Row, rounds
 from ice_engine.distributed.synchroniser import Synchroniser
-from ice_engine.distributed.world import world_size
 from ice_engine.errors import ArgumentValueError, AttachError
 from ice_engine.member import SPOILED, Member, syncs_of
 
@@ -106,7 +105,7 @@ class Meeting:
         self._members.append(member)
         member.sync.meet = functools.partial(self._meet, member.sync)
         member.window.unit_of = functools.partial(self._unit_of, member)
-        member.window.ranks = member.sync.ranks
+        member.window.ranks = len(member.sync.ranks)
 
     def _gate(self, kind: Kind) -> list[Row]:
         """Say where this rank is, until all say something that a window can close at."""
@@ -285,8 +284,7 @@ class Meeting:
             return
         # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.
         window.unit = window.unit or max(row.unit for row in rows)
-        # Ranks with the same data say the same of it.
-        window.share(sum(row.weight for row in rows) / (world_size() // window.ranks), window.ranks)
+        window.share(sum(rows[r].weight for r in member.sync.ranks), window.ranks)
         self._rounds.guard.enter(f"the step of {self._place(Kind.CLOSE)}", collectives=False)
         if reduced:
             member.sync.complete(member.parameters())

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ice_engine.distributed.averaging import average, present
@@ -20,7 +21,7 @@ class DDPSync(Synchroniser):
 
     def __init__(self, model: DistributedDataParallel) -> None:
         super().__init__(model)
-        self.ranks, self.reduces = self.model.process_group.size(), True
+        self.ranks, self.reduces = dist.get_process_group_ranks(self.model.process_group), True
         # A static graph is the one that DDP sees reduced first, and stays so: every backward needs all ranks. To save
         # memory there is nothing to reduce for in between: gradients are whole on every rank, and those of a rank with
         # fewer losses would be waited for.

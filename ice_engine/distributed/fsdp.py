@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ice_engine.distributed.gathered import fully_sharded, param_groups
 from ice_engine.distributed.synchroniser import Sync, Synchroniser, sparse_tables
+from ice_engine.distributed.world import rank
 from ice_engine.errors import AttachError
 
 
@@ -33,7 +34,7 @@ class FSDPSync(Synchroniser):
             if isinstance(table, DTensor) and table.requires_grad:
                 message = f"{name!r} has sparse gradients, which fully_shard cannot reduce; leave out sparse=True"
                 raise AttachError(message)
-        self.ranks = max((_size(group.mesh_info) for group in self._groups()), default=1)
+        self.ranks = max((_ranks(group.mesh_info) for group in self._groups()), key=len, default=[rank()])
         self.reduces, self.always = True, sync == "memory"
         self._behind = False
 
@@ -120,6 +121,9 @@ def _has_whole_gradient(held: Any) -> bool:
     return not (held.unsharded_accumulated_grad is None and held.unsharded_param.grad is None)
 
 
-def _size(mesh: Any) -> int:
-    """Return over how many ranks FSDP2 averages: of a whole model's mesh, those of its own dimensions only."""
-    return getattr(mesh, "shard_mesh_size", 1) * getattr(mesh, "replicate_mesh_size", 1)
+def _ranks(info: Any) -> list[int]:
+    """Return the ranks that FSDP2 averages over: of a whole model's mesh, those of its own dimensions only."""
+    own = (info.shard_mesh_dim, info.replicate_mesh_dim)
+    place = tuple(slice(None) if i in own else at for i, at in enumerate(info.mesh.get_coordinate()))
+    ranks: list[int] = info.mesh.mesh[place].flatten().tolist()
+    return ranks

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from ice_engine.distributed.world import rank
+
 Sync = Literal["communication", "memory"]
 """What accumulation saves: ``"communication"`` reduces once a window, ``"memory"`` every micro-batch of shards."""
 
@@ -30,8 +32,8 @@ class Synchroniser:
 
     Attributes:
         model: The module.
-        ranks: How many it averages over, each with data of its own; others split the model with one of them, and have
-            the same data as that one.
+        ranks: Those it averages over, this one among them, each with data of its own. Others split the model with one
+            of them, and have the same data as that one, or train a model of theirs.
         together: Whether even a forward needs all ranks, so that none may have a micro-batch more than the others.
         follows: Whether a rank without a loss can take part in what the others reduce.
         reduces: Whether a backward reduces now.
@@ -40,11 +42,11 @@ class Synchroniser:
             may have fewer losses, or another model's.
     """
 
-    ranks = 1
     together = follows = True
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model: Any = model
+        self.ranks = [rank()]
         self.reduces = self.always = False
         self.meet: Callable[[bool], object] = bool
 

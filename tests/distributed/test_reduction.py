@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
@@ -220,3 +222,42 @@ def test_sparse_gradients_stay_sparse_on_ranks_without_data_and_resumed(tmp_path
                 torch.tensor(weight, dtype=torch.float64), table.weight.detach(), rtol=0, atol=1e-12, msg=f"{case}"
             )
             assert steps == 6
+
+
+def _models_of_their_own(kind: str) -> list[list[float]]:
+    """Ranks 0 and 1 train one model, 2 and 3 another, on micro-batches of 1 to 4 items; and a plain loop over both."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "data"))
+    pair = dist.get_rank() // 2
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(pair)
+        nets.append(torch.nn.Linear(3, 2).double())
+    data = [
+        [torch.randn(1 + r, 3, generator=torch.Generator().manual_seed(10 * i + r)).double() for r in range(4)]
+        for i in range(6)
+    ]
+    if kind == "fully_shard":
+        model: Any = fully_shard(nets[0], mesh=mesh["data"])
+    else:
+        model = DistributedDataParallel(nets[0], process_group=mesh["data"].get_group())
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), accumulation_steps=2)
+
+    def step(_: Engine, batch: Any) -> None:
+        optimizer.backward(model(batch).square().mean(), weight=len(batch))
+
+    optimizer.attach(engine := Engine(step), model=model)
+    engine.run([batches[dist.get_rank()] for batches in data])
+    plain = torch.optim.SGD(nets[1].parameters(), lr=0.1)
+    own = slice(2 * pair, 2 * pair + 2)
+    for first, second in zip(data[::2], data[1::2], strict=True):
+        nets[1](torch.cat([*first[own], *second[own]])).square().mean().backward()
+        plain.step()
+        plain.zero_grad()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in nets[0].parameters()]
+    return [torch.cat([p.detach().flatten() for p in each]).tolist() for each in (whole, nets[1].parameters())]
+
+
+@pytest.mark.parametrize("kind", ["DDP", "fully_shard"])
+def test_a_model_on_some_ranks_is_averaged_over_these(kind):
+    for ours, plain in launch(_models_of_their_own, 4, kind):
+        assert ours == pytest.approx(plain, rel=1e-12)
