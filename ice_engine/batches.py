@@ -12,6 +12,9 @@ import torch
 
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 
+# Most of what a state holds, without a tensor inside; to find out that it is neither a Mapping nor a dataclass is dear.
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
+
 
 def batch_size(x: Any, y: Any) -> int:
     """Return the number of samples: the first dimension of *y*, or of *x* where *y* has none.
@@ -77,13 +80,18 @@ def replaced(
 
     What is no tensor becomes ``others(value)``, where that is given; what that returns as it is, is looked into.
     """
-    inner = functools.partial(replaced, function=function, others=others)
     if isinstance(value, torch.Tensor):
         return function(value, path)
     if others is not None and (other := others(value)) is not value:
         return other
+    if type(value) in _ATOMS:
+        return value
+    return _rebuilt(value, functools.partial(replaced, function=function, others=others), path)
+
+
+def _rebuilt(value: Any, inner: Callable[..., Any], path: str) -> Any:
     if isinstance(value, Mapping):
-        return _rebuilt(value, {key: inner(item, path=f"{path}[{key!r}]") for key, item in value.items()})
+        return _as_mapping(value, {key: inner(item, path=f"{path}[{key!r}]") for key, item in value.items()})
     if isinstance(value, list | tuple):
         parts = [inner(item, path=f"{path}[{index}]") for index, item in enumerate(value)]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -96,7 +104,7 @@ def replaced(
     return value
 
 
-def _rebuilt(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+def _as_mapping(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if type(mapping) is dict:
         return items
     try:

@@ -1,5 +1,6 @@
 """The state of all random generators of this process, as plain data."""
 
+import array
 import random
 import sys
 from typing import Any
@@ -11,7 +12,8 @@ def capture() -> dict[str, Any]:
     """Return the states of Python's, numpy's and torch's generators: the CPU's, and every GPU's in use."""
     version, words, gauss = random.getstate()
     return {
-        "python": (version, torch.tensor(words), gauss),  # of 625 numbers, each would be looked at
+        # Of 625 numbers, each would be looked at; torch.tensor(words) does so too, and takes 0.3 ms.
+        "python": (version, torch.frombuffer(array.array("q", words), dtype=torch.int64), gauss),
         "numpy": _numpy_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
