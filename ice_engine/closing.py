@@ -180,18 +180,20 @@ class Closing(Accumulating):
             return (
                 norm.detach().clone().reshape(()) if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))
             ), None
-        if self._precision.policy == "off" or (self._takes_factor(gradient, gradient.pending) and gradient.is_finite()):
+        if self._precision.policy == "off":
+            return None, None
+        if self._takes_factor(gradient, gradient.pending, self._binding) and gradient.is_finite():
             return None, None
         return None, gradient.multiply_and_check()
 
-    def _takes_factor(self, gradient: Gradient, factor: Multiplier) -> bool:
+    def _takes_factor(self, gradient: Gradient, factor: Multiplier, binding: Binding) -> bool:
         """Whether the optimizer multiplies the gradients itself: it can, and nobody looks at them before."""
         return (
             bool(gradient.plain)
             and fused.takes_factor(self._inner, gradient.plain, factor, shown=self._listens("STEP_COMPLETED"))
             and "step" not in vars(self)
             and not self._listens("STEP_STARTED")
-            and self._binding.blind
+            and binding.blind
         )
 
     def _step(self, gradient: Gradient, norm: torch.Tensor | None, factor: Multiplier) -> None:
@@ -202,13 +204,13 @@ class Closing(Accumulating):
             left = 1.0
         written: list[Written] = []
         if self._processors:
-            written = self._run_processors()
+            written = self._run_processors(binding)
             # It was looked up there; a function of the user's may have added groups since.
             binding = cast("Binding", self._bound) if binding.blind else self._binding
         elif self._window.batch is not None and self._engine is not None and self._course.unsettled:
             self._settle(self._window.micro_batches)  # the first loss has told how long windows are
         # Only now: whether it can, the processors may have changed, such as weight_decay.
-        if not is_one(left) and not self._takes_factor(gradient, left):
+        if not is_one(left) and not self._takes_factor(gradient, left, binding):
             gradient.multiply(factor)
             left = 1.0
         self._count("step")

@@ -75,7 +75,7 @@ def takes_factor(
     """
     if _hooks_before(optimizer) or "step" in vars(optimizer):
         return False
-    if getattr(optimizer, "_step_supports_amp_scaling", False) and all(g.get("fused") for g in optimizer.param_groups):
+    if _divides(optimizer):
         return gradients[0].dtype == torch.float32
     return (
         type(optimizer) is torch.optim.SGD
@@ -84,6 +84,12 @@ def takes_factor(
         and all(_is_linear(group) for group in optimizer.param_groups)
         and not _hooks_after(optimizer)
     )
+
+
+def _divides(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the kernel of *optimizer* divides the gradients by its ``grad_scale``."""
+    able: bool = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return able and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def _hooks_before(optimizer: torch.optim.Optimizer) -> bool:
@@ -112,7 +118,7 @@ def step_with(
     if type(factor) is float and factor == 1.0:
         _step(optimizer, loop=loop)
         return
-    if form != "fused":
+    if not _divides(optimizer):
         rates = [group["lr"] for group in optimizer.param_groups]
         try:
             for group in optimizer.param_groups:

@@ -113,8 +113,8 @@ class Scheduling(Announcing):
                 raise ArgumentValueError(message)
             self._measurements.setdefault(metric, History()).append(float(plain))
 
-    def _run_processors(self) -> list[Written]:
-        """Let processors write to the groups, and return what was there before."""
+    def _run_processors(self, binding: Binding) -> list[Written]:
+        """Let processors, of the present *binding*, write to the groups, and return what was there before."""
         clocks, course = self._clocks, self._course
         lengths = clocks.lengths(self._size, self._window.tail)
         # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed; or the first
@@ -125,9 +125,8 @@ class Scheduling(Announcing):
             or (self._window.batch is not None and self._engine is not None and course.unsettled)
         ):
             self._settle(self._window.micro_batches)
-            lengths = clocks.lengths(self._size, self._window.tail)
+            lengths, binding = clocks.lengths(self._size, self._window.tail), self._binding
         self._lengths = lengths
-        binding = self._binding
         context = {**clocks.position(), **lengths}
         written = binding.run(context)
         if written is None:

@@ -165,3 +165,17 @@ def test_a_group_that_is_added_in_a_run_is_scheduled_from_the_next_step_on():
             optimizer.add_param_group({"params": weights[1:], "lr": 0.4})
 
     assert optimizer.record.values == {"group_0": {"lr": 0.05}, "group_1": {"lr": 0.2}}
+
+
+def test_a_group_that_is_renamed_in_a_run_has_its_new_name_from_the_next_step_on():
+    weights = [torch.nn.Parameter(torch.ones(())) for _ in range(2)]
+    groups = [{"params": weights[:1], "name": "body"}, {"params": weights[1:], "name": "new", "momentum": 0.5}]
+    # It has no initial momentum while the schedule is none of its own.
+    halved = S.constant(0.5, dst="momentum").only("head")
+    optimizer = ice.Optimizer(torch.optim.SGD(groups, lr=0.1), processors=[halved])
+    for name in ("new", "head"):
+        optimizer.param_groups[1]["name"] = name
+        optimizer.backward(sum(weights))
+        optimizer.update()
+
+    assert optimizer.record.values == {"body": {"lr": 0.1, "momentum": 0.0}, "head": {"lr": 0.1, "momentum": 0.25}}

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -327,6 +327,26 @@ def test_the_record_says_which_form_stepped(asked, told):
     optimizer.backward(sum(p.sum() for p in optimizer.param_groups[0]["params"]))
     optimizer.update()
     assert optimizer.record.form == told
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factory", [FORMS["SGD"], FORMS["AdamW"], PLAIN], ids=["SGD", "AdamW", "plain SGD"])
+@pytest.mark.parametrize("then", ["fused", "foreach", "for-loop"])
+@pytest.mark.parametrize("first", ["fused", "foreach", "for-loop"])
+def test_a_form_that_is_set_by_hand_in_a_run_steps_from_then_on(first, then, factory, dtype):
+    def choose(optimizer, form):
+        optimizer.param_groups[0].update(fused=form == "fused", foreach=form == "foreach")
+
+    def watch(engine, optimizer):
+        choose(optimizer, first)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: choose(optimizer, then))
+
+    data = batches([3, 5, 2, 4, 1, 6, 7, 2], dtype)
+
+    model, optimizer = ours(factory, data, clip=ice.clip_norm(0.3), watch=watch, dtype=dtype)
+
+    assert apart(model, by_hand(factory, data, clip=0.3, dtype=dtype)) < (2e-7 if dtype == torch.float32 else 1e-15)
+    assert optimizer.record.form == then
 
 
 def test_the_record_says_nothing_where_there_is_no_choice():

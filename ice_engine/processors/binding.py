@@ -35,6 +35,7 @@ class Binding:
     def __init__(self, processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]]) -> None:
         self._processors = processors
         self._groups = list(groups)
+        self._by_hand = _by_hand(groups)
         if processors:
             set_initial_values(processors, groups)
         written = [key for _, key in written_keys(processors)]
@@ -50,11 +51,12 @@ class Binding:
         return form(self._groups)
 
     def holds(self, processors: Sequence[Callable[..., Any]], groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether it is of these, and not of others that have come since."""
+        """Whether it is of these as they are, and not of others that have come since."""
         return (
             processors is self._processors
             and len(groups) == len(self._groups)
             and all(map(operator.is_, groups, self._groups))
+            and self._by_hand == _by_hand(groups)
         )
 
     def run(self, context: Mapping[str, Any]) -> list[Written] | None:
@@ -106,6 +108,11 @@ class Binding:
 
 class _NotThatSimple(Exception):  # noqa: N818 - no error
     """A value needs the whole way, through a mapping of its group."""
+
+
+def _by_hand(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any, Any]]:
+    """Return what names and forms follow from, which a user may set in a group at any time."""
+    return [(group.get("name"), group.get("foreach"), group.get("fused")) for group in groups]
 
 
 def _asks(schedule: Schedule) -> bool:
