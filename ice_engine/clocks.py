@@ -7,6 +7,13 @@ from ice_engine.arguments import count
 from ice_engine.errors import ArgumentValueError
 
 
+def last_iteration(epoch_length: int | None, max_epochs: int | None, max_iters: int | None) -> int | None:
+    """Return the micro-batches of a whole run; None while nobody knows them."""
+    if max_iters is not None:
+        return max_iters
+    return None if epoch_length is None or max_epochs is None else max_epochs * epoch_length
+
+
 def count_steps(
     epoch_length: int | None,
     max_epochs: int | None,
@@ -17,9 +24,9 @@ def count_steps(
     since: int = 0,
 ) -> int | None:
     """Return how many windows close after iteration *since* of a run; None while its length or theirs is unknown."""
-    if not window_size or epoch_length is None or (max_epochs is None and max_iters is None):
+    end = last_iteration(epoch_length, max_epochs, max_iters)
+    if not window_size or epoch_length is None or end is None:
         return None
-    end = max_iters if max_iters is not None else cast("int", max_epochs) * epoch_length
     left = max(end - since, 0)
     if tail == "carry":
         return -(-left // window_size)

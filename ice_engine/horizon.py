@@ -16,7 +16,7 @@ from ice_engine.clocks import Clocks
 from ice_engine.errors import ScheduleChangedError
 from ice_engine.forecast import Scene, Side, restore
 from ice_engine.schedule_change import first_change, other_world_only
-from ice_engine.schedule_terms import Terms
+from ice_engine.schedule_terms import Terms, end_of
 from ice_engine.typing import DictProcessor
 
 logger = logging.getLogger(__name__)
@@ -130,8 +130,9 @@ class Course:
         """Whether the run became longer or shorter since it was settled, such as by ``engine.state.max_epochs = 8``."""
         if self.terms is None:
             return False
-        known = self.terms.run
-        for key, value in clocks.run_lengths().items():
-            if value != known[key] and None not in (value, known[key]):
-                return True
-        return False
+        known, lengths = self.terms.run, clocks.run_lengths()
+        # What was not known, such as an epoch's length in the first one, is no change; an end that is told in
+        # iterations and was in epochs is.
+        pairs = [(known[key], value) for key, value in lengths.items()]
+        pairs.append((end_of(known), end_of(lengths)))
+        return any(before != now and None not in (before, now) for before, now in pairs)

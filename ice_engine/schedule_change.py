@@ -8,6 +8,7 @@ from ice_engine.forecast import Scene, Side
 from ice_engine.processors.description import as_text, reads_lengths, same
 from ice_engine.processors.group_mapping import group_name
 from ice_engine.processors.processor import name_of
+from ice_engine.schedule_terms import end_of
 
 _PROBES = 64  # times between now and the end at which the values are compared
 _FINE = 1000  # steps at most, before the first time that differs, among which the very first is looked for
@@ -107,6 +108,8 @@ def _reasons(old: Side, new: Side, groups: Sequence[dict[str, Any]]) -> list[str
         found.append(f"total {totals[0]} -> {totals[1]}")
     else:
         pairs = [(key, runs[0].get(key), value) for key, value in runs[1].items()]
+        if runs[0]["max_iters"] != runs[1]["max_iters"]:
+            pairs.append(("iterations", end_of(runs[0]), end_of(runs[1])))  # told in epochs by one of them
         found += [f"{key} {a} -> {b}" for key, a, b in pairs if a != b and a is not None and b is not None]
     if not _same_processors(old, new):
         before, after = (", ".join(map(as_text, side.terms.processors)) for side in (old, new))

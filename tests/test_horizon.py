@@ -700,6 +700,23 @@ def test_a_length_changed_during_the_run_is_a_change_as_well(caplog: Any) -> Non
     assert len(lines(caplog)) == 1
 
 
+def test_an_end_in_iterations_given_during_the_run_is_a_change_as_well() -> None:
+    def run(processor: Any, policy: Any, last: int, **settings: Any) -> Run:
+        found = Run(processor, on_change=policy, **settings)
+        found.trainer.add_event_handler(
+            Events.EPOCH_COMPLETED(once=2), lambda engine: setattr(engine.state, "max_iters", last)
+        )
+        return found
+
+    with pytest.raises(ScheduleChangedError, match=r"lr at step 21: 0\.5 -> 0\.25 \(total 40 -> 30\)"):
+        run(cosine(), "error", 30)(4)
+    assert run(cosine(), "replan", 30)(4).lr[20:] == exactly([half(t, 30) for t in range(20, 30)])
+    assert run(cosine(), "keep", 30)(4).lr[20:] == exactly([half(t, 40) for t in range(20, 30)])
+    with pytest.raises(ScheduleChangedError, match=r"iterations 40 -> 39\)"):  # in as many steps
+        run(cosine(unit="iteration"), "error", 39, accumulation_steps=2)(4)
+    assert run(cosine(), "error", 40)(4).lr == exactly([half(t, 40) for t in range(40)])
+
+
 def test_a_fresh_run_starts_from_the_initial_values_and_its_own_processors() -> None:
     late = constant(0.1).when(lambda group: group["epoch"] > 2)
     run = Run(late)(4)
