@@ -212,6 +212,7 @@ class Attaching(Stepping):
                 "init_process_group() first, then optimizer.attach(engine, model=DistributedDataParallel(model))"
             )
             raise AttachError(message)
+        self._clocks.run = engine.state  # a new one, if somebody gave the engine one
         if self._window.is_open and not self._loaded:
             self._discard("an exception")
         # As Ignite does with its own counters: a fresh run starts from 0, a resumed or loaded one does not.

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, Events, State
 from ignite.handlers import TerminateOnNan
 
 import ice_engine as ice
@@ -965,6 +965,19 @@ def test_a_schedule_of_iterations_lasts_as_long_as_max_iters():
     engine.run([1.0] * 3, max_iters=4)
 
     assert rates == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_run_goes_by_the_state_that_its_engine_has_now():
+    rates, weight = [], parameter()
+    optimizer = sgd(weight, processors=[ice.schedules.linear(), lambda g: rates.append(g["lr"]) or g])
+    engine = trainer_of(optimizer, lambda slope: weight * slope)
+    optimizer.attach(engine)
+    engine.run([1.0] * 4)
+    engine.state = State()
+    engine.run([1.0] * 2)
+
+    assert rates == [1.0, 0.75, 0.5, 0.25, 1.0, 0.5]
+    assert (optimizer.clocks["iteration"], engine.state.optimizer_step) == (2, 2)
 
 
 @pytest.mark.parametrize(
