@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Accumulating(Scheduling):
         self._measures = Measures()
         self._left = Left()
         self._in_close: bool = False
-        self._parameter_names: dict[int, str] = {}
+        self._parameter_names: Mapping[torch.Tensor, str] = {}
         self._beside: list[Any] = []  # all that are attached to its engine, this one included; kept on that
         _ALL.add(self)
 
@@ -322,7 +322,7 @@ class Accumulating(Scheduling):
     def _names(self) -> list[list[str]]:
         return [
             group.get("param_names")
-            or [self._parameter_names.get(id(p), f"param_groups.{i}.params.{j}") for j, p in enumerate(group["params"])]
+            or [self._parameter_names.get(p, f"param_groups.{i}.params.{j}") for j, p in enumerate(group["params"])]
             for i, group in enumerate(self.param_groups)
         ]
 

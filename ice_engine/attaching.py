@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from ignite.engine import Engine, Events
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ice_engine.distributed import world
 from ice_engine.distributed.build import remove_last_param_group
@@ -62,7 +63,8 @@ class Attaching(Stepping):
             check_names(self._processors, self.param_groups)
             set_initial_values(self._processors, self.param_groups)
         if model is not None:
-            self._parameter_names = {id(p): n for n, p in bare(model).named_parameters()}
+            # Weak, and not by id(): a parameter that comes later may be where one was that is gone.
+            self._parameter_names = WeakTensorKeyDictionary({p: n for n, p in bare(model).named_parameters()})
         self._engine, self._gathering = engine, gathering
         self._beside = optimizers_of(engine)
         self._beside.append(self)

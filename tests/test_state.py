@@ -156,6 +156,20 @@ def test_names_may_come_from_the_attached_model():
         assert torch.equal(optimizer.state[ours]["momentum_buffer"], saved.state[theirs]["momentum_buffer"]), name
 
 
+def test_a_parameter_does_not_get_the_name_of_one_that_is_gone():
+    found = set()
+    for _ in range(20):  # nearly every time, the new ones are where the old ones were
+        model = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
+        optimizer = ice.Optimizer(FACTORIES["SGD"], list(model["body"].parameters()))
+        optimizer.attach(Engine(lambda e, b: None), model=model)
+        del model["head"]
+        model["tail"] = torch.nn.Linear(2, 2)
+        optimizer.add_param_group({"params": list(model["tail"].parameters())})
+        found |= {name for name, _ in optimizer.named_parameters()}
+
+    assert found == {"body.weight", "body.bias", "param_groups.1.params.0", "param_groups.1.params.1"}
+
+
 def test_without_names_on_one_side_it_goes_by_position():
     first, second = Net(), Net()
     saved, optimizer = (
