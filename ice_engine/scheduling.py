@@ -117,12 +117,12 @@ class Scheduling(Announcing):
         """Let processors, of the present *binding*, write to the groups, and return what was there before."""
         clocks, course = self._clocks, self._course
         lengths = clocks.lengths(self._size, self._window.tail)
-        # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed; or the first
-        # loss has told how long windows are.
+        # Loaded in a loop without an engine, or in the middle of a run; or the run's length was changed; or attached in
+        # the middle of a run, or the first loss has told how long windows are.
         if (
             course.configured is not None
             or (lengths is not self._lengths and course.outdated(clocks))
-            or (self._window.batch is not None and self._engine is not None and course.unsettled)
+            or (course.terms is None and self._engine is not None)
         ):
             self._settle(self._window.micro_batches)
             lengths, binding = clocks.lengths(self._size, self._window.tail), self._binding

@@ -717,6 +717,18 @@ def test_an_end_in_iterations_given_during_the_run_is_a_change_as_well() -> None
     assert run(cosine(), "error", 40)(4).lr == exactly([half(t, 40) for t in range(40)])
 
 
+def test_a_length_changed_after_a_late_attach_is_a_change_as_well() -> None:
+    run = Run(cosine())
+    run.optimizer.detach()
+    trainer = Engine(lambda engine, batch: engine.state.epoch > 1 and run.optimizer.backward(run.weight * batch))
+    trainer.add_event_handler(Events.EPOCH_STARTED(once=2), lambda: run.optimizer.attach(trainer))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), lambda: setattr(trainer.state, "max_epochs", 8))
+
+    with pytest.raises(ScheduleChangedError, match=r"lr at step 11: 0\.8536 -> 0\.9505 \(total 40 -> 70\)"):
+        trainer.run([0.01] * LENGTH, max_epochs=4)
+    assert run.optimizer.clocks["step"] == LENGTH
+
+
 def test_a_fresh_run_starts_from_the_initial_values_and_its_own_processors() -> None:
     late = constant(0.1).when(lambda group: group["epoch"] > 2)
     run = Run(late)(4)
