@@ -1,12 +1,14 @@
 """What must be alike on all ranks of an engine, and the errors where it is not."""
 
 import json
+import math
+import zlib
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from ice_engine.distributed.rounds import Kind, Rounds, Row
 from ice_engine.errors import RankError
-from ice_engine.member import Member
+from ice_engine.member import Member, syncs_of
 
 
 def check_facts(rounds: Rounds, facts: dict[str, Any], doing: str, free: Collection[str] = ()) -> dict[str, list[Any]]:
@@ -26,6 +28,38 @@ def check_facts(rounds: Rounds, facts: dict[str, Any], doing: str, free: Collect
             )
             raise RankError(message)
     return found
+
+
+def check_copies(rounds: Rounds, members: Sequence[Member], doing: str) -> None:
+    """Refuse models that are not the same on all ranks, but for rounding; some entries stand for each parameter.
+
+    Raises:
+        RankError: Naming the first parameter that differs.
+    """
+    own = {
+        f"parameter {name!r} of optimizer {next(m.name for m in members if m.sync is sync)!r}": entries
+        for sync in syncs_of(members)
+        for name, entries in sync.samples().items()
+    }
+    text = json.dumps(own)
+    if len({*rounds.texts(str(zlib.crc32(text.encode())), doing)}) == 1:
+        return
+    told: list[dict[str, list[float]]] = [json.loads(each) for each in rounds.texts(text, doing)]
+    for key in sorted({key for each in told for key in each}):
+        values = [each.get(key, []) for each in told]
+        if not all(_near(value, values[0]) for value in values):
+            message = (
+                f"{key} differs between ranks: it has {_by_rank(values)}. DistributedDataParallel makes all alike when "
+                "it is made, and never again: load a state on every rank, or before DistributedDataParallel is made"
+            )
+            raise RankError(message)
+
+
+def _near(some: Sequence[float], others: Sequence[float]) -> bool:
+    return len(some) == len(others) and all(
+        math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-5) or (math.isnan(a) and math.isnan(b))
+        for a, b in zip(some, others, strict=True)
+    )
 
 
 def check_lengths(lengths: Sequence[int | None], members: Sequence[Member]) -> None:

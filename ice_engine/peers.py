@@ -19,7 +19,7 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
-from ice_engine.alike import check_facts, check_lengths
+from ice_engine.alike import check_copies, check_facts, check_lengths
 from ice_engine.distributed.rounds import Kind, Row, is_from_others
 from ice_engine.distributed.world import listed, rank
 from ice_engine.endings import when_left
@@ -133,6 +133,7 @@ class Peers(Meeting):
         lengths = told["epoch_length"]
         self._length = lengths[0] if len(set(lengths)) == len(set(told["position"])) == 1 else None
         check_lengths(lengths, self._members)
+        check_copies(self._rounds, self._members, _START)
         for member, counts in zip(self._members, zip(*told["micro-batches"], strict=True), strict=True):
             member.begun, member.unweighted = max(counts), False
         for sync, layout in zip(self._syncs(), self._layouts, strict=False):

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ice_engine.distributed.averaging import average, present
 from ice_engine.distributed.synchroniser import Synchroniser, sparse_tables
+from ice_engine.distributed.world import world_size
 from ice_engine.errors import AttachError
 
 
@@ -101,6 +102,13 @@ class DDPSync(Synchroniser):
             # Not before it has reduced, which may be late, if the first windows were reduced here.
             self._settled = self.model.reducer._rebuild_buckets()  # noqa: SLF001 - no public way to it
 
+    def samples(self) -> dict[str, list[float]]:
+        """Return, by name, the first, a middle and the last entry of each parameter, where DDP spans all ranks."""
+        ignored = self.model.parameters_to_ignore
+        spans_all = self.model.process_group.size() == world_size()
+        named = self.model.module.named_parameters() if spans_all else ()
+        return {name: _entries(p.detach()) for name, p in named if p.numel() and name not in ignored}
+
     def layout(self) -> list[int]:
         """Return the parameters, by number, in the order of the buckets that DDP made of its first reduction.
 
@@ -137,6 +145,16 @@ class DDPSync(Synchroniser):
         # As the forward does that this rank may not have had.
         self.model.reducer.prepare_for_backward(reached if self.model.find_unused_parameters else [])
         torch.autograd.backward(reached, [torch.zeros_like(each) for each in reached])
+
+
+def _entries(parameter: torch.Tensor) -> list[float]:
+    # By index, as flattening copies what is not contiguous.
+    places = [tuple(int(at * (size - 1)) for size in parameter.shape) for at in (0.0, 0.5, 1.0)]
+    entries = torch.stack([parameter[place] for place in places])
+    numbers: list[float] = (
+        (torch.view_as_real(entries) if entries.is_complex() else entries).double().flatten().tolist()
+    )
+    return numbers
 
 
 def _no_rows(table: torch.Tensor) -> torch.Tensor:

@@ -83,6 +83,10 @@ class Synchroniser:
     def complete(self, parameters: Sequence[torch.Tensor]) -> None:
         """Average what a backward that reduced has left out."""
 
+    def samples(self) -> dict[str, list[float]]:
+        """Return, by name, some entries of each parameter that all ranks have a copy of."""
+        return {}
+
     def layout(self) -> list[int]:
         """Return the order of parameters in what is reduced at once, if that is not the same from the beginning on."""
         return []

@@ -110,6 +110,29 @@ def test_ranks_that_would_reduce_at_different_times_are_refused():
         assert "sync of optimizer 'optimizer' differs between ranks: False on rank 0, True on rank 1" in outcome.error
 
 
+def _begun_with(scale: float) -> int:
+    net = network()
+    model = DistributedDataParallel(net)
+    optimizer = ice.Optimizer(sgd(model))
+    engine = ice.create_trainer(model, optimizer, torch.nn.functional.mse_loss)
+    if dist.get_rank() == 1:  # as by a state that is loaded after DDP has sent rank 0's
+        with torch.no_grad():
+            net[2].bias.mul_(scale)
+    engine.run(batches(dist.get_rank(), RAGGED))
+    return optimizer.clocks["step"]
+
+
+def test_ranks_that_begin_with_different_parameters_are_refused():
+    for outcome in watch(_begun_with, 2, 2.0, timeout=60):
+        assert "parameter '2.bias' of optimizer 'optimizer' differs between ranks: " in outcome.error
+        assert "load a state on every rank, or before DistributedDataParallel is made" in outcome.error
+
+
+def test_ranks_whose_parameters_were_rounded_otherwise_may_begin():
+    first, second = launch(_begun_with, 2, 1 + 1e-6)
+    assert first == second > 0
+
+
 def _shared_views() -> str:
     model = DistributedDataParallel(network(), gradient_as_bucket_view=True)
     engine = Engine(lambda *_: None)
