@@ -129,6 +129,8 @@ class SaveTimes:
         at_once = measure is not None and self._at_edge
         if not self._must_wait() and (at_once or self._edge_has_passed()):
             self._take_wanted()
+            if self._over:
+                self._finish(raises=True)  # the other ranks leave the run when this one does
 
     def take_wanted(self) -> None:
         """Take the save that waits for the event's other handlers, of which one asks for it; in one process."""
@@ -228,6 +230,8 @@ class SaveTimes:
         if not self._stopped and self._is_wanted(request):
             self._take(request or Request(engine, engine.last_event_name, self.clock))
         self._finish(raises=True)
+        if self.attached and world.world_size() > 1:
+            gather("what is written at the end of the run", "")  # handlers of every rank may look for it
 
     def _is_wanted(self, request: Request | None) -> bool:
         """Whether a save waits for the end of a run, on any rank: who was stopped by another may not have asked."""

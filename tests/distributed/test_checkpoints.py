@@ -367,3 +367,28 @@ def test_a_folder_that_vanishes_stops_all_ranks(tmp_path):
     outcomes = watch(_full, 2, str(tmp_path / "run"), timeout=60)
     assert "cannot be written" in outcomes[0].error
     assert "rank 0 raised" in outcomes[1].error
+
+
+def _files_at_the_end(folder: str, saved_on: Events) -> list[bool]:
+    training = Training(folder)
+    large = torch.nn.Linear(3000, 3000)  # takes its time to be written
+    to_save = {"trainer": training.trainer, "model": training.model, "optimizer": training.optimizer, "large": large}
+    checkpoint = ice.Checkpoint(to_save, folder, "large")
+    checkpoint.attach(training.trainer, saved_on)
+    there = []
+
+    def look() -> None:
+        there.append(Path(str(checkpoint.last_checkpoint)).exists())
+
+    if saved_on is Events.EPOCH_COMPLETED:
+        training.trainer.add_event_handler(Events.COMPLETED, look)
+    training.run()
+    look()
+    return there
+
+
+@pytest.mark.parametrize("saved_on", [Events.EPOCH_COMPLETED, Events.COMPLETED])
+def test_a_file_is_there_for_every_rank_when_the_run_ends(tmp_path, saved_on):
+    for there in launch(_files_at_the_end, 2, str(tmp_path), saved_on):
+        assert there
+        assert all(there)
