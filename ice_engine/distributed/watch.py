@@ -71,11 +71,13 @@ class Watch:
 
     def __init__(self, store: Any) -> None:
         self._store = cast("Any", dist).PrefixStore("ice_engine", store)
+        # As they are now: a script that fails may destroy its process group, as idist.Parallel does, before it ends.
+        self._rank, self._others = rank(), others()
         self._done = threading.Event()
         self._processes: dict[int, Process] = {}
         self.reduction = ""
         self._failed = False
-        self._store.set(f"process/{rank()}", json.dumps(dataclasses.asdict(this_process())))
+        self._store.set(f"process/{self._rank}", json.dumps(dataclasses.asdict(this_process())))
         # Of its own, as a client that waits in the main thread would keep this one waiting.
         store = self._store.clone()
         self._thread = threading.Thread(target=self._answer, args=(store,), daemon=True, name="ice_engine.watch")
@@ -91,28 +93,28 @@ class Watch:
 
     def _end(self) -> None:
         self._note_uncaught(self._store)
-        if self._failed and rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if self._failed and self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             # The store is in this process, not in torchrun's; the others look there for who was the first to fail.
             with contextlib.suppress(RuntimeError):
                 self._get_to_know()
             end = time.monotonic() + _READ
-            while time.monotonic() < end and any(self.fate(r) == "runs" for r in others()):
+            while time.monotonic() < end and any(self.fate(r) == "runs" for r in self._others):
                 time.sleep(_EVERY / 10)
         self.close()
 
     def arrive(self) -> None:
         """Say that this rank is where all meet."""
-        self._store.set(f"here/{rank()}", "")
+        self._store.set(f"here/{self._rank}", "")
 
     def missing(self, patience: datetime.timedelta) -> list[int]:
         """Return the ranks that have not arrived within *patience*."""
         with contextlib.suppress(RuntimeError):  # not all came in that time, in the words of each kind of store
-            self._store.wait([f"here/{r}" for r in others()], patience)
+            self._store.wait([f"here/{r}" for r in self._others], patience)
         self._get_to_know()
-        return [r for r in others() if not self._store.check([f"here/{r}"])]
+        return [r for r in self._others if not self._store.check([f"here/{r}"])]
 
     def _get_to_know(self) -> None:
-        for r in others():
+        for r in self._others:
             if r not in self._processes and self._store.check([f"process/{r}"]):
                 self._processes[r] = Process(**json.loads(self._store.get(f"process/{r}")))
 
@@ -120,7 +122,7 @@ class Watch:
         """Leave a note for the others, for when this rank is gone, that it raised *error*; None takes it back."""
         self._failed = error is not None
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"raised/{rank()}", "" if error is None else describe(error))
+            self._store.set(f"raised/{self._rank}", "" if error is None else describe(error))
 
     def _note_uncaught(self, store: Any) -> None:
         """Leave a note of what this process ends with, raised in no run."""
@@ -128,7 +130,7 @@ class Watch:
         if error is not None:
             self._failed = True
             with contextlib.suppress(RuntimeError):
-                store.set(f"raised/{rank()}", describe(error))
+                store.set(f"raised/{self._rank}", describe(error))
 
     def fate(self, of: int) -> str:
         """Return what has become of the process of rank *of*, as far as this host knows."""
@@ -145,17 +147,17 @@ class Watch:
 
         To be asked before all that needs the store, which may be in one of them: who asks there would wait for it.
         """
-        return {r: fate for r in others() if (fate := self.fate(r)) == "is stopped"}
+        return {r: fate for r in self._others if (fate := self.fate(r)) == "is stopped"}
 
     def whereabouts(self) -> tuple[dict[int, Answer | None], dict[int, str]]:
         """Return where the other ranks are, and the fate of those that do not say."""
-        answers = self.ask(others())
+        answers = self.ask(self._others)
         return answers, {r: self.fate(r) for r, answer in answers.items() if answer is None}
 
     def notes(self) -> dict[int, str]:
         """Return what other ranks have raised, as they left it."""
         with contextlib.suppress(RuntimeError):
-            left = [r for r in others() if self._store.check([f"raised/{r}"])]
+            left = [r for r in self._others if self._store.check([f"raised/{r}"])]
             return {r: note for r in left if (note := self._store.get(f"raised/{r}").decode())}
         return {}
 
@@ -182,7 +184,7 @@ class Watch:
                     self._note_uncaught(store)  # its main thread may wait for others before it ends
                 for call in range(answered + 1, calls + 1):
                     answer = dataclasses.replace(here(), reduction=self.reduction)
-                    store.set(f"{call}/{rank()}", json.dumps(dataclasses.asdict(answer)))
+                    store.set(f"{call}/{self._rank}", json.dumps(dataclasses.asdict(answer)))
                 answered = calls
 
 

@@ -82,7 +82,7 @@ def train(case, me, sharding):
     elif case == "an error that is swallowed":
         engine.add_event_handler(Events.EPOCH_COMPLETED, failing(boom))
         engine.add_event_handler(Events.EXCEPTION_RAISED, lambda *_: None)
-    elif case == "a metric":
+    elif case.startswith("a metric"):
         evaluator = Engine(lambda _, batch: batch.sum().item())
         Average().attach(evaluator, "mean")
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, failing(boom))
@@ -132,6 +132,8 @@ def rank_of(case, rank, who, sharding, port):
         raise
     finally:
         (folder / f"{case}.{rank}").write_text(json.dumps(error))
+        if "destroyed" in case:  # as idist.Parallel does
+            dist.destroy_process_group()
 
 
 began, started = time.monotonic(), []
@@ -231,3 +233,14 @@ def test_who_keeps_the_store_is_not_blamed_for_having_ended(tmp_path):
     assert who == 2  # rank 0 keeps it
     for rank in (0, 1):
         assert "rank 2 does not answer any more" in json.loads((tmp_path / f"{case}.{rank}").read_text())
+
+
+@pytest.mark.soak
+def test_a_rank_that_has_destroyed_its_process_group_is_not_taken_for_rank_0(tmp_path):
+    # In turn it is rank 0 that raises, and the last one.
+    cases = ["a metric, and groups are destroyed", "a metric, and groups are destroyed again"]
+    for case, who, codes, _ in run(tmp_path, 3, cases):
+        assert all(codes), case
+        for rank in {0, 1, 2} - {who}:
+            said = json.loads((tmp_path / f"{case}.{rank}").read_text())
+            assert f": rank {who} raised ValueError: boom. Look" in said, (case, rank, said)
