@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from ice_engine.distributed.apart import Apart
 from ice_engine.distributed.suspects import Suspects
 from ice_engine.distributed.watch import Answer, Watch, here
 from ice_engine.distributed.world import rank
@@ -77,10 +78,15 @@ class Guard:
     def _look(self) -> None:
         answers: dict[int, Answer | None]
         before, suspects, used = None, Suspects(in_round=False), 0.0
+        apart = Apart(self._watch)
         while not self._done.wait(_EVERY):
             entered, used_before, used = self._entered, used, _seconds_of_main()
             self._watch.reduction = ""
             at = here()
+            try:
+                apart.look(at)
+            except RankError as error:
+                self._end(error)
             if entered is None or entered is not before or at.with_us:  # a round looks itself
                 before, suspects = entered, Suspects(in_round=False)
                 continue

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.optim
 from ignite.engine import Engine, Events
 from ignite.metrics import Average
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 import ice_engine as ice
 from ice_engine.distributed import parts, wire
@@ -107,6 +108,15 @@ def train(case, me, sharding):
         engine.add_event_handler(in_iteration, failing(stop))
     elif case == "killed, without the store":
         engine.add_event_handler(in_iteration, failing(lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    elif case == "a validation that is longer on one rank":
+        spread = fully_shard(torch.nn.Linear(4, 4), reshard_after_forward=True)
+
+        def validate():
+            for _ in range(1 + me):
+                spread(torch.ones(2, 4))
+            dist.all_reduce(torch.ones(1))
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED, validate)
     # After the gate: the others are in the reduction.
     elif case == "stopped in the reduction":
         engine.add_event_handler(Events.ITERATION_STARTED(once=4), failing(stop))
@@ -214,6 +224,7 @@ REDUCTIONS = {
     "stopped in a consolidation of ZeRO": "rank {who} is stopped",
     "stopped in a sharded save": "rank {who} is stopped",
     "stopped, with the store": "rank {who} is stopped",
+    "a validation that is longer on one rank": "rank {who} waits in all_gather_single(), called at <string>:",
 }
 
 

@@ -1,0 +1,53 @@
+"""All ranks wait in collectives of the user's own, and not in the same one: none of them will ever be joined.
+
+Such as in a validation, where one rank has a micro-batch more: it gathers the parameters of its ``fully_shard``'ed
+model, and the others sum up a metric. No rank is in a round then, and gloo would wait for half an hour.
+"""
+
+import time
+
+from ice_engine.distributed.watch import Answer, Watch
+from ice_engine.distributed.world import rank
+from ice_engine.errors import RankError
+
+_LONG = 12.0  # seconds in one collective, after which it is asked where the others are
+_IDLE = 0.05  # of its time that a process computes at most while nothing comes; gloo moves data with its own threads
+_PAIRS = {"send", "recv", "isend", "irecv", "batch_isend_irecv"}  # which two ranks call in different lines
+
+
+class Apart:
+    """Looks whether all ranks wait, and for different things.
+
+    Args:
+        watch: Knows where the other ranks are.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._at = Answer("")
+        self._since = self._looked = self._used = 0.0
+        self._before: dict[int, Answer | None] = {}
+
+    def look(self, at: Answer) -> None:
+        """Raise RankError if this rank, which is *at* that place, waits there for ranks that will never come."""
+        looked, used = self._looked, self._used
+        self._looked, self._used = time.monotonic(), time.process_time()
+        busy = self._used - used > _IDLE * (self._looked - looked)
+        if busy or at != self._at or not at.collective:
+            self._at, self._since, self._before = at, self._looked, {}
+            return
+        if self._looked - self._since < _LONG or self._watch.stopped():
+            return
+        answers, _ = self._watch.whereabouts()
+        before, self._before = self._before, answers
+        if answers != before:
+            return
+        all_at = {r: a for r, a in sorted({**answers, rank(): at}.items()) if a is not None and a.collective}
+        called = {a.collective for a in all_at.values()}
+        if len(all_at) == len(answers) + 1 and len(called) > 1 and not called & _PAIRS:
+            where = "; ".join(f"rank {r} waits in {a.collective}(), called at {a.place}" for r, a in all_at.items())
+            message = (
+                f"{where}, and none comes to where another is. Call the same on every rank, equally often: a "
+                "validation of a model that is fully_shard'ed needs as many micro-batches on each"
+            )
+            raise RankError(message)
