@@ -12,7 +12,7 @@ import torch
 
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 
-# Most of what a state holds, without a tensor inside; to find out that it is neither a Mapping nor a dataclass is dear.
+# Most of what a state holds, without a tensor inside: not looked into, and its place not put into words.
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
 
 
@@ -78,22 +78,26 @@ def replaced(
 ) -> Any:
     """Return *value* with ``function(tensor, path)`` in the place of every tensor; containers are new.
 
-    What is no tensor becomes ``others(value)``, where that is given; what that returns as it is, is looked into.
+    Inside of a container, what is neither a tensor, a number nor text becomes ``others(value)``, where that is given;
+    what that returns as it is, is looked into.
     """
     if isinstance(value, torch.Tensor):
         return function(value, path)
     if others is not None and (other := others(value)) is not value:
         return other
-    if type(value) in _ATOMS:
-        return value
     return _rebuilt(value, functools.partial(replaced, function=function, others=others), path)
 
 
 def _rebuilt(value: Any, inner: Callable[..., Any], path: str) -> Any:
     if isinstance(value, Mapping):
-        return _as_mapping(value, {key: inner(item, path=f"{path}[{key!r}]") for key, item in value.items()})
+        items = {
+            key: item if type(item) in _ATOMS else inner(item, path=f"{path}[{key!r}]") for key, item in value.items()
+        }
+        return _as_mapping(value, items)
     if isinstance(value, list | tuple):
-        parts = [inner(item, path=f"{path}[{index}]") for index, item in enumerate(value)]
+        parts = [
+            item if type(item) in _ATOMS else inner(item, path=f"{path}[{index}]") for index, item in enumerate(value)
+        ]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         new = copy.copy(value)

@@ -36,7 +36,7 @@ def plain(key: Place, value: Any) -> Any:
     if type(value) in _ATOMS or isinstance(value, _AS_THEY_ARE):
         return value
     if isinstance(value, torch.Tensor) and not is_sharded(value):
-        return value.detach()
+        return value.detach() if value.requires_grad else value
     for kind in _NUMBERS_AND_TEXT:
         if isinstance(value, kind):
             # Not str(value): of an Enum that is its name.
