@@ -6,13 +6,13 @@ model, and the others sum up a metric. No rank is in a round then, and gloo woul
 
 import time
 
+from ice_engine.distributed.suspects import PAIRS
 from ice_engine.distributed.watch import Answer, Watch
 from ice_engine.distributed.world import rank
 from ice_engine.errors import RankError
 
 _LONG = 12.0  # seconds in one collective, after which it is asked where the others are
 _IDLE = 0.05  # of its time that a process computes at most while nothing comes; gloo moves data with its own threads
-_PAIRS = {"send", "recv", "isend", "irecv", "batch_isend_irecv"}  # which two ranks call in different lines
 
 
 class Apart:
@@ -44,7 +44,7 @@ class Apart:
             return
         all_at = {r: a for r, a in sorted({**answers, rank(): at}.items()) if a is not None and a.collective}
         called = {a.collective for a in all_at.values()}
-        if len(all_at) == len(answers) + 1 and len(called) > 1 and not called & _PAIRS:
+        if len(all_at) == len(answers) + 1 and len(called) > 1 and not called & PAIRS:
             where = "; ".join(f"rank {r} waits in {a.collective}(), called at {a.place}" for r, a in all_at.items())
             message = (
                 f"{where}, and none comes to where another is. Call the same on every rank, equally often: a "

@@ -11,6 +11,9 @@ logger = logging.getLogger(__name__)
 _STUCK = 15.0  # seconds after which several ranks in collectives of their own count as stuck
 _SILENT = 30.0  # the same, of a rank on another host without an answer: a call into C may keep its interpreter
 
+PAIRS = {"send", "recv", "isend", "irecv", "batch_isend_irecv"}
+"""What two ranks call in different lines, and the others not at all, for as long as there is to send."""
+
 
 class Suspects:
     """Who is waited for, from one look to the next.
@@ -48,7 +51,8 @@ class Suspects:
         # One that computes may come to where those are, which may have a group of their own.
         computing = [r for r, a in answers.items() if r not in same and r not in reducing and not (a and a.with_us)]
         alone = len(same) == 1 and not reducing and self._in_round
-        if same and not computing and (alone or waited > _STUCK):
+        exchange = len(same) > 1 and {a.collective for a in same.values()} <= PAIRS
+        if same and not (computing or exchange) and (alone or waited > _STUCK):
             where = "; ".join(f"rank {r} waits in {a.collective}(), called at {a.place}" for r, a in same.items())
             message = (
                 f"{where}, and nobody else comes there: the others are at {doing}. "

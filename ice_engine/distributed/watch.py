@@ -35,6 +35,8 @@ _READ = 8.0  # seconds for the others to look, which they do every 4
 _AGAIN = 0.5  # seconds after which one that is stopped still is; a job that goes on does so process by process
 # What DistributedDataParallel() calls, which are collectives in C.
 _OF_DDP = {"_verify_param_shape_across_processes", "_sync_module_states"}
+# Parts of its collectives of objects in which a rank computes: to pickle gigabytes takes as long.
+_OF_OBJECTS = {"_object_to_tensor", "_tensor_to_object"}
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent.parent)
 _IGNITE = str(Path(ignite.__file__).parent)
@@ -196,12 +198,13 @@ def here() -> Answer:
 
 def where(frame: FrameType | None) -> Answer:
     """Return where *frame*, the innermost one of a thread, is in the user's code and in ``torch.distributed``."""
-    collective, with_us, ours = "", False, False
+    collective, with_us, ours, packs = "", False, False, False
     while frame is not None:
         code = frame.f_code
         path = code.co_filename
         if path == dist.distributed_c10d.__file__:  # and not what computes with tensors spread over ranks
-            if code.co_name not in {"wrapper", "wait"}:
+            packs |= code.co_name in _OF_OBJECTS
+            if not packs and code.co_name not in {"wrapper", "wait"}:
                 collective = code.co_name
         elif code.co_name in _OF_DDP and path == torch.distributed.utils.__file__:
             collective = code.co_name

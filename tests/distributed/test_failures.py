@@ -123,6 +123,28 @@ def _slow_in_a_group_of_its_own() -> int:
     return optimizer.clocks["step"]
 
 
+class Slow:
+    """Takes its time when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[float]]:
+        return time.sleep, (14.0,)
+
+
+def _given_what_is_slow() -> int:
+    def after(engine: Engine) -> None:
+        if engine.state.iteration == AT:
+            dist.broadcast_object_list([Slow()], src=0)
+
+    engine, optimizer = trainer(1, after=after)
+    engine.run(data())
+    return optimizer.clocks["step"]
+
+
+@SOAK
+def test_a_rank_that_unpickles_what_all_were_sent_is_not_said_to_wait():
+    assert launch(_given_what_is_slow, 2) == [12] * 2
+
+
 @SOAK
 def test_who_waits_for_a_slow_rank_in_a_group_of_theirs_is_not_blamed_by_the_others():
     assert launch(_slow_in_a_group_of_its_own, 3) == [12] * 3
