@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Accumulating(Scheduling):
         self._measures = Measures()
         self._left = Left()
         self._in_close: bool = False
-        self._parameter_names: Mapping[torch.Tensor, str] = {}
+        self._parameter_names: dict[torch.Tensor, str] = {}
         self._beside: list[Any] = []  # all that are attached to its engine, this one included; kept on that
         _ALL.add(self)
 

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from ignite.engine import Engine, Events
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ice_engine.distributed import world
 from ice_engine.distributed.build import remove_last_param_group
@@ -63,8 +62,9 @@ class Attaching(Stepping):
             check_names(self._processors, self.param_groups)
             set_initial_values(self._processors, self.param_groups)
         if model is not None:
-            # Weak, and not by id(): a parameter that comes later may be where one was that is gone.
-            self._parameter_names = WeakTensorKeyDictionary({p: n for n, p in bare(model).named_parameters()})
+            # Not by id(): a parameter that comes later may be where one was that is gone. Not weak: torch converts
+            # those of fully_shard by swapping, such as in model.cpu(), and refuses to if anybody refers to them weakly.
+            self._parameter_names = {p: n for n, p in bare(model).named_parameters()}
         self._engine, self._gathering = engine, gathering
         self._beside = optimizers_of(engine)
         self._beside.append(self)

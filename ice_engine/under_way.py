@@ -61,7 +61,6 @@ class UnderWay:
             run: Whose recordings are to be written before it: a resumed run would have a hole there.
             optimizers: Those whose steps wait until what they change is copied, while training goes on.
         """
-        self._save = save
         write = functools.partial(self._write, save, run)
         if content is None:
             pass
@@ -69,6 +68,7 @@ class UnderWay:
             self._writer.write_now(content, write)
         else:
             self._writer.write_aside(content, map(self._hold, optimizers), write)
+        self._save = save  # not before: a state that cannot be copied is not written
         if optimizers is None:
             self.finish()
 

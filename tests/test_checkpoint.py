@@ -10,6 +10,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import DiskSaver, global_step_from_engine
+from ignite.handlers.checkpoint import CheckpointEvents
 from torch.nn.functional import mse_loss
 
 import ice_engine as ice
@@ -704,6 +705,19 @@ def test_objects_are_loaded_from_whole_files_alone(tmp_path, how):
     with pytest.raises(CheckpointError, match=reason):
         ice.Checkpoint.load_objects({"model": other.model}, file)
     assert other.model.weight.tolist() == before
+
+
+def test_a_state_that_cannot_be_copied_is_not_counted_as_saved(tmp_path):
+    run, saved = Run(tmp_path), []
+    run.checkpoint.attach(run.trainer, Events.EPOCH_COMPLETED)
+    run.trainer.add_event_handler(CheckpointEvents.SAVED_CHECKPOINT, lambda: saved.extend(names(tmp_path)))
+    run.train(1)
+    run.model.register_buffer("nowhere", torch.empty(2, device="meta"))
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        run.train(2)
+
+    assert saved == names(tmp_path) == ["checkpoint_5.pt"]
+    assert run.checkpoint.last_checkpoint == tmp_path / "checkpoint_5.pt"
 
 
 def test_steps_of_an_optimizer_that_takes_the_place_of_one_that_is_gone_wait_for_the_copy_too(tmp_path):

@@ -170,6 +170,18 @@ def test_a_parameter_does_not_get_the_name_of_one_that_is_gone():
     assert found == {"body.weight", "body.bias", "param_groups.1.params.0", "param_groups.1.params.1"}
 
 
+def test_an_attached_model_may_be_converted_by_swapping_its_parameters():
+    model = Net()
+    optimizer = ice.Optimizer(FACTORIES["SGD"], model.parameters()).attach(Engine(lambda e, b: None), model=model)
+    torch.__future__.set_swap_module_params_on_conversion(True)  # as always with fully_shard
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+    assert list(optimizer.named_parameters()) == list(model.named_parameters())
+
+
 def test_without_names_on_one_side_it_goes_by_position():
     first, second = Net(), Net()
     saved, optimizer = (
