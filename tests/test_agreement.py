@@ -119,7 +119,7 @@ def _alone() -> tuple[int, list[str], bool]:
     optimizer.attach(trainer, model=model)
     handlers = [hook.name for hook in ice.HookRegistry(trainer)]
     trainer.run(list(torch.ones(5, 3, 2)), max_epochs=2)
-    return trainer.state.optimizer_step, handlers, rounds._current is None
+    return trainer.state.optimizer_step, handlers, rounds._current.made is None
 
 
 @pytest.mark.distributed

@@ -25,7 +25,7 @@ from ice_engine.distributed.arrival import meet
 from ice_engine.distributed.guard import Guard
 from ice_engine.distributed.suspects import Suspects
 from ice_engine.distributed.watch import describe, others, watch
-from ice_engine.distributed.world import PATIENCE, listed, own_group, rank, world_size
+from ice_engine.distributed.world import PATIENCE, OfGroup, listed, own_group, rank, world_size
 from ice_engine.errors import RankError
 
 logger = logging.getLogger(__name__)
@@ -310,17 +310,12 @@ def is_from_others(error: BaseException) -> bool:
     return chain is not None
 
 
-_current: tuple[object, Rounds] | None = None
+_current = OfGroup(Rounds, Rounds.close)
 
 
 def rounds() -> Rounds:
     """Return the rounds of the process group there is; the first call is one that all ranks must make."""
-    global _current  # noqa: PLW0603 - one for the process, as torch's own default group, and made anew with it
-    if _current is None or _current[0] is not dist.group.WORLD:
-        if _current is not None:
-            _current[1].close()
-        _current = dist.group.WORLD, Rounds()
-    return _current[1]
+    return _current.get()
 
 
 def gatherer() -> Callable[[str], list[str]] | None:

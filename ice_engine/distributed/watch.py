@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from ice_engine.distributed.process import Process, this_process
-from ice_engine.distributed.world import rank, world_size
+from ice_engine.distributed.world import OfGroup, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -230,14 +230,9 @@ def others() -> list[int]:
     return [each for each in range(world_size()) if each != rank()]
 
 
-_current: tuple[object, Watch] | None = None
+_current = OfGroup(lambda: Watch(dist.distributed_c10d._get_default_store()), Watch.close)  # noqa: SLF001 - no public way to it
 
 
 def watch() -> Watch:
     """Return the watch of the process group there is; the first call, on this rank alone, begins it."""
-    global _current  # noqa: PLW0603 - one for the process, as torch's own default group, and made anew with it
-    if _current is None or _current[0] is not dist.group.WORLD:
-        if _current is not None:
-            _current[1].close()
-        _current = dist.group.WORLD, Watch(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - no public way to it
-    return _current[1]
+    return _current.get()

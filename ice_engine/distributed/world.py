@@ -2,8 +2,8 @@
 
 import datetime
 import os
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -12,7 +12,32 @@ from ice_engine.errors import AttachError, warn
 # For a rank that is slow, as torch has it. One that is dead, stopped or elsewhere is found in seconds, see watch.py.
 PATIENCE = datetime.timedelta(minutes=30)
 
-_own: tuple[object, dist.ProcessGroup] | None = None
+T = TypeVar("T")
+
+
+class OfGroup(Generic[T]):
+    """One object for the default process group there is, made when it is first asked for, and anew with the group.
+
+    Args:
+        make: Makes it.
+        close: Is called with the one of a group that is gone, before another is made.
+
+    Attributes:
+        made: The last one; None before the first.
+    """
+
+    def __init__(self, make: Callable[[], T], close: Callable[[T], object] = bool) -> None:
+        self._make, self._close = make, close
+        self._group: object = None
+        self.made: T | None = None
+
+    def get(self) -> T:
+        """Return it."""
+        if self.made is None or self._group is not dist.group.WORLD:
+            if self.made is not None:
+                self._close(self.made)
+            self.made, self._group = self._make(), dist.group.WORLD
+        return self.made
 
 
 def world_size() -> int:
@@ -41,13 +66,13 @@ def listed(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
+# Not the user's group: its collectives may be under way on another thread or device.
+_own = OfGroup(lambda: cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=PATIENCE)))
+
+
 def own_group() -> dist.ProcessGroup:
     """Return a gloo group of all ranks that nobody else uses; the first call is one that all ranks must make."""
-    global _own  # noqa: PLW0603 - one for the process, as torch's own default group, and made anew with it
-    if _own is None or _own[0] is not dist.group.WORLD:
-        # Not the user's group: its collectives may be under way on another thread or device.
-        _own = dist.group.WORLD, cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=PATIENCE))
-    return _own[1]
+    return _own.get()
 
 
 def require_one_process(what: str, *, attached: bool) -> None:
