@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Engine
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ice_engine as ice
 from ice_engine.distributed import rounds
@@ -110,6 +111,19 @@ def test_an_entry_of_ones_own_that_has_no_value_is_not_compared() -> None:
 
 def test_one_process_has_nobody_to_agree_with() -> None:
     assert rounds.gatherer() is None
+
+
+def test_an_optimizer_is_built_over_a_store_that_keeps_nothing() -> None:
+    """Torch's "fake" backend lets one process take itself for one of many, as to see what memory they would need."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        parameter = torch.nn.Parameter(torch.ones(2))
+        optimizer = ice.Optimizer(torch.optim.SGD([parameter], lr=1.0))
+        parameter.grad = torch.ones(2)
+        optimizer.step()
+    finally:
+        dist.destroy_process_group()
+    assert parameter.tolist() == [0.0, 0.0]
 
 
 def _alone() -> tuple[int, list[str], bool]:

@@ -1,5 +1,6 @@
 """The torch optimizer that is wrapped: the one that is given, or one made here, sharded over ranks or not."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -32,7 +33,10 @@ def build(
     """
     choice("sharding", sharding, (None, "zero1"))
     if world_size() > 1:
-        watch()  # from here on the others can ask where this rank is, should it not come to where all meet
+        # From here on the others can ask where this rank is, should it not come to where all meet; not over a store
+        # that keeps nothing, as with torch's "fake" backend. What else is wrong with a store, attach() says.
+        with contextlib.suppress(RuntimeError):
+            watch()
     if isinstance(optimizer, torch.optim.Optimizer):
         if params is not None:
             message = "params go with a factory; an optimizer instance has its own. Leave params out"
