@@ -1,7 +1,7 @@
 """Where in the run an optimizer is: its three clocks, and how long the run will be."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from ice_engine.arguments import count
 from ice_engine.errors import ArgumentValueError
@@ -167,5 +167,5 @@ class Clocks:
         given = self._given.get(argument) if self._given else None
         if given is not None or self.run is None:
             return given
-        found = self.common[attribute] if attribute in self.common else getattr(self.run, attribute, None)
-        return cast("int | None", found)
+        now: int | None = self.common[attribute] if attribute in self.common else getattr(self.run, attribute, None)
+        return now

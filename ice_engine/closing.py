@@ -188,9 +188,10 @@ class Closing(Accumulating):
 
     def _takes_factor(self, gradient: Gradient, factor: Multiplier, binding: Binding) -> bool:
         """Whether the optimizer multiplies the gradients itself: it can, and nobody looks at them before."""
+        plain = gradient.plain
         return (
-            bool(gradient.plain)
-            and fused.takes_factor(self._inner, gradient.plain, factor, shown=self._listens("STEP_COMPLETED"))
+            bool(plain)
+            and fused.takes_factor(self._inner, plain, factor, shown=self._listens("STEP_COMPLETED"))
             and "step" not in vars(self)
             and not self._listens("STEP_STARTED")
             and binding.blind
@@ -206,7 +207,7 @@ class Closing(Accumulating):
         if self._processors:
             written = self._run_processors(binding)
             # It was looked up there; a function of the user's may have added groups since.
-            binding = cast("Binding", self._bound) if binding.blind else self._binding
+            binding = (self._bound if binding.blind else None) or self._binding
         elif self._window.batch is not None and self._engine is not None and self._course.unsettled:
             self._settle(self._window.micro_batches)  # the first loss has told how long windows are
         # Only now: whether it can, the processors may have changed, such as weight_decay.
@@ -262,14 +263,14 @@ class Closing(Accumulating):
     def _note(
         self, binding: Binding, norm: torch.Tensor | None, reason: str | None, factor: Multiplier | None = None
     ) -> None:
-        clip = self._clip
+        clip, window, counts = self._clip, self._window, self._clocks.counts
         record = StepRecord(
-            step=self._clocks.counts["step"],
-            attempt=self._clocks.counts["attempt"],
-            iteration=self._clocks.counts["iteration"],
+            step=counts["step"],
+            attempt=counts["attempt"],
+            iteration=counts["iteration"],
             epoch=self._clocks.epoch,
-            micro_batches=self._window.micro_batches,
-            weight=self._window.weight,
+            micro_batches=window.micro_batches,
+            weight=window.weight,
             grad_norm=norm,
             clipped_norm=clip.after(norm, factor) if isinstance(clip, ClipNorm) and norm is not None else None,
             loss_scale=self._precision.loss_scale,

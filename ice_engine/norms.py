@@ -7,10 +7,9 @@ the rest: it refuses tensors of several meshes, and plain ones among them
 whose shard is empty, while the others wait for it.
 """
 
-import math
-import struct
+import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -118,7 +117,8 @@ def norm_of_norms(norms: Sequence[torch.Tensor], norm_type: float = 2.0) -> torc
         return norms[0]
     device = norms[0].device
     stacked = torch.stack([norm if norm.device == device else norm.to(device) for norm in norms])
-    return cast("torch.Tensor", torch.linalg.vector_norm(stacked, norm_type))
+    norm: torch.Tensor = torch.linalg.vector_norm(stacked, norm_type)
+    return norm
 
 
 def over_ranks(
@@ -138,14 +138,8 @@ def over_ranks(
 
 
 def _single(value: float) -> float:
-    try:
-        (rounded,) = _SINGLE.unpack(_SINGLE.pack(value))
-    except OverflowError:
-        return math.copysign(math.inf, value)
-    return cast("float", rounded)
+    return ctypes.c_float(value).value
 
-
-_SINGLE = struct.Struct("f")
 
 ROUNDED: dict[torch.dtype, Callable[[float], float]] = {torch.float32: _single, torch.float64: float}
 """Rounds a number of the host's as a tensor would: what is computed here comes out as there, to the last bit."""

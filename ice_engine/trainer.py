@@ -12,6 +12,8 @@ from ice_engine.errors import ArgumentTypeError, ArgumentValueError
 from ice_engine.optimizer import Optimizer
 from ice_engine.quiet_engine import QuietEngine
 
+_TRAIN = torch.nn.Module.train
+
 
 def _loss_value(x: Any, y: Any, y_pred: Any, loss: torch.Tensor) -> float:  # noqa: ARG001 - Ignite's signature
     return loss.item()
@@ -112,7 +114,7 @@ def create_trainer(
 
 def _to_training(module: torch.nn.Module) -> None:
     """Do what ``module.train()`` does, without setting what is set: a fifth of its price, in every iteration."""
-    own = type(module).train is not torch.nn.Module.train or "train" in vars(module)
+    own = type(module).train is not _TRAIN or "train" in vars(module)
     if own or not module.training:
         module.train()
         return

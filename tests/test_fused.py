@@ -392,6 +392,38 @@ def test_what_was_left_open_still_is_after_a_step_that_raised():
         ours(factory, batches([1]), k=1, watch=lambda e, o: (group.update(it=o.param_groups[0]), watch(e, o)))
 
     assert group["it"]["foreach"] is None
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("factory", FORMS.values(), ids=FORMS)
+def test_a_step_records_no_gradient_and_leaves_whether_others_are(factory, enabled):
+    model = tiny()
+    optimizer = ice.Optimizer(factory, model.parameters())
+    x, y = batches([4])[0]
+    optimizer.backward(torch.nn.functional.mse_loss(model(x), y))
+
+    with torch.set_grad_enabled(enabled):
+        optimizer.update()
+
+        assert torch.is_grad_enabled() is enabled
+    assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
+    states = [value for of_one in optimizer.state.values() for value in of_one.values()]
+    assert not any(value.requires_grad for value in states if isinstance(value, torch.Tensor))
+
+
+def test_a_step_that_is_to_be_differentiated_is_torchs_own():
+    """It needs torch's wrapper, which leaves gradients on; parameters that are leaves cannot be stepped so."""
+    plain = functools.partial(torch.optim.SGD, lr=0.05, differentiable=True)
+    stepped = torch.nn.Parameter(torch.ones(2))
+    stepped.grad = torch.ones(2)
+    with pytest.raises(RuntimeError) as torchs:
+        plain([stepped]).step()
+
+    with pytest.raises(RuntimeError) as ours_:
+        ours(plain, batches([1]), k=1)
+
+    assert str(ours_.value) == str(torchs.value)
 
 
 def test_the_step_of_a_class_of_the_users_own_sees_its_groups_as_they_are():

@@ -28,9 +28,9 @@ def elapsed(mapping: Mapping[str, Any], unit: Unit, processor: str) -> float:
     Raises:
         MissingKeyError: If the mapping has no such clock, or has None for it.
     """
-    mend = "Give it to Optimizer(processors=[...]), or set it yourself."
-    count: int | None = require_key(mapping, unit, processor, mend)
+    count: int | None = mapping.get(unit)
     if count is None:
+        require_key(mapping, unit, processor, "Give it to Optimizer(processors=[...]), or set it yourself.")
         message = f"processor {processor!r} follows {unit!r}, which is None: nothing here counts it. Use another unit="
         raise MissingKeyError(message)
     # Ignite counts iterations and epochs from 1, and shows 0 before the run; steps count what was applied.
