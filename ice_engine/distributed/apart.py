@@ -4,15 +4,12 @@ Such as in a validation, where one rank has a micro-batch more: it gathers the p
 model, and the others sum up a metric. No rank is in a round then, and gloo would wait for half an hour.
 """
 
-import time
-
 from ice_engine.distributed.suspects import PAIRS
 from ice_engine.distributed.watch import Answer, Watch
 from ice_engine.distributed.world import rank
 from ice_engine.errors import RankError
 
 _LONG = 12.0  # seconds in one collective, after which it is asked where the others are
-_IDLE = 0.05  # of its time that a process computes at most while nothing comes; gloo moves data with its own threads
 
 
 class Apart:
@@ -25,22 +22,20 @@ class Apart:
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
         self._at = Answer("")
-        self._since = self._looked = self._used = 0.0
+        self._since = 0.0
         self._before: dict[int, Answer | None] = {}
 
     def look(self, at: Answer) -> None:
         """Raise RankError if this rank, which is *at* that place, waits there for ranks that will never come."""
-        looked, used = self._looked, self._used
-        self._looked, self._used = time.monotonic(), time.process_time()
-        busy = self._used - used > _IDLE * (self._looked - looked)
-        if busy or at != self._at or not at.collective:
-            self._at, self._since, self._before = at, self._looked, {}
+        earlier, self._at = self._at, at
+        if not at.collective or not at.waits_since(earlier):
+            self._since, self._before = at.at, {}
             return
-        if self._looked - self._since < _LONG or self._watch.stopped():
+        if at.at - self._since < _LONG or self._watch.stopped():
             return
         answers, _ = self._watch.whereabouts()
         before, self._before = self._before, answers
-        if answers != before:
+        if not all(a and a.waits_since(before.get(r)) for r, a in answers.items()):
             return
         all_at = {r: a for r, a in sorted({**answers, rank(): at}.items()) if a is not None and a.collective}
         called = {a.collective for a in all_at.values()}

@@ -5,11 +5,11 @@ import time
 
 from ice_engine.distributed.suspects import Suspects
 from ice_engine.distributed.watch import Watch, here, others
-from ice_engine.distributed.world import listed
+from ice_engine.distributed.world import PATIENCE, listed
 from ice_engine.errors import RankError
 
 _LOOK = datetime.timedelta(seconds=4)  # between two looks at who is here
-_ABSENT = 300.0  # seconds after which a rank that never was here counts as lost; it may be preparing its data
+_ABSENT = 300.0  # seconds after which a rank without an optimizer counts as lost; it may be preparing its data
 
 
 def meet(watch: Watch) -> None:
@@ -36,11 +36,15 @@ def _look(watch: Watch, missing: list[int], suspects: Suspects, waited: float, p
         raised = "; ".join(f"rank {r} raised {note}" for r, note in notes.items())
         message = f"{raised}. The others wait at {place}"
         raise RankError(message)
-    if waited > _ABSENT:
+    patience = PATIENCE.total_seconds()
+    lost = [r for r in missing if waited > (patience if watch.knows(r) else _ABSENT)]
+    if lost:
         message = (
-            f"{listed(missing)} did not come to {place}, in {waited:.0f} s. Attach the optimizer on every "
+            f"{listed(lost)} did not come to {place}, in {waited:.0f} s. Attach the optimizer on every "
             "rank, or on none; look for the first error in the output of that rank"
         )
         raise RankError(message)
-    # Silent is one that has not made an optimizer yet, too.
-    suspects.look(watch.ask(missing) if missing and not fates else {}, fates, waited, place)
+    answers = watch.ask(missing) if missing and not fates else {}
+    # One that has not made an optimizer yet is silent, too.
+    silent = {r: watch.fate(r) for r, answer in answers.items() if answer is None and watch.knows(r)}
+    suspects.look(answers, fates | silent, waited, place)

@@ -80,9 +80,9 @@ class Guard:
         before, suspects, used = None, Suspects(in_round=False), 0.0
         apart = Apart(self._watch)
         while not self._done.wait(_EVERY):
-            entered, used_before, used = self._entered, used, _seconds_of_main()
             self._watch.reduction = ""
             at = here()
+            entered, used_before, used = self._entered, used, at.main
             try:
                 apart.look(at)
             except RankError as error:
@@ -114,11 +114,3 @@ class Guard:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(1)
-
-
-def _seconds_of_main() -> float:
-    """Return the processor time of the main thread; 0.0 where it cannot be told."""
-    main = threading.main_thread().ident
-    if main is None or not hasattr(time, "pthread_getcpuclockid"):
-        return 0.0
-    return time.clock_gettime(time.pthread_getcpuclockid(main))

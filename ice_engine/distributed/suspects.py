@@ -9,9 +9,9 @@ from ice_engine.errors import RankError
 logger = logging.getLogger(__name__)
 
 _STUCK = 15.0  # seconds after which several ranks in collectives of their own count as stuck
-_SILENT = 30.0  # the same, of a rank on another host without an answer: a call into C may keep its interpreter
+_SILENT = 120.0  # without an answer, of a rank on another host: a call into C may keep its interpreter, as a sort does
 
-PAIRS = {"send", "recv", "isend", "irecv", "batch_isend_irecv"}
+PAIRS = {"send", "recv", "isend", "irecv", "batch_isend_irecv", "send_object_list", "recv_object_list"}
 """What two ranks call in different lines, and the others not at all, for as long as there is to send."""
 
 
@@ -25,6 +25,7 @@ class Suspects:
     def __init__(self, *, in_round: bool) -> None:
         self._in_round = in_round
         self._before: dict[int, Answer | None] = {}
+        self._silent: dict[int, float] = {}
         self._said: set[str] = set()
 
     def look(self, answers: dict[int, Answer | None], fates: dict[int, str], waited: float, doing: str) -> None:
@@ -41,12 +42,14 @@ class Suspects:
                 why = "by SIGSTOP or Ctrl-Z?" if fate == "is stopped" else "it does not answer any more: killed?"
                 message = f"rank {r} {fate}, {why} The others wait for it at {doing}, and nobody goes on without it"
                 raise RankError(message)
-        silent = [r for r, fate in fates.items() if fate == "unknown"]
-        if silent and waited > _SILENT:
-            message = f"{listed(silent)} did not answer for {waited:.0f} s at {doing}: stopped, dead or out of reach"
+        self._silent = {r: self._silent.get(r, waited) for r, fate in fates.items() if fate == "unknown"}
+        silent = [r for r, since in self._silent.items() if waited - since > _SILENT]
+        if silent:
+            seconds = waited - min(self._silent[r] for r in silent)
+            message = f"{listed(silent)} did not answer for {seconds:.0f} s at {doing}: stopped, dead or out of reach"
             raise RankError(message)
         away = {r: a for r, a in answers.items() if a is not None and a.collective}
-        same = {r: a for r, a in away.items() if self._before.get(r) == a}
+        same = {r: a for r, a in away.items() if a.waits_since(self._before.get(r))}
         reducing = {r: a for r, a in answers.items() if a is not None and a.reduction and r not in away}
         # One that computes may come to where those are, which may have a group of their own.
         computing = [r for r, a in answers.items() if r not in same and r not in reducing and not (a and a.with_us)]

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _EVERY = 0.3  # seconds between two looks into the store
 _ANSWER = 3.0  # seconds to wait for an answer
 _READ = 8.0  # seconds for the others to look, which they do every 4
+_CALL = 0.001  # of a processor, which a thread that sleeps in C uses less of; each call from Python takes some 0.1 ms
+_IDLE = 0.05  # of its time that a process computes at most while nothing comes
+_SPINS = 0.95  # of its time that a thread computes at least which waits for a device, as in NCCL's barrier
 _AGAIN = 0.5  # seconds after which one that is stopped still is; a job that goes on does so process by process
 # What DistributedDataParallel() calls, which are collectives in C.
 _OF_DDP = {"_verify_param_shape_across_processes", "_sync_module_states"}
@@ -52,6 +55,9 @@ class Answer:
         with_us: Whether it waits in a round of ours, where all come together.
         ours: Whether it is in this package, called by the user's code, as in a backward.
         reduction: Where it waits in a reduction of the model's, if it does.
+        at: When that was, by a clock of its own.
+        main: Seconds of a processor that its main thread has used so far.
+        process: The same, of all threads, some of which move data for the main one.
     """
 
     place: str
@@ -59,6 +65,16 @@ class Answer:
     with_us: bool = False
     ours: bool = False
     reduction: str = ""
+    at: float = dataclasses.field(default=0.0, compare=False)
+    main: float = dataclasses.field(default=0.0, compare=False)
+    process: float = dataclasses.field(default=0.0, compare=False)
+
+    def waits_since(self, before: "Answer | None") -> bool:
+        """Return whether it has waited in one and the same call since it answered *before*, for what did not come."""
+        if before is None or self != before:
+            return False
+        main, process, passed = self.main - before.main, self.process - before.process, self.at - before.at
+        return (main < _CALL and process < _IDLE * passed) or main > _SPINS * passed
 
 
 class Watch:
@@ -134,6 +150,10 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 store.set(f"raised/{self._rank}", describe(error))
 
+    def knows(self, of: int) -> bool:
+        """Return whether rank *of* has made its optimizer, as far as was looked."""
+        return of in self._processes
+
     def fate(self, of: int) -> str:
         """Return what has become of the process of rank *of*, as far as this host knows."""
         if of not in self._processes:
@@ -182,8 +202,9 @@ class Watch:
         with contextlib.suppress(RuntimeError, ValueError):  # the store is gone, or the process group of this rank
             while not self._done.wait(_EVERY):
                 calls = store.add("calls", 0)
-                if calls > answered:
-                    self._note_uncaught(store)  # its main thread may wait for others before it ends
+                # At its end it may wait for others. Before, what is uncaught is of an earlier cell of a notebook.
+                if calls > answered and not threading.main_thread().is_alive():
+                    self._note_uncaught(store)
                 for call in range(answered + 1, calls + 1):
                     answer = dataclasses.replace(here(), reduction=self.reduction)
                     store.set(f"{call}/{self._rank}", json.dumps(dataclasses.asdict(answer)))
@@ -193,7 +214,16 @@ class Watch:
 def here() -> Answer:
     """Return where the main thread of this process is."""
     main = cast("int", threading.main_thread().ident)
-    return where(sys._current_frames().get(main))  # noqa: SLF001 - no public way to it
+    answer = where(sys._current_frames().get(main))  # noqa: SLF001 - no public way to it
+    return dataclasses.replace(answer, at=time.monotonic(), main=_seconds_of_main(), process=time.process_time())
+
+
+def _seconds_of_main() -> float:
+    """Return the processor time of the main thread; 0.0 where it cannot be told."""
+    main = threading.main_thread().ident
+    if main is None or not hasattr(time, "pthread_getcpuclockid"):
+        return 0.0
+    return time.clock_gettime(time.pthread_getcpuclockid(main))
 
 
 def where(frame: FrameType | None) -> Answer:

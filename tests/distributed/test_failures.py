@@ -1,9 +1,11 @@
 """A rank that raises, stops, dies or goes its own way: every other rank learns it in seconds, and which one it was."""
 
+import ctypes
 import functools
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
-from ice_engine.distributed import arrival
+from ice_engine.distributed import arrival, suspects
+from ice_engine.distributed import watch as watch_module
+from ice_engine.distributed.process import Process
 from ice_engine.errors import RankError
 from tests.distributed.launch import launch, watch
 
@@ -138,6 +142,84 @@ def _given_what_is_slow() -> int:
     engine, optimizer = trainer(1, after=after)
     engine.run(data())
     return optimizer.clocks["step"]
+
+
+def _slow_among_some() -> int:
+    of_two = dist.new_group([1, 2])
+
+    def after(engine: Engine) -> None:
+        if dist.get_rank() == 0:
+            return
+        if engine.state.iteration == AT:  # one call, for which gigabytes are moved by gloo's own threads
+            numbers = torch.ones(250_000_000)
+            queued = [dist.all_reduce(numbers, group=of_two, async_op=True) for _ in range(30)]
+            dist.all_reduce(numbers, group=of_two)
+            assert all(each.is_completed() for each in queued)
+        if engine.state.iteration == AT + 1:  # many, in one line
+            for turn in range(500):
+                time.sleep(0.06 if turn % 2 == dist.get_rank() - 1 else 0)
+                dist.all_reduce(torch.ones(1), group=of_two)
+
+    engine, optimizer = trainer(1, after=after)
+    engine.run(data())
+    return optimizer.clocks["step"]
+
+
+@SOAK
+def test_ranks_that_get_on_in_a_group_of_their_own_are_not_said_to_wait():
+    assert launch(_slow_among_some, 3) == [12] * 3
+
+
+def _slow_after_an_error() -> int:
+    def after(engine: Engine) -> None:
+        if engine.state.iteration == AT and dist.get_rank() == 1:
+            sys.last_value = ValueError("of a cell of a notebook, or of a test before")
+            time.sleep(14)
+
+    engine, optimizer = trainer(1, after=after)
+    engine.run(data())
+    return optimizer.clocks["step"]
+
+
+@SOAK
+def test_an_error_that_a_program_went_on_after_is_not_told_to_the_others():
+    assert launch(_slow_after_an_error, 2) == [12] * 2
+
+
+def _silent_for_a_moment() -> int:
+    suspects._SILENT = 6.0  # seconds instead of two minutes
+    if dist.get_rank() == 1:  # of whose process the others know nothing, as if it were on another host
+        watch_module.this_process = lambda: Process("elsewhere", 1, "1")
+
+    def between(engine: Engine) -> None:
+        if engine.state.iteration == AT and dist.get_rank() == 1:
+            time.sleep(9)
+            ctypes.PyDLL(None).sleep(8)  # keeps the interpreter, as to sort or to unpickle does: no thread answers
+
+    # With k=4 the others wait in a round.
+    engine, optimizer = trainer(4, between=between)
+    engine.run(data())
+    return optimizer.clocks["step"]
+
+
+@SOAK
+def test_a_slow_rank_on_another_host_that_is_silent_for_a_moment_is_waited_for():
+    assert launch(_silent_for_a_moment, 2) == [3] * 2
+
+
+def _slow_to_attach() -> int:
+    arrival._ABSENT = 1.0  # seconds instead of five minutes
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(4, 1))
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    dist.barrier()
+    time.sleep(7 * dist.get_rank())
+    optimizer.attach(Engine(lambda *_: None), model=model)
+    return dist.get_rank()
+
+
+def test_a_rank_that_has_made_its_optimizer_and_computes_is_waited_for():
+    assert launch(_slow_to_attach, 2) == [0, 1]
 
 
 @SOAK
