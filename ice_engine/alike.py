@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ice_engine.distributed.rounds import Kind, Rounds, Row
 from ice_engine.errors import RankError
 from ice_engine.member import Member, syncs_of
+from ice_engine.names import few
 
 
 def check_facts(rounds: Rounds, facts: dict[str, Any], doing: str, free: Collection[str] = ()) -> dict[str, list[Any]]:
@@ -37,7 +38,7 @@ def check_copies(rounds: Rounds, members: Sequence[Member], doing: str) -> None:
         RankError: Naming the first parameter that differs.
     """
     own = {
-        f"parameter {name!r} of optimizer {next(m.name for m in members if m.sync is sync)!r}": entries
+        f"parameter {name!r} of the model of {_named([m for m in members if m.sync is sync])}": entries
         for sync in syncs_of(members)
         for name, entries in sync.samples().items()
     }
@@ -53,6 +54,10 @@ def check_copies(rounds: Rounds, members: Sequence[Member], doing: str) -> None:
                 "it is made, and never again: load a state on every rank, or before DistributedDataParallel is made"
             )
             raise RankError(message)
+
+
+def _named(members: Sequence[Member]) -> str:
+    return f"optimizer{'s' if len(members) > 1 else ''} {few([member.name for member in members])}"
 
 
 def _near(some: Sequence[float], others: Sequence[float]) -> bool:

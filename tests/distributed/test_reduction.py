@@ -124,8 +124,25 @@ def _begun_with(scale: float) -> int:
 
 def test_ranks_that_begin_with_different_parameters_are_refused():
     for outcome in watch(_begun_with, 2, 2.0, timeout=60):
-        assert "parameter '2.bias' of optimizer 'optimizer' differs between ranks: " in outcome.error
+        assert "parameter '2.bias' of the model of optimizer 'optimizer' differs between ranks: " in outcome.error
         assert "load a state on every rank, or before DistributedDataParallel is made" in outcome.error
+
+
+def _two_begin_one_model() -> None:
+    model = DistributedDataParallel(net := network())
+    engine = Engine(lambda *_: None)
+    for name, part in (("body", net[0]), ("head", net[2])):
+        ice.Optimizer(sgd(part), name=name).attach(engine, model=model)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            net[2].bias.mul_(2.0)
+    engine.run(batches(dist.get_rank(), RAGGED))
+
+
+def test_a_different_parameter_of_a_model_of_two_optimizers_is_said_to_be_of_neither_alone():
+    for outcome in watch(_two_begin_one_model, 2, timeout=60):
+        expected = "parameter '2.bias' of the model of optimizers 'body', 'head' differs between ranks: "
+        assert expected in outcome.error
 
 
 def test_ranks_whose_parameters_were_rounded_otherwise_may_begin():
