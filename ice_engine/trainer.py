@@ -92,7 +92,6 @@ def create_trainer(
     check_weight(weight)
     _check_autocast(autocast)
     device = _device(device)
-    kind = (device or next((p.device for p in model.parameters()), torch.device("cpu"))).type
 
     def train_step(engine: Engine, batch: Any) -> Any:  # noqa: ARG001 - Ignite's signature
         _to_training(model)
@@ -101,7 +100,7 @@ def create_trainer(
             y_pred = model(x)
             loss = loss_fn(y_pred, y)
         else:
-            with torch.autocast(kind, dtype=autocast):
+            with torch.autocast(_device_type(model, device), dtype=autocast):
                 y_pred = model(x)
                 loss = loss_fn(y_pred, y)
         optimizer.backward(loss, weight=weight(x, y))
@@ -110,6 +109,11 @@ def create_trainer(
     trainer = QuietEngine(train_step)
     optimizer.attach(trainer, model=model)
     return trainer
+
+
+def _device_type(model: torch.nn.Module, device: torch.device | None) -> str:
+    # Where the model is now: it may have been moved since the trainer was made.
+    return (device or next((p.device for p in model.parameters()), torch.device("cpu"))).type
 
 
 def _to_training(module: torch.nn.Module) -> None:

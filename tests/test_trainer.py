@@ -118,6 +118,27 @@ def test_autocast_runs_model_and_loss_in_its_dtype_and_keeps_the_parameters(dtyp
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_autocast_is_for_the_device_that_the_model_has_been_moved_to():
+    model, seen = network().to("meta"), []
+
+    def loss_fn(y_pred, y):
+        seen.append(y_pred.dtype)
+        return mse_loss(y_pred.float(), y)
+
+    trainer = create_trainer(model, adamw(model), loss_fn, autocast=torch.bfloat16)
+    torch.__future__.set_swap_module_params_on_conversion(True)  # so that the optimizer's parameters stay the model's
+    try:
+        model.to_empty(device="cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    trainer.run(batches([4]))
+
+    assert seen == [torch.bfloat16]
+    assert trainer.state.optimizer_step == 1
+
+
 def test_without_autocast_there_is_none():
     model, seen = network(), []
     create_trainer(model, adamw(model), lambda p, y: (seen.append(p.dtype), mse_loss(p, y))[1]).run(batches([4]))
