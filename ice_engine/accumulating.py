@@ -39,6 +39,7 @@ class Accumulating(Scheduling):
         self._measures = Measures()
         self._left = Left()
         self._in_close: bool = False
+        self._model: torch.nn.Module | None = None  # that was attached last
         self._parameter_names: dict[torch.Tensor, str] = {}
         self._beside: list[Any] = []  # all that are attached to its engine, this one included; kept on that
         _ALL.add(self)

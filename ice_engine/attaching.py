@@ -64,7 +64,8 @@ class Attaching(Stepping):
         if model is not None:
             # Not by id(): a parameter that comes later may be where one was that is gone. Not weak: torch converts
             # those of fully_shard by swapping, such as in model.cpu(), and refuses to if anybody refers to them weakly.
-            self._parameter_names = {p: n for n, p in bare(model).named_parameters()}
+            self._model = bare(model)
+            self._parameter_names = {p: n for n, p in self._model.named_parameters()}
         self._engine, self._gathering = engine, gathering
         self._beside = optimizers_of(engine)
         self._beside.append(self)
@@ -202,6 +203,9 @@ class Attaching(Stepping):
         except BaseException:
             remove_last_param_group(self._inner)
             raise
+        if self._model is not None:  # which may have got them, in a module of theirs, since it was attached
+            names = {p: n for n, p in self._model.named_parameters()}
+            self._parameter_names |= {p: names[p] for p in added if p in names}
         if self._engine is not None or self._window.is_open:
             for parameter in added:  # what earlier losses left there came from no backward() of this optimizer
                 parameter.grad = None

@@ -191,6 +191,7 @@ class Saving(Attaching):
             "_gathering": [],
             "_beside": [],
             "_member": None,
+            "_model": None,
             "_parameter_names": {},
             "_waits": [],
             "_last_record": None,

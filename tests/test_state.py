@@ -167,7 +167,24 @@ def test_a_parameter_does_not_get_the_name_of_one_that_is_gone():
         optimizer.add_param_group({"params": list(model["tail"].parameters())})
         found |= {name for name, _ in optimizer.named_parameters()}
 
-    assert found == {"body.weight", "body.bias", "param_groups.1.params.0", "param_groups.1.params.1"}
+    assert found == {"body.weight", "body.bias", "tail.weight", "tail.bias"}
+
+
+def test_parameters_that_were_added_with_their_module_are_found_by_name():
+    grown = nn.ModuleDict({"body": nn.Linear(2, 2)})
+    saved = ice.Optimizer(FACTORIES["SGD"], grown.parameters()).attach(Engine(lambda e, b: None), model=grown)
+    grown["head"] = nn.Linear(2, 2)
+    saved.add_param_group({"params": list(grown["head"].parameters())})
+    for i, parameter in enumerate(grown.parameters()):
+        parameter.grad = torch.full_like(parameter, i)
+    saved.step()
+    whole = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    optimizer = ice.Optimizer(FACTORIES["SGD"], list(whole.parameters())[::-1])  # one group, in another order
+    optimizer.attach(Engine(lambda e, b: None), model=whole)
+
+    optimizer.load_state_dict(saved.state_dict())
+
+    assert [optimizer.state[p]["momentum_buffer"].mean().item() for p in whole.parameters()] == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_an_attached_model_may_be_converted_by_swapping_its_parameters():
