@@ -165,12 +165,15 @@ class Rounds:
         """Watch over what all ranks send to each other, in collectives of torch's, after the last round.
 
         Raises:
-            RankError: If another rank is gone.
+            RankError: If another rank is gone; what this one has no memory for stays the error that it is.
         """
         with self.guard.during(self._doing):
             try:
                 yield
-            except RuntimeError as error:
+            except (MemoryError, RuntimeError) as error:
+                if _is_short_of_memory(error):
+                    self.leave_note(error)  # for the others, whose connections close when this rank ends
+                    raise
                 raise self.gone(error) from error
 
     def leave_note(self, error: BaseException | None) -> None:
@@ -292,6 +295,11 @@ class Rounds:
 
 def _of_all_gather() -> Any:
     return cast("Any", dist.distributed_c10d).AllgatherOptions()  # not exported by name, unlike the others
+
+
+def _is_short_of_memory(error: BaseException) -> bool:
+    # Torch's of the CPU is no class of its own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _end_anyway() -> None:

@@ -37,7 +37,7 @@ def connected(doing: str) -> Iterator[None]:
     """Turn a connection lost inside, in a collective of torch's, into an error that says what was being done.
 
     Raises:
-        CheckpointError: If another rank is gone.
+        CheckpointError: If another rank is gone, or this one is short of memory.
     """
     if world.world_size() == 1:
         yield
@@ -45,17 +45,16 @@ def connected(doing: str) -> Iterator[None]:
     try:
         with rounds().transfer():
             yield
-    except RankError as err:
-        _hang_up(err)
-        message = f"{doing}: {err}"
+    except (MemoryError, RuntimeError) as err:  # RankError, or what this rank has no memory for
+        _hang_up(err.__cause__ or err)
+        message = f"{doing}: {reason(err)}"
         raise CheckpointError(message) from err
 
 
-def _hang_up(err: RankError) -> None:
+def _hang_up(err: BaseException) -> None:
     # Ranks that wait for this one, not for the one that is gone, hear of it only as this connection closes. Gloo closes
     # it when nothing refers to the group any more: neither destroying nor aborting it does, and a traceback refers.
-    if err.__cause__ is not None:
-        traceback.clear_frames(err.__cause__.__traceback__)
+    traceback.clear_frames(err.__traceback__)
     if _group_of.cache_info().currsize:
         dist.destroy_process_group(group())
     _group_of.cache_clear()

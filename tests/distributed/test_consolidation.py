@@ -3,15 +3,19 @@
 import functools
 import io
 import os
+import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ignite.engine import Engine, Events
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
 from ice_engine.distributed import wire
@@ -300,6 +304,37 @@ def test_a_rank_that_is_killed_while_it_sends_is_named_by_who_waits():
     assert "RankError: lost the connection at state_dict(rank=0) of optimizer 'generator'" in receiver.error
     assert "rank 2 does not answer any more: killed?" in receiver.error
     assert "ranks 0, 2 do not answer any more: killed?" in sender.error  # the receiver has ended as well
+
+
+def short_of_memory(in_run, folder):
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Sequential(*(torch.nn.Linear(2000, 2000) for _ in range(3))))
+    optimizer = ice.Optimizer(FACTORIES["AdamW"], model.parameters(), sharding="zero1")
+    trainer = Engine(lambda _, batch: optimizer.backward(model(batch).square().mean()))
+    optimizer.attach(trainer, model=model)
+
+    def leave_little(_: Engine) -> None:
+        if dist.get_rank() == 0:
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + (8 << 20), resource.RLIM_INFINITY))
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, leave_little)
+    if in_run:
+        ice.Checkpoint({"trainer": trainer, "optimizer": optimizer}, folder).attach(trainer)
+    trainer.run([torch.ones(2, 2000)] * 2)
+    optimizer.state_dict()
+
+
+@pytest.mark.parametrize("in_run", [False, True])
+def test_a_rank_without_memory_for_the_state_is_named_with_its_own_error(in_run, tmp_path):
+    short, *others = watch(short_of_memory, 3, in_run, str(tmp_path), timeout=60)
+    own = short.error.strip().splitlines()[-1]
+    assert own.startswith("RuntimeError: ")
+    assert "can't allocate memory" in own
+    for other in others:
+        said = other.error.strip().splitlines()[-1]
+        assert "RankError: lost the connection at state_dict(rank=0) of optimizer 'optimizer': rank 0 raised " in said
+        assert "can't allocate memory" in said
 
 
 def local():
