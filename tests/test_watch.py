@@ -6,11 +6,11 @@ import pytest
 
 from ice_engine.distributed.watch import Answer, here
 
-AT = Answer("train.py:12 in evaluate", "barrier", at=100.0, main=7.0, process=9.0)
+AT = Answer("train.py:12 in evaluate", "barrier", at=100.0, thread=7.0, process=9.0)
 
 
 @pytest.mark.parametrize(
-    ("main", "process", "waits"),
+    ("thread", "process", "waits"),
     [
         (0.0, 0.01, True),  # asleep in gloo
         (0.0066, 0.0066, False),  # 66 collectives in 4 s, one after the other in one line
@@ -18,17 +18,17 @@ AT = Answer("train.py:12 in evaluate", "barrier", at=100.0, main=7.0, process=9.
         (4.0, 4.0, True),  # spins until the device has done what never comes, as in NCCL's barrier
     ],
 )
-def test_a_rank_waits_in_a_collective_if_it_sleeps_or_spins_there(main, process, waits):
-    now = dataclasses.replace(AT, at=AT.at + 4.0, main=AT.main + main, process=AT.process + process)
+def test_a_rank_waits_in_a_collective_if_it_sleeps_or_spins_there(thread, process, waits):
+    now = dataclasses.replace(AT, at=AT.at + 4.0, thread=AT.thread + thread, process=AT.process + process)
 
     assert now.waits_since(AT) is waits
     assert not now.waits_since(None)
     assert not dataclasses.replace(now, place="train.py:13 in evaluate").waits_since(AT)
 
 
-def test_processor_time_of_the_main_thread_is_told():
+def test_processor_time_of_the_thread_that_trains_is_told():
     before = here()
-    while here().main - before.main < 0.01:
+    while here().thread - before.thread < 0.01:
         sum(range(10_000))
 
     assert here().at > before.at

@@ -4,6 +4,7 @@ import datetime
 import time
 
 from ice_engine.distributed.suspects import Suspects
+from ice_engine.distributed.training_thread import training_thread
 from ice_engine.distributed.watch import Watch, here, others
 from ice_engine.distributed.world import PATIENCE, listed
 from ice_engine.errors import RankError
@@ -19,6 +20,7 @@ def meet(watch: Watch) -> None:
         RankError: If a rank does not come.
     """
     watch.arrive()
+    training_thread.note()
     place = f"{here().place}, where all ranks meet for the first time"
     begin, suspects = time.monotonic(), Suspects(in_round=True)
     try:

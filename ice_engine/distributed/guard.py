@@ -28,7 +28,7 @@ _IDLE = 0.05  # of its time that a thread computes at most while it waits
 
 
 class Guard:
-    """Looks, in a thread, whom the main thread waits for.
+    """Looks, in a thread, whom the thread that trains waits for.
 
     Args:
         watch: Knows where the other ranks are.
@@ -82,7 +82,7 @@ class Guard:
         while not self._done.wait(_EVERY):
             self._watch.reduction = ""
             at = here()
-            entered, used_before, used = self._entered, used, at.main
+            entered, used_before, used = self._entered, used, at.thread
             try:
                 apart.look(at)
             except RankError as error:

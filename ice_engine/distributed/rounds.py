@@ -24,6 +24,7 @@ import torch.distributed as dist
 from ice_engine.distributed.arrival import meet
 from ice_engine.distributed.guard import Guard
 from ice_engine.distributed.suspects import Suspects
+from ice_engine.distributed.training_thread import training_thread
 from ice_engine.distributed.watch import describe, others, watch
 from ice_engine.distributed.world import PATIENCE, OfGroup, listed, own_group, rank, world_size
 from ice_engine.errors import RankError
@@ -212,6 +213,7 @@ class Rounds:
         return [bytes(t[:n].tolist()).decode(errors="replace") for t, n in zip(gathered, lengths, strict=True)]
 
     def _gather(self, kind: Kind, values: Sequence[float], patience: datetime.timedelta | None = None) -> list[Row]:
+        training_thread.note()
         if self._left is not None:
             message = f"this rank gave up waiting for the others before, and is a round ahead of them: {self._left}"
             raise RankError(message)

@@ -1,8 +1,8 @@
 """Which rank everybody is waiting for, and where in its code it is: asked when a wait gets long or a connection breaks.
 
-A thread in every process answers for its main thread. So a rank that is dead or stopped is told from one that is slow,
-and one that waits in a collective of its own, which nobody else will ever join, is found in seconds instead of at the
-end of torch's half an hour.
+A thread in every process answers for the one that trains. So a rank that is dead or stopped is told from one that is
+slow, and one that waits in a collective of its own, which nobody else will ever join, is found in seconds instead of at
+the end of torch's half an hour.
 """
 
 import atexit
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from ice_engine.distributed.process import Process, this_process
+from ice_engine.distributed.training_thread import training_thread
 from ice_engine.distributed.world import OfGroup, rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ class Answer:
         ours: Whether it is in this package, called by the user's code, as in a backward.
         reduction: Where it waits in a reduction of the model's, if it does.
         at: When that was, by a clock of its own.
-        main: Seconds of a processor that its main thread has used so far.
-        process: The same, of all threads, some of which move data for the main one.
+        thread: Seconds of a processor that the thread has used so far, which trains.
+        process: The same, of all threads, some of which move data for that one.
     """
 
     place: str
@@ -66,15 +67,15 @@ class Answer:
     ours: bool = False
     reduction: str = ""
     at: float = dataclasses.field(default=0.0, compare=False)
-    main: float = dataclasses.field(default=0.0, compare=False)
+    thread: float = dataclasses.field(default=0.0, compare=False)
     process: float = dataclasses.field(default=0.0, compare=False)
 
     def waits_since(self, before: "Answer | None") -> bool:
         """Return whether it has waited in one and the same call since it answered *before*, for what did not come."""
         if before is None or self != before:
             return False
-        main, process, passed = self.main - before.main, self.process - before.process, self.at - before.at
-        return (main < _CALL and process < _IDLE * passed) or main > _SPINS * passed
+        thread, process, passed = self.thread - before.thread, self.process - before.process, self.at - before.at
+        return (thread < _CALL and process < _IDLE * passed) or thread > _SPINS * passed
 
 
 class Watch:
@@ -84,19 +85,20 @@ class Watch:
         store: Shared by all ranks.
 
     Attributes:
-        reduction: Where the main thread waits in a reduction of the model's; as the guard says, who looks there.
+        reduction: Where the thread that trains waits in a reduction of the model's; as the guard says.
     """
 
     def __init__(self, store: Any) -> None:
         self._store = cast("Any", dist).PrefixStore("ice_engine", store)
         # As they are now: a script that fails may destroy its process group, as idist.Parallel does, before it ends.
         self._rank, self._others = rank(), others()
+        training_thread.note()  # so far: it may wait for others before all meet
         self._done = threading.Event()
         self._processes: dict[int, Process] = {}
         self.reduction = ""
         self._failed = False
         self._store.set(f"process/{self._rank}", json.dumps(dataclasses.asdict(this_process())))
-        # Of its own, as a client that waits in the main thread would keep this one waiting.
+        # Of its own, as a client that waits in another thread would keep this one waiting.
         store = self._store.clone()
         self._thread = threading.Thread(target=self._answer, args=(store,), daemon=True, name="ice_engine.watch")
         self._thread.start()
@@ -212,18 +214,13 @@ class Watch:
 
 
 def here() -> Answer:
-    """Return where the main thread of this process is."""
-    main = cast("int", threading.main_thread().ident)
-    answer = where(sys._current_frames().get(main))  # noqa: SLF001 - no public way to it
-    return dataclasses.replace(answer, at=time.monotonic(), main=_seconds_of_main(), process=time.process_time())
-
-
-def _seconds_of_main() -> float:
-    """Return the processor time of the main thread; 0.0 where it cannot be told."""
-    main = threading.main_thread().ident
-    if main is None or not hasattr(time, "pthread_getcpuclockid"):
-        return 0.0
-    return time.clock_gettime(time.pthread_getcpuclockid(main))
+    """Return where the thread of this process is that trains."""
+    return dataclasses.replace(
+        where(training_thread.frame),
+        at=time.monotonic(),
+        thread=training_thread.seconds,
+        process=time.process_time(),
+    )
 
 
 def where(frame: FrameType | None) -> Answer:
