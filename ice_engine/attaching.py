@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from ignite.engine import Engine, Events
 
+from ice_engine.clipping import ClipAdaptive, ClipNorm, ClipValue
 from ice_engine.distributed import world
 from ice_engine.distributed.build import remove_last_param_group
 from ice_engine.distributed.gathered import fully_sharded, gather_anew, require_unsharded
@@ -143,6 +144,7 @@ class Attaching(Stepping):
             "effective_batch_size": self._window.batch,
             "tail": self._window.tail,
             "loss_reduction": self._window.reduction,
+            "clip": _said(self._clip),
             "nonfinite": self._precision.policy,
             "max_consecutive_skips": self._precision.max_consecutive_skips,
             "loss scale": self._precision.loss_scale,
@@ -315,3 +317,9 @@ class Attaching(Stepping):
                 self._discard(SPOILED)
             self._on_epoch_ended()
             self.flush()
+
+
+def _said(clip: Any) -> str:
+    """Return what ranks can tell each other of a clip, which may be a function of anybody's."""
+    ours = clip is None or isinstance(clip, ClipNorm | ClipValue | ClipAdaptive)
+    return repr(clip) if ours else name_of(clip)

@@ -336,7 +336,9 @@ def test_a_handler_of_ignite_that_stops_one_rank_stops_all(which, epoch):
 
 def _diverging(what: str) -> None:
     processors = [_by_rank] if what == "a processor" else []
-    engine, optimizer = trainer(2 if what != "accumulation_steps" else 2 + dist.get_rank(), processors=processors)
+    clip = ice.clip_norm(1.0 + dist.get_rank()) if what == "a clip" else None
+    steps = 2 if what != "accumulation_steps" else 2 + dist.get_rank()
+    engine, optimizer = trainer(steps, processors=processors, clip=clip)
     if dist.get_rank() == 0:
         if what == "a handler that changes the rate":
             engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), _raise_rate(optimizer))
@@ -375,6 +377,10 @@ def _raise_rate(optimizer: ice.Optimizer) -> Callable[[], None]:
             "accumulation_steps",
             "accumulation_steps of optimizer 'optimizer' differs between ranks: 2 on rank 0, 3 on",
             marks=SOAK,
+        ),
+        (
+            "a clip",
+            "clip of optimizer 'optimizer' differs between ranks: clip_norm(1.0) on rank 0, clip_norm(2.0) on rank 1",
         ),
         pytest.param("max_epochs", "max_epochs differs between ranks: 1 on rank 0, 2 on rank 1", marks=SOAK),
         # Where DDP would agree on its buckets: after the first step, before the next forward.
