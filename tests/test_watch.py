@@ -1,9 +1,11 @@
 """Whether a rank that is in a collective gets on there: by what its processors did since it was asked before."""
 
 import dataclasses
+import threading
 
 import pytest
 
+from ice_engine.distributed.training_thread import training_thread
 from ice_engine.distributed.watch import Answer, here
 
 AT = Answer("train.py:12 in evaluate", "barrier", at=100.0, thread=7.0, process=9.0)
@@ -33,3 +35,25 @@ def test_processor_time_of_the_thread_that_trains_is_told():
 
     assert here().at > before.at
     assert here().process - before.process >= 0.01
+
+
+def test_who_asks_is_told_of_the_thread_that_trains_until_it_ends_and_then_of_the_main_one():
+    noted, over = threading.Event(), threading.Event()
+
+    def train():
+        training_thread.note()
+        while here().thread < 0.01:
+            sum(range(10_000))
+        noted.set()
+        over.wait()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    noted.wait()
+    while_it_trains = here()
+    over.set()
+    thread.join()
+
+    assert while_it_trains.place.startswith("threading.py:")  # where it waits, called by train()
+    assert while_it_trains.thread >= 0.01
+    assert here().place.startswith("test_watch.py:")
