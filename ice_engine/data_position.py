@@ -1,14 +1,15 @@
 """Where a run is in its data, and how another process gets there.
 
-An iterator over data is what the random generators were when it was made, and how many batches were taken from it
-since. So both are kept, and a resumed run makes the iterator anew under the same generators and passes over as many.
+An iterator over data is what the random generators were when it was made and when its first batch was asked for, which
+is when samplers draw, and how many batches were taken from it since. So all are kept, and a resumed run makes the
+iterator anew under the same generators and passes over as many.
 Where a batch costs nothing to pass over, because it is drawn by a sampler and loaded in this process, it is not loaded.
 With worker processes, whose own generators move with what they load, all are: the workers are ahead of training anyway.
 """
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ class TrackedData:
         self.data: Any = data
         self.taken = 0
         self.over = False
-        self._began: dict[str, Any] | None = None
-        self._own_began: list[torch.Tensor] = []
+        self._began: dict[str, Any] | None = None  # the moment when the iterator was made
+        self._first: dict[str, Any] | None = None  # that of its first batch, if anything was drawn in between
         self._go_on: tuple[dict[str, Any], Callable[[], None]] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -54,7 +55,8 @@ class TrackedData:
         position = {"taken": self.taken, "length": whole, "over": self.over or self.taken == whole, "loader": None}
         if _has_state(self.data) and self._began is not None:
             return {**position, "loader": self.data.state_dict(), "random": None}
-        return {**position, "random": self._began, "own": self._own_began, "own_now": _own_states(self.data)}
+        began = self._began or {"random": None}
+        return {**position, **began, "first": self._first, "own_now": _own_states(self.data)}
 
     def go_on(self, position: dict[str, Any], then: Callable[[], None]) -> None:
         """Let the next iterator begin at *position*, and call *then* when it is there; generators stay as they are."""
@@ -71,10 +73,15 @@ class TrackedData:
         return iterator
 
     def _begin(self) -> Iterator[Any]:
-        self._began, self._own_began = random_state.capture(), _own_states(self.data)
+        self._began, self._first = _moment(self.data), None
         # A generator goes on where it was, whoever asks for its iterator.
         self.taken, self.over = self.taken if isinstance(self.data, Iterator) else 0, False
-        return _Counting(self, iter(self.data))
+        return _Counting(self, iter(self.data), _moment(self.data))
+
+    def begin_first(self, made: dict[str, Any]) -> None:
+        """Note what was drawn since the iterator was *made*, as its first batch is asked for."""
+        now = _moment(self.data)
+        self._first = None if _is_same(made, now) else now
 
     def _begin_at(self, position: dict[str, Any]) -> Iterator[Any]:
         if position["loader"] is not None:
@@ -90,12 +97,12 @@ class TrackedData:
             _restore_own(self.data, position.get("own_now", ()))
             return iter(())  # what asks for more makes a new iterator, as it would have done
         else:
-            if position["random"] is not None:
-                random_state.restore(position["random"])
-            _restore_own(self.data, position.get("own", ()))
+            epochs = _epochs(self.data)
+            _restore(self.data, position)
             iterator = self._begin()
+            _restore(self.data, position.get("first") or {})
             _pass_over(self.data, iterator, position["taken"])
-            _restore_own(self.data, position.get("own_now", ()))
+            _restore(self.data, {"own": position.get("own_now", ()), "epochs": epochs})
         self.taken = position["taken"]
         return iterator
 
@@ -103,14 +110,16 @@ class TrackedData:
 class _Counting:
     """An iterator that tells how far it got."""
 
-    def __init__(self, owner: TrackedData, batches: Iterator[Any]) -> None:
+    def __init__(self, owner: TrackedData, batches: Iterator[Any], made: dict[str, Any]) -> None:
         self._owner = owner
+        self._made: dict[str, Any] | None = made
         self.batches = batches
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
+        self.begin()
         try:
             batch = next(self.batches)
         except StopIteration:
@@ -119,9 +128,17 @@ class _Counting:
         self._owner.taken += 1
         return batch
 
+    def begin(self) -> None:
+        """Let the owner know that a batch is asked for, if it is the first one."""
+        if self._made is not None:
+            self._owner.begin_first(self._made)
+            self._made = None
+
 
 def _pass_over(data: Any, iterator: Any, count: int) -> None:
     batches = iterator.batches
+    if count:
+        iterator.begin()
     logger.info("passing over the %d batches that were trained on already", count)
     # Of a loader, which data may be or wrap: its sampler draws them; loading them changes no generator that matters.
     if isinstance(batches, _SingleProcessDataLoaderIter) and not isinstance(batches._dataset, IterableDataset):  # noqa: SLF001 - not public
@@ -140,11 +157,50 @@ def _pass_over(data: Any, iterator: Any, count: int) -> None:
         )
 
 
+def _moment(data: Any) -> dict[str, Any]:
+    """Return all that decides what an iterator over *data* draws now."""
+    return {"random": random_state.capture(), "own": _own_states(data), "epochs": _epochs(data)}
+
+
+def _restore(data: Any, moment: Mapping[str, Any]) -> None:
+    if moment.get("random") is not None:
+        random_state.restore(moment["random"])
+    _restore_own(data, moment.get("own", ()))
+    for owner, epoch in zip(_counting_epochs(data), moment.get("epochs", ()), strict=False):
+        owner.set_epoch(epoch)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_is_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return all(map(_is_same, one, other))
+    return bool(one == other)
+
+
+def _owners(data: Any) -> list[Any]:
+    """Return a loader and its samplers."""
+    batch_sampler = getattr(data, "batch_sampler", None)
+    return [data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+
+
+def _counting_epochs(data: Any) -> list[Any]:
+    """Return what is told its epoch, such as a ``DistributedSampler``; an iterator may be of an earlier one."""
+    found = {id(owner): owner for owner in (*_owners(data), getattr(data, "dataset", None))}.values()
+    return [o for o in found if callable(getattr(o, "set_epoch", None)) and isinstance(getattr(o, "epoch", None), int)]
+
+
+def _epochs(data: Any) -> list[int]:
+    return [owner.epoch for owner in _counting_epochs(data)]
+
+
 def _own_generators(data: Any) -> list[torch.Generator]:
     """Return the generators that a loader and its samplers were given, in place of torch's global one."""
-    batch_sampler = getattr(data, "batch_sampler", None)
-    owners = data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
-    found = (getattr(owner, "generator", None) for owner in owners)
+    found = (getattr(owner, "generator", None) for owner in _owners(data))
     return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
 
 

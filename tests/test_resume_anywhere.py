@@ -9,7 +9,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping, EMAHandler, PiecewiseLinear
 from ignite.metrics import Accuracy, ConfusionMatrix, EpochMetric, Fbeta, Precision, RunningAverage
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, WeightedRandomSampler
 
 import ice_engine as ice
 from ice_engine import checkpoint_file
@@ -82,6 +82,56 @@ def test_epochs_that_are_no_passes(tmp_path, run, at):
     whole = Training(tmp_path / "whole").train(**run)
     _, second, began = resumed(tmp_path, at + (at % run["epoch_length"] == 0), run=run)
     assert_same_run(whole, second, began)
+
+
+class ToldItsEpoch(Sampler):
+    """What a ``DistributedSampler`` is to one process."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 26
+
+    def __iter__(self):
+        yield from torch.randperm(26, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+
+
+def told_its_epoch(training):
+    sampler = training.data.sampler
+    training.trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: sampler.set_epoch(engine.state.epoch))
+
+
+@pytest.mark.parametrize("at", [4, 6, 11])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("run", [{"epoch_length": 5, "max_epochs": 4}, {"epoch_length": 10, "max_epochs": 2}])
+def test_epochs_that_are_no_passes_of_a_sampler_that_is_told_its_epoch(tmp_path, run, workers, at):
+    def made(folder):
+        data = DataLoader(Noisy(), 4, sampler=ToldItsEpoch(), num_workers=workers)
+        return Training(folder, data=data, also=told_its_epoch)
+
+    whole = made(tmp_path / "whole").train(**run)
+    with pytest.raises(Stops):
+        made(tmp_path / "run").train(until=at, **run)
+    second = made(tmp_path / "run")
+    second.checkpoint.resume(second.trainer)
+    second.train(**run)
+    assert_same_run(whole, second, at)
+
+
+@pytest.mark.parametrize("at", [3, 6, 9])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_generators_that_somebody_draws_from_between_an_iterator_and_its_first_batch(tmp_path, workers, at):
+    def draws(training):
+        # An epoch that is cut has its successor's iterator at once, before the handlers of its end.
+        training.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), training.trainer.terminate_epoch)
+        training.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: torch.rand(()))
+        training.trainer.add_event_handler(Events.GET_BATCH_STARTED, lambda: torch.rand(()))
+
+    whole = Training(tmp_path / "whole", also=draws, workers=workers).train()
+    assert_same_run(whole, *resumed(tmp_path, at, also=draws, workers=workers)[1:])
 
 
 @pytest.mark.parametrize("at", [4, 8, 12])
