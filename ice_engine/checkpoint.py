@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -217,9 +218,17 @@ class Checkpoint(IgniteCheckpoint):
     @property
     def last_checkpoint(self) -> str | Path | None:
         """The file with the highest priority; waits for one that is being written."""
+        self._finish()
+        return super().last_checkpoint
+
+    def state_dict(self) -> "OrderedDict[str, Any]":
+        """Return which files there are, for another one's ``to_save``; waits for one that is being written."""
+        self._finish()
+        return super().state_dict()
+
+    def _finish(self) -> None:
         self._times.take_wanted()
         self._under_way.finish()
-        return super().last_checkpoint
 
     def _on_event(self, engine: Engine, clock: str = "iteration") -> None:
         if self._folder is None:

@@ -282,6 +282,26 @@ def test_best_scores_survive_a_resumed_run(tmp_path):
     assert names(tmp_path) == ["checkpoint_0.7000.pt", "checkpoint_0.9000.pt"]
 
 
+def test_the_best_scores_that_another_checkpoint_saves_survive_too(tmp_path):
+    def run():
+        made = Run(tmp_path / "unused")
+        best = ice.Checkpoint(
+            {"model": made.model}, tmp_path, "best", score_function=lambda engine: -engine.state.output, n_saved=2
+        )
+        latest = ice.Checkpoint({**made.to_save, "best": best}, tmp_path)
+        best.attach(made.trainer, Events.ITERATION_COMPLETED)
+        latest.attach(made.trainer, Events.ITERATION_COMPLETED)
+        return made, best, latest
+
+    made, best, latest = run()
+    made.train(max_epochs=1)
+    again, resumed, newest = run()
+    assert newest.resume(again.trainer) == latest.last_checkpoint
+    assert resumed.state_dict() == best.state_dict()
+    again.train(max_epochs=2)
+    assert len(list(tmp_path.glob("best_*.pt"))) == 2
+
+
 def test_include_self_keeps_its_own_list(tmp_path):
     for epochs in (1, 2):
         run = Run(tmp_path, n_saved=1, include_self=True)
