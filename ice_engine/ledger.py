@@ -138,7 +138,7 @@ class _LedgerFile:
                 message = f"{self._path} is no ledger: it ends with {content[whole : whole + 20]!r}; give another path"
                 raise LedgerError(message)
             end = _end(content, whole, clocks, self._path)
-        if end == whole or any(counts["attempt"] for counts in clocks.values()):
+        if end == whole or any(counts["attempt"] or counts["iteration"] for counts in clocks.values()):
             os.truncate(self._path, end)
             return
         numbered = (self._path.with_suffix(f".{i}{self._path.suffix}") for i in itertools.count(1))

@@ -18,7 +18,14 @@ from ignite.engine import Engine, Events
 from ignite.handlers.checkpoint import CheckpointEvents
 
 import ice_engine as ice
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError, LedgerError, WriteError
+from ice_engine.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    AttachError,
+    IceEngineWarning,
+    LedgerError,
+    WriteError,
+)
 from ice_engine.ledger import read
 from tests.single_weight import parts
 
@@ -199,6 +206,27 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path, tail):
         (5, 50.0),
     ]
     assert [file.name for file in tmp_path.iterdir()] == ["ledger.jsonl"]
+
+
+def test_a_run_resumed_inside_of_its_first_window_goes_on_in_its_file(tmp_path):
+    def evaluating():
+        engine, optimizer = parts(accumulation_steps=3)
+        evaluator = Engine(lambda engine, batch: None)
+        ice.Ledger(path).attach(engine, optimizer, evaluators={"validation": evaluator})
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: evaluator.run([0]))
+        return engine, ice.Checkpoint({"trainer": engine, "optimizer": optimizer}, tmp_path / "saved")
+
+    path = tmp_path / "ledger.jsonl"
+    engine, checkpoint = evaluating()
+    checkpoint.attach(engine, Events.ITERATION_COMPLETED(once=2))
+    engine.run([1.0] * 4)
+    whole = [(row["source"], row["iteration"]) for row in read(path)]
+    engine, checkpoint = evaluating()
+    with pytest.warns(IceEngineWarning, match="not the parameters it trains"):
+        checkpoint.resume(engine)
+    engine.run([1.0] * 4)
+    assert [(row["source"], row["iteration"]) for row in read(path)] == whole
+    assert not list(tmp_path.glob("ledger.*.jsonl"))
 
 
 def test_a_run_that_is_made_longer_goes_on_in_its_file(tmp_path):
