@@ -12,7 +12,7 @@ from ice_engine.arguments import at_least
 from ice_engine.ledger import lines
 
 # What differs from run to run though they compute the same.
-_NOT_COMPARED = re.compile(r"time|memory/.*|.*/time/.*|.*/items_per_second")
+_NOT_COMPARED = re.compile(r"time|evaluation|memory/.*|.*/time/.*|.*/items_per_second")
 _SHOWN = 20  # differences of one line
 
 

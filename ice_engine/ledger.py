@@ -1,12 +1,13 @@
 """A run as JSON lines: what TensorBoard shows, for programs."""
 
+import functools
 import itertools
 import json
 import logging
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ class Ledger(Recording):
     """Writes a run as JSON lines, one for each step, skipped step and evaluation.
 
     A line has the ``time`` in seconds since 1970, its ``source``, which is the name of the optimizer or evaluator, the
-    ``step`` and ``iteration``, for an optimizer also ``attempt``, ``epoch`` and ``micro_batches``, and the rows of
-    :mod:`ice_engine.rows` under their tags. ``pandas.read_json(path, lines=True)`` is a table of it.
+    ``step`` and ``iteration``, for an optimizer also ``attempt``, ``epoch`` and ``micro_batches``, for an evaluator the
+    number of its ``evaluation``, and the rows of :mod:`ice_engine.rows` under their tags.
+    ``pandas.read_json(path, lines=True)`` is a table of it.
 
     The training thread only notes what happened; another one writes it, five times a second and at the end of each
     epoch and of the run, also when that ends with an exception. What cannot be written raises at the next step. Of a
@@ -124,20 +126,21 @@ class _LedgerFile:
         self._path = path
         self._file: Any = None
 
-    def begin(self, clocks: Clocks) -> None:
+    def begin(self, clocks: Clocks, evaluations: Mapping[str, int]) -> None:
         self.close()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists() and self._path.stat().st_size:
-            self._take_back(clocks)
+            self._take_back(clocks, evaluations)
         self._file = AppendedFile(self._path)
 
-    def _take_back(self, clocks: Clocks) -> None:
+    def _take_back(self, clocks: Clocks, evaluations: Mapping[str, int]) -> None:
         with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             whole = content.rfind(b"\n") + 1
             if content[whole : whole + 1] not in {b"", b"{"}:
                 message = f"{self._path} is no ledger: it ends with {content[whole : whole + 20]!r}; give another path"
                 raise LedgerError(message)
-            end = _end(content, whole, clocks, self._path)
+            beyond = functools.partial(_is_beyond, clocks=clocks, evaluations=evaluations)
+            end = _end(content, whole, beyond, self._path)
         if end == whole or any(counts["attempt"] or counts["iteration"] for counts in clocks.values()):
             os.truncate(self._path, end)
             return
@@ -161,21 +164,23 @@ class _LedgerFile:
             self._file = None
 
 
-def _end(content: mmap.mmap, whole: int, clocks: Clocks, path: Path) -> int:
-    """Return where the lines end that a run at *clocks* goes on from; those after it are all at the end."""
+def _end(content: mmap.mmap, whole: int, is_beyond: Callable[[dict[str, Any]], bool], path: Path) -> int:
+    """Return where the lines end that a run goes on from; those beyond it are all at the end."""
     end = whole
     while end:
         begin = content.rfind(b"\n", 0, end - 1) + 1
-        if not _is_beyond(_parsed(content[begin:end], f"{path}, at byte {begin},"), clocks):
+        if not is_beyond(_parsed(content[begin:end], f"{path}, at byte {begin},")):
             break
         end = begin
     return end
 
 
-def _is_beyond(row: Mapping[str, Any], clocks: Clocks) -> bool:
+def _is_beyond(row: Mapping[str, Any], clocks: Clocks, evaluations: Mapping[str, int]) -> bool:
     of_source = clocks.get(row["source"])
     if of_source is not None and "attempt" in row:  # else it is an evaluator's, which had that name then
         return bool(row["attempt"] > of_source["attempt"])
+    if "evaluation" in row and row["source"] in evaluations:
+        return bool(row["evaluation"] > evaluations[row["source"]])
     first = next(iter(clocks.values()))
     return bool(row["step"] > first["step"] or row.get("iteration", 0) > first["iteration"])
 

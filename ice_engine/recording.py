@@ -14,6 +14,7 @@ from ice_engine.background import Background, File
 from ice_engine.distributed import world
 from ice_engine.endings import when_left
 from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError, IceEngineError
+from ice_engine.evaluations import Evaluations
 from ice_engine.events import StepRecord, is_running
 from ice_engine.hooks import HookRegistry
 from ice_engine.memory import memory_rows
@@ -32,8 +33,11 @@ _MEMORY_PERIOD = 0.2  # seconds for which a reading holds; on a GPU it takes as 
 class RowFile(File, Protocol):
     """Where rows go; all of it is called by one thread."""
 
-    def begin(self, clocks: Clocks) -> None:
-        """Open it where a run at *clocks* goes on: what it has beyond them is taken back."""
+    def begin(self, clocks: Clocks, evaluations: Mapping[str, int]) -> None:
+        """Open it where a run at *clocks* goes on: what it has beyond them is taken back.
+
+        Of an evaluator, what is beyond its *evaluations*, if they are known.
+        """
 
     def write(self, line: Line) -> None:
         """Add the rows of one moment."""
@@ -52,6 +56,7 @@ class Recording:
         self._place = place
         self._background = Background(file, f"{what} {place}")
         self._optimizers: tuple[Optimizer, ...] = ()
+        self._evaluations = Evaluations()
         self._begun: bool = False
         self._devices: set[torch.device] = set()
         # After an exception, and when the interpreter exits: what was put until then is still written.
@@ -71,6 +76,7 @@ class Recording:
         count("every", every, 1)
         hooks = HookRegistry(engine)
         found = _check_evaluators(evaluators)
+        counts = of_engine(engine, Evaluations)
         self._check_optimizers(engine, optimizers, found)
         boundaries = Events.EPOCH_COMPLETED | Events.COMPLETED | Events.TERMINATE | Events.INTERRUPT
         wanted: list[tuple[HookRegistry, Any, Callable[..., None], str, int]] = [
@@ -85,6 +91,7 @@ class Recording:
                 (hooks, skipped, note, f"{optimizer.name}.skip", 0),
             ]
         for name, evaluator in found.items():
+            counts.setdefault(f"{self._kind}.{name}", 0)
             wanted.append((HookRegistry(evaluator), Events.COMPLETED, self._metrics_noter(name), name, 90))
         if world.rank() == 0:
             self._add(wanted)
@@ -93,7 +100,7 @@ class Recording:
             for name, evaluator in found.items():
                 summary(engine).follow(name, evaluator, optimizers[0])
         of_engine(engine, Recordings).append(self)
-        self._optimizers = optimizers
+        self._optimizers, self._evaluations = optimizers, counts
         for optimizer in optimizers:
             optimizer.measure("grad_norm", "times")  # on every rank: a norm may be that of all
         if is_running(engine) and world.rank() == 0:
@@ -137,7 +144,9 @@ class Recording:
         self._begun = True
         self._devices = streamed(p for o in self._optimizers for group in o.param_groups for p in group["params"])
         self._background.start()
-        self._background.put((self._file.begin, self._clocks))
+        own = f"{self._kind}."
+        counts = {key.removeprefix(own): count for key, count in self._evaluations.items() if key.startswith(own)}
+        self._background.put((self._file.begin, self._clocks, counts if self._evaluations.known else {}))
 
     def _on_started(self, engine: Engine) -> None:
         self._begin()
@@ -167,19 +176,22 @@ class Recording:
         return note
 
     def _metrics_noter(self, name: str) -> Callable[[Engine], None]:
-        file = self._file
+        file, key = self._file, f"{self._kind}.{name}"
 
-        def write(now: float, clocks: dict[str, int], metrics: dict[str, Any], marks: list[Any]) -> None:
+        def write(now: float, step: int, clocks: dict[str, int | None], metrics: dict[str, Any], marks: Any) -> None:
             wait(marks)
-            # An evaluation in the middle of a window is after a checkpoint of the same step, or before.
-            file.write(Line(now, name, clocks["step"], {"iteration": clocks["iteration"]}, metric_rows(name, metrics)))
+            file.write(Line(now, name, step, clocks, metric_rows(name, metrics)))
 
         def note(evaluator: Engine) -> None:
             if not self._begun:
                 self._begin()  # a first evaluation may come before the run
             metrics = kept_metrics(evaluator.state.metrics)
             marks = mark(self._devices)
-            self._background.put((write, time.time(), self._optimizers[0].clocks, metrics, marks))
+            clocks = self._optimizers[0].clocks
+            # One in the middle of a window, or at the end of its epoch, is after a checkpoint of the step, or before.
+            self._evaluations[key] += 1
+            others = {"iteration": clocks["iteration"], "evaluation": self._evaluations[key]}
+            self._background.put((write, time.time(), clocks["step"], others, metrics, marks))
 
         return note
 

@@ -46,7 +46,8 @@ class Line:
         time: Seconds since 1970.
         source: The optimizer or evaluator that they are of.
         step: Where they stand: the optimizer's step; for an evaluator, that of the trainer's first optimizer.
-        clocks: Others: ``iteration``; of an optimizer also ``attempt``, ``epoch`` and ``micro_batches``.
+        clocks: Others: ``iteration``; of an optimizer also ``attempt``, ``epoch`` and ``micro_batches``; of an
+            evaluator ``evaluation``.
         rows: Values by tag.
     """
 

@@ -13,6 +13,7 @@ from ice_engine.data_position import TrackedData, length, of_whose_data, shared_
 from ice_engine.distributed import world
 from ice_engine.empty_epoch import EmptyEpoch
 from ice_engine.errors import CheckpointError, warn
+from ice_engine.evaluations import Evaluations
 from ice_engine.hooks import HookRegistry
 from ice_engine.of_engine import of_engine, optimizers_of
 from ice_engine.orders import BEFORE, FIRST, LAST
@@ -31,6 +32,7 @@ _KINDS: dict[str, Any] = {
     "metrics": dict,
     "counted": dict,
     "places": int | None,
+    "evaluations": dict | None,
 }
 
 
@@ -88,6 +90,7 @@ class RunPosition:
             "metrics": {name: value for name, value in state.metrics.items() if _is_plain(value)},
             "counted": {optimizer.name: optimizer.clocks["iteration"] for optimizer in optimizers_of(self._engine)},
             "places": self._places_now(),
+            "evaluations": dict(of_engine(self._engine, Evaluations)),
         }
 
     def _places_now(self) -> int:
@@ -134,6 +137,7 @@ class RunPosition:
         if state["in_epoch"] and self._engine._is_done(self._engine.state):  # noqa: SLF001 - no public way to it
             self._engine.state.epoch_length = None  # else Ignite would start over; the run's beginning gives it back
         self._engine.state.metrics.update(state["metrics"])
+        of_engine(self._engine, Evaluations).load(state["evaluations"])
         self._resumed, self._reload = state, reload
 
     def _on_starting(self, engine: Engine) -> None:
@@ -242,7 +246,7 @@ def positions(saved: Any, engine: Any) -> list[dict[str, Any]]:
         CheckpointError: If a run cannot be there.
     """
     try:
-        common = {"through": False, "counted": {}, "places": None} | {
+        common = {"through": False, "counted": {}, "places": None, "evaluations": None} | {
             key: engine[key] for key in ("iteration", "epoch_length")
         }
         states = [{**common, **state} for state in saved["positions"]]

@@ -187,7 +187,7 @@ class _Board:
         self._metrics: dict[str, None] = {}
         self._reasons: tuple[str, int, str] = ("", 0, "")
 
-    def begin(self, clocks: Clocks) -> None:
+    def begin(self, clocks: Clocks, _: Mapping[str, int]) -> None:
         self._step = max(counts["step"] for counts in clocks.values())
         self._optimizers = clocks.keys()
         if self._target is None:

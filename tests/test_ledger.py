@@ -28,6 +28,7 @@ from ice_engine.errors import (
 )
 from ice_engine.ledger import read
 from tests.single_weight import parts
+from tests.unsized import Unsized
 
 
 def test_a_step_is_a_line_with_its_clocks_and_rows(tmp_path):
@@ -139,6 +140,7 @@ def test_an_evaluation_is_a_line_too(tmp_path):
         "source": "validation",
         "step": 0,
         "iteration": 0,
+        "evaluation": 1,
         "validation/accuracy": 0.5,
         "validation/recall.0": 0.25,
         "validation/recall.1": 0.5,
@@ -227,6 +229,36 @@ def test_a_run_resumed_inside_of_its_first_window_goes_on_in_its_file(tmp_path):
     engine.run([1.0] * 4)
     assert [(row["source"], row["iteration"]) for row in read(path)] == whole
     assert not list(tmp_path.glob("ledger.*.jsonl"))
+
+
+@pytest.mark.parametrize("event", [Events.EPOCH_COMPLETED, Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED])
+def test_an_evaluation_after_the_checkpoint_of_its_iteration_is_one_line(tmp_path, event):
+    def evaluating(folder):
+        engine, optimizer = parts()
+        evaluator = Engine(lambda engine, batch: None)
+        ice.Ledger(folder / "ledger.jsonl").attach(engine, optimizer, evaluators={"validation": evaluator})
+        engine.add_event_handler(event, lambda: evaluator.run([0]))
+        return engine, ice.Checkpoint({"trainer": engine, "optimizer": optimizer}, folder / "saved")
+
+    def stop():
+        raise KeyboardInterrupt
+
+    whole, _ = evaluating(tmp_path / "whole")
+    whole.run(Unsized([1.0] * 3), max_epochs=2)
+    first, checkpoint = evaluating(tmp_path)
+    checkpoint.attach(first, Events.ITERATION_COMPLETED)
+    first.add_event_handler(Events.EPOCH_COMPLETED, stop)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(Unsized([1.0] * 3), max_epochs=2)
+    second, checkpoint = evaluating(tmp_path)
+    with pytest.warns(IceEngineWarning, match="not the parameters it trains"):
+        assert checkpoint.resume(second).name == "checkpoint_3.pt"  # nobody knows yet that the epoch is at its end
+    second.run(Unsized([1.0] * 3), max_epochs=2)
+    expected, found = (
+        [(row["source"], row["iteration"], row.get("evaluation")) for row in read(folder / "ledger.jsonl")]
+        for folder in (tmp_path / "whole", tmp_path)
+    )
+    assert found == expected
 
 
 def test_a_run_that_is_made_longer_goes_on_in_its_file(tmp_path):
