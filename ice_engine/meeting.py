@@ -171,8 +171,7 @@ class Meeting:
         return rows
 
     def _take_part(self, sync: Synchroniser) -> None:
-        """Do without a loss what the others do with one: send buffers, tell the unit of a first loss, reduce."""
-        sync.follow_forward()
+        """Do without a loss what the others do with one: tell the unit of a first loss, reduce."""
         for member in self._expected:
             while member.sync is sync and not member.met:
                 rows = self._tell_unit(member, 0.0)
@@ -218,7 +217,6 @@ class Meeting:
         """Take part in the reductions of several models that this rank has had no backward for."""
         waiting = {self._syncs().index(sync) for sync in self._waiting()} - self._joined
         while waiting:
-            self._syncs()[min(waiting)].follow_forward()
             rows = self._rounds.exchange(Kind.AGAIN, [_NONE], "the end of a micro-batch that reduces")
             if not self._take_unit(rows):
                 chosen = min(_said(rows) or waiting)  # where no rank has a loss, what was accumulated is reduced
@@ -290,6 +288,7 @@ class Meeting:
             member.sync.complete(member.parameters())
         else:
             member.sync.reduce(member.parameters())
+        member.sync.send_buffers()
         member.close()
         self._rounds.guard.leave()
 

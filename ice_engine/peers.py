@@ -101,11 +101,10 @@ class Peers(Meeting):
             raise gone from error
 
     def _release(self) -> None:
-        """Let the other ranks go on that wait for this one in a forward or a reduction, up to a round."""
+        """Let the other ranks go on that wait for this one in a reduction, up to a round."""
         if self._several:
             return  # they come to a round before they reduce
         for sync in self._waiting():
-            sync.follow_forward()
             if not all(m.met for m in self._expected if m.sync is sync):
                 return  # they come to one with their first loss
             sync.take_part()

@@ -28,7 +28,6 @@ class DDPSync(Synchroniser):
         # fewer losses would be waited for.
         self.always = self.together = bool(self.model.static_graph)
         self._used = self._settled = False
-        self._unsent: object = None
         self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
         self._sparse = {id(table) for _, table in sparse_tables(model)}
         logged: Any = self.model._get_ddp_logging_data  # noqa: SLF001 - no public way to it
@@ -43,40 +42,41 @@ class DDPSync(Synchroniser):
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
         self.model.require_backward_grad_sync = self.reduces = last or self.always
-        self._used, self._unsent = False, self.model.modules_buffers
-        # DDP sends buffers in the first forward after a reduction, when perhaps not every rank has data: here it is in
-        # the forward of the reduction itself.
-        # 1 is True to DDP, whose forward puts True.
-        self.model.require_forward_param_sync = int(last)
+        self._used = False
+        # DDP sends buffers in the first forward after a reduction, which may be one that not every rank has.
+        # 0 is False to DDP, whose forward puts True or False.
+        self.model.require_forward_param_sync = 0
 
     @property
     def is_bypassed(self) -> bool:
-        """Whether no forward that is to be differentiated has gone through DDP since it is to reduce."""
+        """Whether no forward has gone through DDP since it is to reduce."""
         model = self.model
         # Of these two, which have no public names, its forward notes nothing.
         if self._used or model._use_python_reducer or model._delay_all_reduce_all_params:  # noqa: SLF001 - as said
             return False
-        return self.model.require_forward_param_sync is not True
+        return not isinstance(model.require_forward_param_sync, bool)
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
         if self.reduces:
             self.meet(not self._used)
-            if self._used:
+            # The last forward may have been one without grad, after the loss or before a loss that goes past DDP.
+            if self._used or self.model.require_forward_param_sync is False:
                 self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
         self._used = True
-
-    def follow_forward(self) -> None:
-        """Take part in sending buffers, which DDP's forward does first, if this rank has come to none."""
-        # It makes this list anew when it sends, and says so nowhere else if the module's own forward raises.
-        if self.model.modules_buffers is self._unsent and self.model.will_sync_module_buffers():
-            self.model._sync_buffers()  # noqa: SLF001 - no public way to it
 
     def take_part(self, loss: torch.Tensor | None = None, *, retain_graph: bool = False) -> None:  # noqa: ARG002 - needs none
         """Take part with zeros in the reduction that the other ranks' backward makes."""
         self._differentiate_zeros([p for p in self.model.module.parameters() if p.requires_grad])
         self.after_backward()
         self._used = True
+
+    def send_buffers(self) -> None:
+        """Let buffers be those of rank 0, as they are to DDP."""
+        self.model.require_forward_param_sync = 1
+        if self.model.will_sync_module_buffers():
+            self.model._sync_buffers()  # noqa: SLF001 - no public way to it
+        self.model.require_forward_param_sync = 0
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
         """Average gradients that no backward has reduced."""

@@ -64,8 +64,8 @@ class Synchroniser:
     def after_backward(self) -> None:
         """Do, where all ranks are, what would need them all at the next forward."""
 
-    def follow_forward(self) -> None:
-        """Take part in what the other ranks' forward sends, if none of this rank has."""
+    def send_buffers(self) -> None:
+        """Let the model's buffers be the same on all ranks, if it does so at all."""
 
     def take_part(self, loss: torch.Tensor | None = None, *, retain_graph: bool = False) -> None:
         """Take part with zeros in the reduction that the other ranks' backward makes, by one of *loss* if need be."""

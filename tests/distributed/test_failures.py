@@ -441,6 +441,7 @@ FORWARDS: dict[str, Callable[[Any], Any]] = {
     "past DDP": lambda ddp: ddp.module,
     "DDP.forward": lambda ddp: ddp.forward,
     "after an evaluation": _evaluated,
+    "past DDP, after an evaluation": lambda ddp: _evaluated(ddp).module,
 }
 
 

@@ -1,5 +1,6 @@
 """What DDP leaves to its user, and would hang on, part the ranks or refuse: two ranks, beside one big batch."""
 
+import contextlib
 import functools
 import itertools
 from typing import Any
@@ -301,3 +302,89 @@ def _models_of_their_own(kind: str) -> list[list[float]]:
 def test_a_model_on_some_ranks_is_averaged_over_these(kind):
     for ours, plain in launch(_models_of_their_own, 4, kind):
         assert ours == pytest.approx(plain, rel=1e-12)
+
+
+def normed() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 1)).double()
+
+
+def validated(model: torch.nn.Module) -> list[float]:
+    model.eval()
+    with torch.no_grad():
+        outputs = model(torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).view(3, 4))
+    model.train()
+    return outputs.flatten().tolist()
+
+
+def _validated_by_hand(size: int) -> list[list[float]]:
+    model, told = DistributedDataParallel(normed()), []
+    inner = sgd(model)
+    for i, (x, y) in enumerate(batches(dist.get_rank(), [[4] * 8])):
+        with contextlib.nullcontext() if i % size == size - 1 else model.no_sync():
+            (torch.nn.functional.mse_loss(model(x), y) / size).backward()
+        if i % size == size - 1:
+            inner.step()
+            inner.zero_grad()
+        if i % 4 == 3:
+            told.append(validated(model))
+    return told
+
+
+def _validated(size: int) -> list[list[float]]:
+    model, told = DistributedDataParallel(normed()), []
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=size)
+    engine = ice.create_trainer(model, optimizer, torch.nn.functional.mse_loss)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: told.append(validated(model)))
+    data = batches(dist.get_rank(), [[4] * 8])
+    engine.run(itertools.chain(data), max_epochs=2, epoch_length=4)
+    return told
+
+
+def test_validation_has_the_batch_statistics_of_rank_0_as_under_plain_ddp():
+    # What is saved, and by DDP's own forward what each rank would evaluate with.
+    for size in (1, 2):
+        by_hand, found = launch(_validated_by_hand, 2, size), launch(_validated, 2, size)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(by_hand), rtol=1e-12, atol=1e-12)
+        assert found[0] == found[1]
+
+
+def _validated_on_one_rank() -> int:
+    model = DistributedDataParallel(normed())
+    optimizer = ice.Optimizer(sgd(model))
+    engine = ice.create_trainer(model, optimizer, torch.nn.functional.mse_loss)
+    if dist.get_rank() == 0:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: validated(model) and None)
+    engine.run(batches(dist.get_rank(), [[4] * 8]))
+    if dist.get_rank() == 0:
+        validated(model)
+    return optimizer.clocks["step"]
+
+
+def test_one_rank_may_validate_alone():
+    assert launch(_validated_on_one_rank, 2, timeout=30) == [8, 8]
+
+
+def _looked_at(**ddp: Any) -> list[list[float]]:
+    net = network()
+    model = DistributedDataParallel(net, **ddp)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
+
+    def step(_: Engine, batch: Any) -> None:
+        loss = torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        with torch.no_grad():
+            model(batch[0])
+        optimizer.backward(loss, weight=len(batch[0]))
+
+    engine = Engine(step)
+    optimizer.attach(engine, model=model)
+    engine.run(batches(dist.get_rank(), RAGGED), max_epochs=1)
+    return [p.flatten().tolist() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("ddp", [{}, {"find_unused_parameters": True}, {"static_graph": True}])
+def test_a_forward_without_grad_may_come_between_a_loss_and_its_backward(ddp):
+    first, second = launch(functools.partial(_looked_at, **ddp), 2)
+    assert first == second
+    windows = [[batches(rank, RAGGED)[i + j] for rank in range(2) for j in range(2)] for i in range(0, 8, 2)]
+    torch.testing.assert_close(flat(first), flat(plain_loop(windows)), rtol=1e-12, atol=1e-12)
