@@ -239,7 +239,7 @@ class Accumulating(Scheduling):
             message = (
                 f"{what} of optimizer {self._name!r} in a handler of its own events, while its window is closed: its "
                 "gradients would enter this step or be cleared after it; call it in train_step, or in a handler of "
-                "ITERATION_COMPLETED"
+                "ITERATION_COMPLETED, with update() after a backward()"
             )
             raise BackwardError(message)
 

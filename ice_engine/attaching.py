@@ -13,14 +13,14 @@ from ice_engine.distributed.build import remove_last_param_group
 from ice_engine.distributed.gathered import fully_sharded, gather_anew, require_unsharded
 from ice_engine.distributed.sync import synchroniser
 from ice_engine.distributed.synchroniser import Sync, Synchroniser
-from ice_engine.errors import ArgumentTypeError, AttachError, warn
+from ice_engine.errors import ArgumentTypeError, AttachError, BackwardError, warn
 from ice_engine.events import is_running, register
 from ice_engine.hooks import HookRegistry
 from ice_engine.left import has_gradient
 from ice_engine.member import SPOILED, Member
 from ice_engine.names import class_name
 from ice_engine.of_engine import optimizers_of
-from ice_engine.orders import OPTIMIZERS
+from ice_engine.orders import LAST, OPTIMIZERS
 from ice_engine.peers import Peers, peers
 from ice_engine.precision import always
 from ice_engine.processors.agreement import exact
@@ -80,15 +80,15 @@ class Attaching(Stepping):
         register(engine, self._name)
         self._clocks.run = engine.state
         self._publish()
-        for event, handler in (
-            (Events.STARTED, self._on_started),
-            (Events.ITERATION_STARTED, self._on_iteration_started),
-            (Events.ITERATION_COMPLETED, self._on_iteration_completed),
-            (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ended),
-            (Events.EPOCH_COMPLETED, self._on_epoch_completed),
-            (Events.TERMINATE | Events.COMPLETED, self._on_run_ended),
+        for event, handler, order in (
+            (Events.STARTED, self._on_started, OPTIMIZERS),
+            (Events.ITERATION_STARTED, self._on_iteration_started, OPTIMIZERS),
+            (Events.ITERATION_COMPLETED, self._on_iteration_completed, OPTIMIZERS),
+            (Events.EPOCH_COMPLETED | Events.TERMINATE_SINGLE_EPOCH, self._on_epoch_ended, OPTIMIZERS),
+            (Events.EPOCH_COMPLETED, self._on_epoch_over, LAST),
+            (Events.TERMINATE | Events.COMPLETED, self._on_run_ended, OPTIMIZERS),
         ):
-            registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=OPTIMIZERS)
+            registry.add(event, handler, name=f"{self._name}.{handler.__name__.removeprefix('_on_')}", order=order)
         summary(engine)
         self._precision.goes_on = functools.partial(is_running, engine)
         if self._running and not self._window.is_open:
@@ -220,6 +220,7 @@ class Attaching(Stepping):
                 "init_process_group() first, then optimizer.attach(engine, model=DistributedDataParallel(model))"
             )
             raise AttachError(message)
+        self.hooks.put_last(LAST)  # what was attached since then comes before the end of an epoch's check, too
         self._clocks.run = engine.state  # a new one, if somebody gave the engine one
         if self._window.is_open and not self._loaded:
             self._discard("an exception")
@@ -270,6 +271,7 @@ class Attaching(Stepping):
     def _on_iteration_started(self, _: Engine) -> None:
         if self._window.pending:
             self._drop_unfinished()
+        self._in_iteration = True
         # As the zero_grad() of a plain loop: what a handler left there, such as validation, enters no window.
         in_window = self._window.micro_batches or self._left.expects
         if not (in_window or self.needs_closure) and has_gradient(self._parameters()):
@@ -278,6 +280,7 @@ class Attaching(Stepping):
             self._measures.watch.lap("data")
 
     def _on_iteration_completed(self, _: Engine) -> None:
+        self._in_iteration = False
         if "times" in self._measures.wanted:
             self._measures.watch.lap("compute")
         if self._window.pending:
@@ -288,11 +291,28 @@ class Attaching(Stepping):
             self._require_own_gradients(self._parameters())
 
     def _drop_unfinished(self) -> None:
-        # Its iteration did not complete: the exception was swallowed by a handler of EXCEPTION_RAISED.
-        if self._window.pending:
+        if self._window.pending and self._in_iteration:
+            # Its iteration did not complete: the exception was swallowed by a handler of EXCEPTION_RAISED.
             self._discard("an exception")
+        elif self._window.pending:
+            self._clear()
+            message = (
+                f"optimizer {self._name!r} has a loss from outside train_step, and nobody would step with it; call "
+                "backward() in train_step, such as where it ends an episode, or call optimizer.update() after it"
+            )
+            raise BackwardError(message)
 
-    def _on_epoch_completed(self, engine: Engine) -> None:
+    def _on_epoch_ended(self, *_: Any, **__: Any) -> None:
+        self._drop_unfinished()
+        if self._member is None:  # else the peers know whether it has ended everywhere
+            if self._window.tail == "step":
+                self.flush()
+            self._drop_tail()
+        self._measures.watch.stop()  # what comes now, such as validation, is none of a window's
+
+    def _on_epoch_over(self, engine: Engine) -> None:
+        # After all handlers of the epoch's end, one of which may train on an episode.
+        self._drop_unfinished()
         # A run that is resumed at an epoch's last micro-batch may have none left.
         if self._clocks.counts["iteration"] <= self._epoch_began < engine.state.iteration and not self.needs_closure:
             warn(
@@ -300,15 +320,6 @@ class Attaching(Stepping):
                 "call optimizer.backward(loss) in train_step"
             )
         self._epoch_began = engine.state.iteration
-        self._measures.watch.stop()  # what comes now, such as validation, is none of a window's
-
-    def _on_epoch_ended(self, *_: Any, **__: Any) -> None:
-        self._drop_unfinished()
-        if self._member is not None:
-            return  # the peers know whether it has ended everywhere
-        if self._window.tail == "step":
-            self.flush()
-        self._drop_tail()
 
     def _on_run_ended(self, *_: Any) -> None:
         self._loaded = False  # what was loaded in the middle of this run says nothing about the next

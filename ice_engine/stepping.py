@@ -104,6 +104,7 @@ class Stepping(Closing):
         self._loaded_plain: bool = False  # a state without clocks
         self._said_drop: bool = False
         self._epoch_began: int = 0
+        self._in_iteration: bool = False
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:

@@ -1336,6 +1336,40 @@ def test_the_record_has_the_lr_that_a_scheduler_on_step_started_left():
     assert rates == [0.5, 0.25]
 
 
+@pytest.mark.parametrize("where", ["train_step", "handler"])
+@pytest.mark.parametrize("end", ["update", "flush"])
+def test_a_loss_of_an_episode_is_stepped_where_it_ends(where, end):
+    weight, plain = parameter(), parameter()
+    optimizer, inner = sgd(weight), torch.optim.SGD([plain], lr=1.0, momentum=0.5)
+    seen, expected = [], []
+
+    def learn():
+        optimizer.backward((weight - 1.0).square())
+        if where == "handler":
+            getattr(optimizer, end)()
+
+    def train_step(engine, batch):
+        seen.append(weight.item())
+        if engine.state.iteration % 4 == 3:
+            engine.terminate_epoch()
+            if where == "train_step":
+                learn()
+
+    engine = Engine(train_step)
+    optimizer.attach(engine)
+    if where == "handler":
+        engine.add_event_handler(Events.EPOCH_COMPLETED, learn)
+    engine.run(range(100), max_epochs=3)
+
+    for iteration in range(1, engine.state.iteration + 1):
+        expected.append(plain.item())
+        if iteration % 4 == 3:
+            inner.zero_grad()
+            (plain - 1.0).square().backward()
+            inner.step()
+    assert (seen, weight.item()) == (expected, plain.item())
+
+
 def test_hook_names_of_the_optimizer_are_taken():
     optimizer = sgd()
     optimizer.attach(Engine(lambda e, b: None))

@@ -208,8 +208,8 @@ def test_a_step_at_the_end_of_an_epoch_is_shown_with_its_last_iteration():
         "      OPTIMIZER_STEP_STARTED",
         "      optimizer: step()",
         "      OPTIMIZER_STEP_COMPLETED",
-        "    optimizer.epoch_completed",
         "    (report)",
+        "    optimizer.epoch_over",
     ]
 
 

@@ -127,6 +127,30 @@ def no_loss_goes_backward(_):
     trainer(lambda its, batch: loss_of(its.model, batch).item()).engine.run(BATCHES)
 
 
+NOBODY_STEPS = (
+    "optimizer 'optimizer' has a loss from outside train_step, and nobody would step with it; call backward() in "
+    "train_step, such as where it ends an episode, or call optimizer.update() after it"
+)
+
+
+@mistake(errors.BackwardError, NOBODY_STEPS)
+def a_handler_calls_backward_when_the_episode_is_over(_):
+    its = trainer(lambda its, batch: None)
+    its.engine.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda: its.optimizer.backward(loss_of(its.model, BATCHES[0])) and None
+    )
+    its.engine.run(BATCHES, max_epochs=3)
+
+
+@mistake(errors.BackwardError, NOBODY_STEPS)
+def a_handler_calls_backward_after_the_iteration(_):
+    its = trainer()
+    its.engine.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: its.optimizer.backward(loss_of(its.model, BATCHES[0])) and None
+    )
+    its.engine.run(BATCHES)
+
+
 @mistake(
     errors.ArgumentTypeError,
     "loss must be a tensor, got float; pass the loss itself, not loss.item()",
