@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
+from ignite.handlers import param_scheduler
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
@@ -251,6 +253,56 @@ def test_every_scheduler_of_torch_has_a_row_whose_defaults_are_torchs() -> None:
             assert name in theirs, row
             if parameter.default is not parameter.empty and name != "total_steps":
                 assert parameter.default == theirs[name].default, (row.name, name)
+
+
+# -- Ignite ---------------------------------------------------------------------------------------------------
+
+IGNITE = table("Ignite")
+
+
+def simulated(scheduler: Any, **arguments: Any) -> list[float]:
+    return [value for _, value in scheduler.simulate_values(num_events=COUNT, param_name="lr", **arguments)]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("LinearCyclicalScheduler", {"start_value": 0.1, "end_value": 1.0, "cycle_size": 10}),
+        ("CosineAnnealingScheduler", {"start_value": 0.3, "end_value": 0.01, "cycle_size": 8}),
+        ("CosineAnnealingScheduler", {"start_value": 0.3, "end_value": 0.0, "cycle_size": 4, "cycle_mult": 2}),
+    ],
+)
+def test_every_row_of_ignite_gives_ignites_numbers(name: str, arguments: dict[str, Any]) -> None:
+    row = row_for(IGNITE, name, arguments)
+
+    assert row is not None
+    expected = simulated(getattr(param_scheduler, name), **arguments)
+    assert steps(row.make(arguments, unit="iteration"), COUNT, arguments["start_value"]) == near(expected)
+
+
+def test_what_the_page_says_of_other_schedulers_of_ignite_gives_its_numbers() -> None:
+    listed = re.findall(r"^- \*\*.*(?:\n  .*)*", PAGE.split("## Ignite")[1].split("\n## ")[0], re.MULTILINE)
+    line, points, warmed, after = re.findall(r"`((?:schedules|a\.)[^`]*)`", "".join(listed))
+    optimizer = sgd()
+    pieces = simulated(param_scheduler.PiecewiseLinear, milestones_values=[(0, 0.0), (6, 0.3), (40, 0.0)])
+    ramp: list[Any] = [None] * COUNT
+    param_scheduler.create_lr_scheduler_with_warmup(
+        lr_scheduler.ExponentialLR(optimizer, 0.9), 0.0, 6, output_simulated_values=ramp
+    )
+    parts = [
+        param_scheduler.PiecewiseLinear(optimizer, "lr", [(0, 0.0), (6, 0.3)]),
+        param_scheduler.CosineAnnealingScheduler(optimizer, "lr", 0.3, 0.0, 20),
+    ]
+    joined = param_scheduler.ConcatScheduler.simulate_values(COUNT, parts, durations=[6])
+    ours = {"a": schedules.warmup(steps=6, start=0.0), "numpy": numpy, "schedules": schedules}
+
+    for expression, b, expected in (
+        (line, None, pieces),
+        (points, None, pieces),
+        (warmed, schedules.exponential(gamma=0.9), [value for _, value in ramp]),
+        (after, schedules.cosine_restarts(periods=20), [value for _, value in joined]),
+    ):
+        assert steps(eval(expression, {**ours, "b": b}), COUNT, 0.3) == near(expected), expression  # noqa: S307 - our own page
 
 
 # -- transformers ---------------------------------------------------------------------------------------------
