@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 
 import torch
 from ignite.engine import Engine, Events
+from ignite.engine.deterministic import DeterministicEngine
 from ignite.handlers import Checkpoint as IgniteCheckpoint
 from ignite.handlers.checkpoint import CheckpointEvents
 from ignite.metrics import Metric
@@ -83,7 +84,8 @@ class Checkpoint(IgniteCheckpoint):
         signals: Those that a run saves and ends at; those of a trainer's first Checkpoint hold.
 
     Raises:
-        ArgumentTypeError: If an argument has the wrong type, or an object of *to_save* has no ``state_dict``.
+        ArgumentTypeError: If an argument has the wrong type, or an object of *to_save* has no ``state_dict``, or is a
+            ``DeterministicEngine``.
         ArgumentValueError: If an argument has an impossible value.
         CheckpointError: If the folder cannot be made.
 
@@ -145,6 +147,13 @@ class Checkpoint(IgniteCheckpoint):
         self._under_way = UnderWay(self.save_handler, self._count, goes_on=on_failure == "warn")
         self._position: RunPosition | None = None
         self._trainer = next((saved for saved in to_save.values() if isinstance(saved, Engine)), None)
+        if isinstance(self._trainer, DeterministicEngine):
+            message = (
+                "to_save has a DeterministicEngine, whose state cannot be saved safely; make it an Engine, as "
+                "ice.create_trainer does: a checkpoint in a folder keeps all random generators and the place in the "
+                "data itself"
+            )
+            raise ArgumentTypeError(message)
         if self._trainer is not None and self._folder is not None and len(to_save) > 1:
             self._position = run_position(self._trainer)
         # A file that is kept for its score may not be the newest, and so is nothing to go on from after a signal.

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ignite.engine import Engine, Events, create_supervised_trainer
+from ignite.engine.deterministic import DeterministicEngine
 from ignite.handlers import LinearCyclicalScheduler
 
 import ice_engine as ice
@@ -794,6 +795,17 @@ def a_run_is_resumed_under_another_name(folder):
 )
 def a_checkpoint_is_of_one_object(folder):
     ice.Checkpoint(trainer().optimizer, folder)
+
+
+@mistake(
+    errors.ArgumentTypeError,
+    "to_save has a DeterministicEngine, whose state cannot be saved safely; make it an Engine, as ice.create_trainer "
+    "does: a checkpoint in a folder keeps all random generators and the place in the data itself",
+)
+def a_checkpoint_is_of_a_deterministic_engine(folder):
+    its = trainer()
+    engine = DeterministicEngine(lambda engine, batch: None)
+    ice.Checkpoint({"trainer": engine, "model": its.model, "optimizer": its.optimizer}, folder)
 
 
 # -- events and hooks -------------------------------------------------------------
