@@ -220,7 +220,7 @@ class Attaching(Stepping):
                 "init_process_group() first, then optimizer.attach(engine, model=DistributedDataParallel(model))"
             )
             raise AttachError(message)
-        self.hooks.put_last(LAST)  # what was attached since then comes before the end of an epoch's check, too
+        self.hooks.put_last(LAST)  # what was attached since then may still stop the run or train on an episode
         self._clocks.run = engine.state  # a new one, if somebody gave the engine one
         if self._window.is_open and not self._loaded:
             self._discard("an exception")

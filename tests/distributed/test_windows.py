@@ -632,6 +632,24 @@ def test_terminate_on_one_rank_stops_all_and_loses_no_micro_batch():
     torch.testing.assert_close(flat(first), flat(plain_loop(windows)), rtol=1e-12, atol=1e-12)
 
 
+def _stopped_in_the_last() -> list[int]:
+    model = DistributedDataParallel(network())
+    optimizer = ice.Optimizer(sgd(model))
+    trainer = Engine(lambda _, batch: learn(model, optimizer, batch))
+    optimizer.attach(trainer, model=model)
+    completed: list[int] = []
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: completed.append(engine.state.epoch))
+    if dist.get_rank() == 1:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=16), lambda: trainer.terminate())
+    trainer.run(batches(dist.get_rank(), RAGGED), max_epochs=3)
+    return [*completed, optimizer.clocks["step"]]
+
+
+def test_a_stop_in_an_epochs_last_micro_batch_completes_the_epoch_on_no_rank():
+    # Else a validation on some ranks would wait for the others, by a handler that was added after attach(), too.
+    assert launch(_stopped_in_the_last, 2, timeout=30) == [[1, 16], [1, 16]]
+
+
 @pytest.mark.soak
 def test_terminate_epoch_on_one_rank_ends_its_data_only():
     (first, said, *rest), (second, quiet, *others) = launch(_stopped, 2, "terminate_epoch")
