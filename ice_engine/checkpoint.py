@@ -402,6 +402,7 @@ class Checkpoint(IgniteCheckpoint):
     def _load(self, file: Path, found: list[Item]) -> None:
         trainer = self._trainer if self._position is not None else None
         content, listed = load(file, found, self.to_save, trainer, lists=self.include_self)
+        saved_objects.start_over(self.to_save, self._trainer)
         if listed is not None:
             self._saved = listed
         if self._position is not None and OURS in content:

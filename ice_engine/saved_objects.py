@@ -12,6 +12,7 @@ from ice_engine.distributed import world
 from ice_engine.distributed.plain import plain
 from ice_engine.distributed.shards import is_sharded, is_zero
 from ice_engine.errors import CheckpointError
+from ice_engine.of_engine import optimizers_of
 from ice_engine.optimizer import Optimizer
 from ice_engine.run_position import load_engine
 from ice_engine.wrappers import bare
@@ -63,6 +64,16 @@ def load(objects: Mapping[str, Any], content: Mapping[str, Any]) -> None:
         raise CheckpointError(message)
     for name, value in objects.items():
         _load(value, content[name])
+
+
+def start_over(objects: Mapping[str, Any], trainer: Engine | None) -> None:
+    """Let engines inside of the *trainer*'s that were at their end begin anew, as they would, with all they step."""
+    found: list[Any] = []
+    _each(dict(objects), found.append)
+    for engine in (saved for saved in found if isinstance(saved, Engine) and saved is not trainer):
+        if engine._is_done(engine.state):  # noqa: SLF001 - no public way to it
+            for optimizer in optimizers_of(engine):
+                optimizer.start_over()
 
 
 def without_model(objects: Mapping[str, Any]) -> list[str]:

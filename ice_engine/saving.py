@@ -151,6 +151,10 @@ class Saving(Attaching):
         self._in_close = False  # in a handler of a step: what was loaded is not for the end of that step to clear
         return report
 
+    def start_over(self) -> None:
+        """Count anew if the engine's next run does, though a state was loaded: that run was at its end."""
+        self._loaded = False
+
     def count_from(self, iteration: int) -> None:
         """Count on from *iteration*, of this rank; what was loaded has that of the rank which saved."""
         if self._loaded:

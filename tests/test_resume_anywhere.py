@@ -349,6 +349,37 @@ def test_a_run_without_data(tmp_path, at):
     assert_same_run(whole, second, began)
 
 
+@pytest.mark.parametrize("at", [3, 4])
+def test_a_training_in_each_iteration_of_another_one_begins_anew(tmp_path, at):
+    def made(folder):
+        training = Training(folder)
+        rates = []
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        inner = ice.Optimizer(sgd, accumulation_steps=2, processors=[ice.schedules.cosine()])
+        engine = ice.create_trainer(model, inner, torch.nn.functional.mse_loss)
+        engine.add_event_handler(inner.event("STEP_COMPLETED"), lambda: rates.append(inner.param_groups[0]["lr"]))
+        data = [(torch.ones(2, 3), torch.ones(2, 1))] * 5
+        training.to_save |= {"inner": engine, "inner model": model, "inner optimizer": inner}
+        training.checkpoint = ice.Checkpoint(training.to_save, folder, n_saved=None)
+        training.checkpoint.attach(training.trainer, Events.ITERATION_COMPLETED)
+        training.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: engine.run(data, max_epochs=2))
+        return training, rates
+
+    whole, expected = made(tmp_path / "whole")
+    whole.train()
+    first, _ = made(tmp_path / "run")
+    with pytest.raises(Stops):
+        first.train(until=at)
+    second, rates = made(tmp_path / "run")
+    second.checkpoint.resume(second.trainer)
+    second.train()
+    assert rates == expected[-len(rates) :]
+    assert rates[:6] == expected[:6]  # of each, from its own beginning
+    assert_same_run(whole, second, at)
+
+
 @pytest.mark.parametrize("at", [4, 9])
 def test_an_iterator_of_a_loader_inside_of_other_data(tmp_path, at):
     def made():
