@@ -65,7 +65,8 @@ class Checkpoint(IgniteCheckpoint):
     handler of it; for the run's end, if that is stopped there.
 
     Args:
-        to_save: Objects with ``state_dict`` by name; the trainer among them, so that a run goes on where it was.
+        to_save: Objects with ``state_dict`` by name; the trainer among them, so that a run goes on where it was: of
+            several engines, the first to which an optimizer is attached, else the first.
         save_handler: A folder; or a save handler of Ignite's, which is called at once, as there.
         filename_prefix: Prefix of the file names. This and what follows, up to *save_on_rank*, as Ignite has them.
         score_function: Measures what is saved, of the engine, when that is asked for; the *n_saved* files with the
@@ -146,14 +147,16 @@ class Checkpoint(IgniteCheckpoint):
         choice("on_failure", on_failure, ("raise", "warn"))
         self._under_way = UnderWay(self.save_handler, self._count, goes_on=on_failure == "warn")
         self._position: RunPosition | None = None
-        self._trainer = next((saved for saved in to_save.values() if isinstance(saved, Engine)), None)
-        if isinstance(self._trainer, DeterministicEngine):
+        engines = [saved for saved in to_save.values() if isinstance(saved, Engine)]
+        if any(isinstance(engine, DeterministicEngine) for engine in engines):
             message = (
                 "to_save has a DeterministicEngine, whose state cannot be saved safely; make it an Engine, as "
                 "ice.create_trainer does: a checkpoint in a folder keeps all random generators and the place in the "
                 "data itself"
             )
             raise ArgumentTypeError(message)
+        # An evaluator may come first.
+        self._trainer = next((engine for engine in engines if optimizers_of(engine)), next(iter(engines), None))
         if self._trainer is not None and self._folder is not None and len(to_save) > 1:
             self._position = run_position(self._trainer)
         # A file that is kept for its score may not be the newest, and so is nothing to go on from after a signal.
@@ -373,6 +376,12 @@ class Checkpoint(IgniteCheckpoint):
             message = (
                 "resume() needs the trainer in to_save, or its epoch would start anew: "
                 "to_save={'trainer': trainer, ...}"
+            )
+            raise CheckpointError(message)
+        if self._trainer is not engine:
+            message = (
+                "resume() was given another engine than to_save has first of those with an optimizer, or at all, whose "
+                "place in the run is saved; name the trainer first: to_save={'trainer': trainer, ...}"
             )
             raise CheckpointError(message)
         self._under_way.finish()

@@ -660,6 +660,33 @@ def test_resume_needs_a_folder_and_the_trainer(tmp_path):
         ice.Checkpoint({"model": run.model}, tmp_path).resume(run.trainer)
 
 
+@pytest.mark.parametrize("at", [3, 7])
+def test_an_evaluator_that_is_named_before_the_trainer_is_not_taken_for_it(tmp_path, at):
+    def evaluated(folder):
+        run = Run(tmp_path / "unused")
+        evaluator = Engine(lambda engine, batch: None)
+        run.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(DATA))
+        run.checkpoint = ice.Checkpoint({"evaluator": evaluator, **run.to_save}, folder)
+        return run
+
+    whole = evaluated(tmp_path / "whole").train()
+    first = evaluated(tmp_path)
+    first.checkpoint.attach(first.trainer, Events.ITERATION_COMPLETED(once=at))
+    first.train()
+    second = evaluated(tmp_path)
+    second.checkpoint.resume(second.trainer)
+    second.train()
+    assert_equal(second.everything(), whole.everything())
+
+
+def test_resume_is_for_the_trainer_whose_place_is_saved(tmp_path):
+    run = Run(tmp_path)
+    evaluator = Engine(lambda engine, batch: None)
+    checkpoint = ice.Checkpoint({**run.to_save, "evaluator": evaluator}, tmp_path)
+    with pytest.raises(CheckpointError, match="name the trainer first"):
+        checkpoint.resume(evaluator)
+
+
 def test_a_save_handler_of_ignite_works_as_there(tmp_path):
     run = Run(tmp_path)
     handler = ice.Checkpoint(run.to_save, DiskSaver(tmp_path, require_empty=False), n_saved=1)
