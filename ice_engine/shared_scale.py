@@ -83,6 +83,8 @@ class SharedScale:
         found_inf = torch.full((), float(self.overflowed), dtype=torch.float32, device=device)
         found = {found_inf.device: found_inf}
         scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = found  # noqa: SLF001 - no public way to tell it
+        if scale_tensor(scaler) is None:
+            scaler.scale(found_inf)  # makes what is updated: a window that was loaded may end without a loss
         self._adapt(scaler, overflowed=self.overflowed)
         self.overflowed = None
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import ice_engine as ice
 from ice_engine.errors import ArgumentTypeError, AttachError, BackwardError, IceEngineWarning
+from tests.unsized import Unsized
 
 Adam, SGD = torch.optim.Adam, torch.optim.SGD
 
@@ -785,3 +786,38 @@ def test_a_save_by_score_at_a_step_of_one_loses_nothing_of_the_other(
         second.checkpoint.resume(second.trainer)
         if second.trainer.state.iteration < 14:  # else it would start over
             assert second.train() == whole, file.name
+
+
+def test_a_scale_adapts_where_a_window_is_dropped_before_anything_was_scaled_in_a_resumed_run(tmp_path):
+    def made(folder):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+        modules = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(2))
+        each, second = (
+            ice.Optimizer(
+                torch.optim.SGD(module.parameters(), lr=0.1),
+                name=name,
+                accumulation_steps=steps,
+                tail="drop",
+                grad_scaler=scaler,
+            )
+            for module, name, steps in zip(modules, ("each", "second"), (1, 2), strict=True)
+        )
+
+        def step(engine, batch):
+            each.backward(modules[0](batch).sum())
+            second.backward(modules[1](batch).sum())
+
+        trainer = Engine(step)
+        each.attach(trainer)
+        second.attach(trainer)
+        to_save = {"trainer": trainer, "modules": modules, "each": each, "second": second}
+        return trainer, scaler, ice.Checkpoint(to_save, folder)
+
+    data = Unsized([torch.ones(1, 1)] * 3)
+    trainer, scaler, checkpoint = made(tmp_path)
+    checkpoint.attach(trainer, Events.ITERATION_COMPLETED)
+    trainer.run(data)
+    resumed, again, checkpoint = made(tmp_path)
+    assert checkpoint.resume(resumed) == tmp_path / "checkpoint_3.pt"  # in an epoch that nobody knew was at its end
+    resumed.run(data)
+    assert again.state_dict() == scaler.state_dict()
