@@ -318,10 +318,10 @@ class Meeting:
     def _syncs(self) -> list[Synchroniser]:
         return syncs_of(self._members)
 
-    def _switch(self, *, last: bool, closing: Sequence[Member] = ()) -> None:
+    def _switch(self, closing: Sequence[Member] = ()) -> None:
         on = {id(m.sync) for m in closing}
         for sync in self._syncs():
-            sync.on(last or id(sync) in on)
+            sync.on(id(sync) in on)
 
     def _place(self, kind: Kind) -> str:
         state = self._engine.state

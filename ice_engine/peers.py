@@ -67,7 +67,7 @@ class Peers(Meeting):
 
     def leave(self, member: Member) -> None:
         """Let an optimizer go; with the last one, the engine is as it was."""
-        member.sync.on(last=True)
+        member.sync.leave()
         member.window.unit_of = float
         member.precision.elsewhere = False
         self._members.remove(member)
@@ -88,7 +88,8 @@ class Peers(Meeting):
                 self._on_raised(error)
         finally:
             self._rounds.guard.leave()
-            self._switch(last=True)
+            for sync in self._syncs():
+                sync.leave()
 
     def _on_raised(self, error: BaseException) -> None:
         if not any(member.broken for member in self._expected):
@@ -171,7 +172,7 @@ class Peers(Meeting):
         for member in self._members:
             member.broken = False
         reduced = self._closing if self._reducing else []
-        self._switch(last=False, closing=reduced)
+        self._switch(reduced)
         if self._reducing:
             self._expected = [m for m in self._members if m in reduced or m.sync.always]
             # Who waits for a device is as idle as who waits for a rank.
@@ -198,7 +199,7 @@ class Peers(Meeting):
         self._rounds.guard.leave()
         if not closing:
             return
-        self._switch(last=False)
+        self._switch()
         for member in closing:
             self._close(member, reduced=reducing and member.sync not in self._passed, leaving=leaving)
 

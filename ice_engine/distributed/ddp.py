@@ -28,6 +28,7 @@ class DDPSync(Synchroniser):
         # fewer losses would be waited for.
         self.always = self.together = bool(self.model.static_graph)
         self._used = self._settled = False
+        self._sends = bool(self.model.broadcast_buffers)
         self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
         self._sparse = {id(table) for _, table in sparse_tables(model)}
         logged: Any = self.model._get_ddp_logging_data  # noqa: SLF001 - no public way to it
@@ -43,9 +44,14 @@ class DDPSync(Synchroniser):
         """Let the next forward and backward reduce if it is the *last* of a window."""
         self.model.require_backward_grad_sync = self.reduces = last or self.always
         self._used = False
-        # DDP sends buffers in the first forward after a reduction, which may be one that not every rank has.
-        # 0 is False to DDP, whose forward puts True or False.
-        self.model.require_forward_param_sync = 0
+        # DDP sends buffers in each forward that follows one which is to be reduced; not every rank may have it.
+        self.model.broadcast_buffers = False
+        self.model.require_forward_param_sync = 0  # its forward puts True or False
+
+    def leave(self) -> None:
+        """Let DDP reduce and send buffers by itself again."""
+        super().leave()
+        self.model.broadcast_buffers = self._sends
 
     @property
     def is_bypassed(self) -> bool:
@@ -73,10 +79,8 @@ class DDPSync(Synchroniser):
 
     def send_buffers(self) -> None:
         """Let buffers be those of rank 0, as they are to DDP."""
-        self.model.require_forward_param_sync = 1
-        if self.model.will_sync_module_buffers():
+        if self._sends and self.model.modules_buffers:
             self.model._sync_buffers()  # noqa: SLF001 - no public way to it
-        self.model.require_forward_param_sync = 0
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
         """Average gradients that no backward has reduced."""

@@ -58,6 +58,10 @@ class Synchroniser:
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
 
+    def leave(self) -> None:
+        """Let the model be as it was, outside of a run."""
+        self.on(last=True)
+
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch, that of *loss*."""
 

@@ -365,6 +365,27 @@ def test_one_rank_may_validate_alone():
     assert launch(_validated_on_one_rank, 2, timeout=30) == [8, 8]
 
 
+def _seen_twice() -> list[Any]:
+    model = DistributedDataParallel(normed())
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
+
+    def step(engine: Engine, batch: Any) -> None:
+        if not (dist.get_rank() == 1 and engine.state.iteration == 4):
+            optimizer.backward((model(batch[0]) - model(-batch[0])).square().mean())
+
+    engine = Engine(step)
+    optimizer.attach(engine, model=model)
+    engine.run(batches(dist.get_rank(), [[4] * 8]))
+    kept = [t.flatten().tolist() for t in model.module.state_dict().values()]
+    return [optimizer.clocks["step"], model.broadcast_buffers, kept]
+
+
+def test_a_rank_without_a_forward_holds_up_nobody_who_has_two_with_buffers():
+    first, second = launch(_seen_twice, 2, timeout=30)
+    assert first == second
+    assert first[:2] == [4, True]
+
+
 def _looked_at(**ddp: Any) -> list[list[float]]:
     net = network()
     model = DistributedDataParallel(net, **ddp)
