@@ -1,5 +1,6 @@
 """``state_dict(rank)`` of sharded optimizers: the plain optimizer's own, a snapshot, on one rank; and never a hang."""
 
+import contextlib
 import functools
 import io
 import os
@@ -306,6 +307,11 @@ def test_a_rank_that_is_killed_while_it_sends_is_named_by_who_waits():
     assert "ranks 0, 2 do not answer any more: killed?" in sender.error  # the receiver has ended as well
 
 
+def _leave(free):
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + free, resource.RLIM_INFINITY))
+
+
 def short_of_memory(in_run, folder):
     torch.manual_seed(0)
     model = DistributedDataParallel(torch.nn.Sequential(*(torch.nn.Linear(2000, 2000) for _ in range(3))))
@@ -313,10 +319,15 @@ def short_of_memory(in_run, folder):
     trainer = Engine(lambda _, batch: optimizer.backward(model(batch).square().mean()))
     optimizer.attach(trainer, model=model)
 
+    held = []  # what this process has free of its heap, as much as other tests left in it
+
     def leave_little(_: Engine) -> None:
         if dist.get_rank() == 0:
-            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (size + (8 << 20), resource.RLIM_INFINITY))
+            _leave(0)
+            with contextlib.suppress(RuntimeError):
+                while True:
+                    held.append(torch.empty(1 << 20))
+            _leave(8 << 20)
 
     trainer.add_event_handler(Events.EPOCH_COMPLETED, leave_little)
     if in_run:
