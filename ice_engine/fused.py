@@ -19,7 +19,7 @@ _DEVICES = ("cpu", "cuda")
 
 # The functions that torch puts around every optimizer's step(): for hooks and the profiler, and to record no gradient.
 _WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda _: None).__code__
-_NO_GRAD = torch_optimizer._use_grad_for_differentiable(lambda _: None).__code__  # noqa: SLF001
+_NO_GRAD = getattr(torch_optimizer, "_use_grad_for_differentiable", lambda step: step)(lambda _: None).__code__
 
 
 def prefer(optimizer: torch.optim.Optimizer) -> None:
