@@ -15,7 +15,17 @@ import torch
 
 from ice_engine.arguments import flag, positive
 from ice_engine.errors import ArgumentTypeError, NonFiniteGradientError
-from ice_engine.norms import ROUNDED, Part, gradients_of, norm_of_norms, norm_of_parts, over_ranks, part, total_norm
+from ice_engine.norms import (
+    ROUNDED,
+    Part,
+    gradients_of,
+    norm_of_norms,
+    norm_of_parts,
+    on_one_device,
+    over_ranks,
+    part,
+    total_norm,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,7 +50,7 @@ class ClipNorm:
         """
         gradients = [found for found in map(gradients_of, groups) if found]
         norms = [self.norm(found) for found in gradients]
-        norm = norm_of_norms(norms, self.norm_type)
+        norm = norm_of_norms(on_one_device(norms), self.norm_type)
         if self.error_if_nonfinite and not bool(norm.isfinite()):
             message = (
                 f"{self!r}: the gradient norm is {float(norm)}. Without error_if_nonfinite the optimizer decides: "

@@ -207,7 +207,7 @@ class Closing(Accumulating):
         if self._processors:
             written = self._run_processors(binding)
             # It was looked up there; a function of the user's may have added groups since.
-            binding = (self._bound if binding.blind else None) or self._binding
+            binding = cast("Binding", self._bound) if binding.blind else self._binding
         elif self._window.batch is not None and self._engine is not None and self._course.unsettled:
             self._settle(self._window.micro_batches)  # the first loss has told how long windows are
         # Only now: whether it can, the processors may have changed, such as weight_decay.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ice_engine.norms import ROUNDED, Part, gradients_of, norm_of_parts, over_ranks, part
+from ice_engine.norms import ROUNDED, Part, gradients_of, norm_of_norms, norm_of_parts, over_ranks, part
 
 Multiplier = float | torch.Tensor
 
@@ -53,8 +53,7 @@ class Gradient:
     def norm(self, norm_type: float = 2.0) -> torch.Tensor:
         """Return the norm of the final gradient, shape (); reads every gradient once."""
         if self._plain and norm_type != math.inf:  # an empty tensor has no largest entry
-            norms = torch._foreach_norm(self._plain, norm_type)  # noqa: SLF001 - one kernel
-            norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
+            norm = norm_of_norms(torch._foreach_norm(self._plain, norm_type), norm_type)  # noqa: SLF001 - one kernel
         else:
             norm = norm_of_parts(self._parts or [Part(gradient) for gradient in self._plain], norm_type)
         if is_one(self.pending):

@@ -106,18 +106,21 @@ def norm_of_parts(parts: Iterable[Part], norm_type: float = 2.0) -> torch.Tensor
         over_ranks(torch.nn.utils.get_total_norm(locals_, norm_type), mesh, across, norm_type)
         for (mesh, across), locals_ in spread.items()
     ]
-    return norm_of_norms(norms, norm_type)
+    return norm_of_norms(on_one_device(norms), norm_type)
 
 
-def norm_of_norms(norms: Sequence[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
-    """Return the p-norm over tensors of which these are the *norms*, each of shape ()."""
+def on_one_device(norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return *norms*, each of shape (), on the device of the first."""
+    return [norm.to(norms[0].device) for norm in norms]
+
+
+def norm_of_norms(norms: list[torch.Tensor] | tuple[torch.Tensor, ...], norm_type: float = 2.0) -> torch.Tensor:
+    """Return the p-norm over tensors of which these are the *norms*, each of shape (), all on one device."""
     if not norms:
         return torch.zeros(())
     if len(norms) == 1:
         return norms[0]
-    device = norms[0].device
-    stacked = torch.stack([norm if norm.device == device else norm.to(device) for norm in norms])
-    norm: torch.Tensor = torch.linalg.vector_norm(stacked, norm_type)
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     return norm
 
 

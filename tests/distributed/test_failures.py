@@ -62,6 +62,13 @@ def data(n: int = 12) -> list[torch.Tensor]:
     return [torch.ones(2 + dist.get_rank(), 4)] * n
 
 
+def _steps(k: int, **work: Work) -> int:
+    """The steps of a run over data in which this is done."""
+    engine, optimizer = trainer(k, **work)
+    engine.run(data())
+    return optimizer.clocks["step"]
+
+
 def on_last_rank(error: Exception) -> Work:
     def work(engine: Engine) -> None:
         if engine.state.iteration == AT and dist.get_rank() == dist.get_world_size() - 1:
@@ -122,9 +129,7 @@ def _slow_in_a_group_of_its_own() -> int:
             time.sleep(14 if dist.get_rank() == 2 else 0)  # three looks of who waits for it
             dist.all_reduce(torch.ones(1), group=of_two)
 
-    engine, optimizer = trainer(1, after=after)
-    engine.run(data())
-    return optimizer.clocks["step"]
+    return _steps(1, after=after)
 
 
 class Slow:
@@ -139,9 +144,7 @@ def _given_what_is_slow() -> int:
         if engine.state.iteration == AT:
             dist.broadcast_object_list([Slow()], src=0)
 
-    engine, optimizer = trainer(1, after=after)
-    engine.run(data())
-    return optimizer.clocks["step"]
+    return _steps(1, after=after)
 
 
 def _slow_among_some() -> int:
@@ -161,9 +164,7 @@ def _slow_among_some() -> int:
                 time.sleep(0.06 if turn % 2 == dist.get_rank() - 1 else 0)
                 dist.all_reduce(torch.ones(1), group=of_two)
 
-    engine, optimizer = trainer(1, after=after)
-    engine.run(data())
-    return optimizer.clocks["step"]
+    return _steps(1, after=after)
 
 
 @SOAK
@@ -177,9 +178,7 @@ def _slow_after_an_error() -> int:
             sys.last_value = ValueError("of a cell of a notebook, or of a test before")
             time.sleep(10)
 
-    engine, optimizer = trainer(1, after=after)
-    engine.run(data())
-    return optimizer.clocks["step"]
+    return _steps(1, after=after)
 
 
 @SOAK
@@ -198,9 +197,7 @@ def _silent_for_a_moment() -> int:
             ctypes.PyDLL(None).sleep(8)  # keeps the interpreter, as to sort or to unpickle does: no thread answers
 
     # With k=4 the others wait in a round.
-    engine, optimizer = trainer(4, between=between)
-    engine.run(data())
-    return optimizer.clocks["step"]
+    return _steps(4, between=between)
 
 
 @SOAK
