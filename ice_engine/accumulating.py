@@ -77,7 +77,7 @@ class Accumulating(Scheduling):
         if type(loss) is not torch.Tensor or not loss.requires_grad or loss.numel() != 1:
             self._check_loss(loss, weight)
         if self._in_close or engine is None or not is_running(engine) or self.needs_closure:
-            self._check_time()
+            self._check_time("backward()")
         parameters = self._parameters()
         self._require_own_gradients(parameters)
         if self._precision.scaler is not None:
@@ -115,14 +115,14 @@ class Accumulating(Scheduling):
             )
             raise BackwardError(message)
 
-    def _check_time(self) -> None:
+    def _check_time(self, what: str) -> None:
         self._require_window()
         if self._engine is None:
-            require_one_process("backward()", attached=False)
-        self._refuse_inside_close("backward()")
+            require_one_process(what, attached=False)
+        self._refuse_inside_close(what)
         if self._engine is not None and not self._running:
             message = (
-                f"backward() outside a run: optimizer {self._name!r} is attached to an engine that is not running, "
+                f"{what} outside a run: optimizer {self._name!r} is attached to an engine that is not running, "
                 "so nobody would step; call it in train_step, or optimizer.detach() for a loop of your own"
             )
             raise BackwardError(message)

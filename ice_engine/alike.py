@@ -88,7 +88,7 @@ def check_gate(rows: Sequence[Row], members: Sequence[Member], epoch: int) -> No
         RankError: Naming the first that is at the end of its data.
     """
     done = [r for r, row in enumerate(rows) if row[0] in {Kind.EPOCH_LAST, Kind.EPOCH_END}]
-    going = any(row[0] == Kind.GATE for row in rows)
+    going = any(row[0] in {Kind.GATE, Kind.UPDATE} for row in rows)
     if done and going and any(m.sync.together for m in members):
         message = (
             f"rank {done[0]} is at the end of its data in epoch {epoch}, others are not; the "
@@ -128,6 +128,18 @@ class CloseRow(NamedTuple):
     def of(cls, row: Row) -> "CloseRow":
         """Return *row*, of a round, without its kind."""
         return cls(*row[1 : 1 + len(cls._fields)])
+
+
+def check_update(indices: Sequence[int], members: Sequence[Member]) -> None:
+    """Refuse ``update()`` of different optimizers, by number.
+
+    Raises:
+        RankError: On all ranks, with one of each.
+    """
+    called = [members[index].name for index in indices]
+    if len({*called}) > 1:
+        message = f"the ranks call update() of different optimizers: {few(called)}; call it on all alike"
+        raise RankError(message)
 
 
 def check_close(

@@ -13,7 +13,7 @@ from typing import Protocol
 from ignite import distributed as idist
 from ignite.engine import Engine
 
-from ice_engine.alike import CloseRow, check_close, check_gate
+from ice_engine.alike import CloseRow, check_close, check_gate, check_update
 from ice_engine.distributed.agreement import announce
 from ice_engine.distributed.rounds import Kind, Row, rounds
 from ice_engine.distributed.synchroniser import Synchroniser
@@ -21,7 +21,6 @@ from ice_engine.errors import ArgumentValueError, AttachError
 from ice_engine.member import SPOILED, Member, syncs_of
 
 UNKNOWN = -1.0  # length of an epoch
-_NONE = -1  # no model
 _MANY = 32  # optimizers on one engine: what a row has room for
 
 
@@ -106,31 +105,57 @@ class Meeting:
         member.sync.meet = functools.partial(self._meet, member.sync)
         member.window.unit_of = functools.partial(self._unit_of, member)
         member.window.ranks = len(member.sync.ranks)
+        member.end_micro_batch = functools.partial(self._end_micro_batch, member)
 
-    def _gate(self, kind: Kind) -> list[Row]:
+    def _gate(self, kind: Kind, closing: Sequence[Member] = (), *more: float) -> list[Row]:
         """Say where this rank is, until all say something that a window can close at."""
+        after = 2 + 2 * len(self._members)
         while True:
             length = self._engine.state.epoch_length
-            closing = [float(m in self._closing and kind is Kind.GATE) for m in self._members]
-            is_open = [float(m.window.is_open) for m in self._members]
-            flags = [flag for pair in zip(closing, is_open, strict=True) for flag in pair]
+            flags = [float(flag) for m in self._members for flag in (m in closing, m.window.is_open)]
             saves = sum(1 << i for i, saver in enumerate(self.savers) if saver.asks)
             stops, iteration = float(self.wants_stop()), self._engine.state.iteration
-            row = [UNKNOWN if length is None else length, *flags, stops, saves, iteration]
+            row = [UNKNOWN if length is None else length, *flags, stops, saves, iteration, *more]
             rows = self._rounds.exchange(kind, row, self._place(kind))
-            if not self._take_unit(rows):
+            if self._take_unit(rows) or self._take_part_again(rows):
+                continue
+            check_gate(rows, self._members, self._engine.state.epoch)
+            self._share([row[1] for row in rows], [row[after + 2] for row in rows])
+            kinds = {row[0] for row in rows}
+            if kinds == {Kind.UPDATE} or not kinds & {Kind.UPDATE, Kind.EDGE}:
                 break
-        after = 2 + 2 * len(self._members)
+            # Saves and stops wait for a place where those are as well that have no more data.
+            self._inside |= Kind.UPDATE in kinds and not self._members_of(rows, 2)
+            if kind in {Kind.UPDATE, Kind.EDGE}:
+                return rows
+            for member in self._members_of(rows, 2):
+                self._close(member)
+            if Kind.EDGE in kinds:
+                for saver in self.savers:
+                    saver.on_edge(self._engine)
         self.stop_wanted = any(row[after] for row in rows)
         for i, saver in enumerate(self.savers):
             saver.agreed |= any(int(row[after + 1]) >> i & 1 for row in rows)
-        self._share([row[1] for row in rows], [row[after + 2] for row in rows])
-        kinds = {row[0] for row in rows}
         if Kind.EPOCH_END in kinds and kinds & {Kind.GATE, Kind.EPOCH_LAST}:
             self._length = None
         self._inside = self._may_be_open(rows, kinds)
-        check_gate(rows, self._members, self._engine.state.epoch)
         return rows
+
+    def _end_micro_batch(self, member: Member) -> bool:
+        """Step with the others if a window of *member* is full on any of the ranks that call ``update()``."""
+        if not self._several and member.sync in self._waiting():
+            self._take_part(member.sync)
+        own = self._members.index(member)
+        closing = [member] if member.window.is_full else []
+        rows = self._gate(Kind.UPDATE, closing, own, member.window.micro_batches)
+        told = [row[5 + 2 * len(self._members) :][:2] for row in rows if row[0] == Kind.UPDATE]
+        check_update([int(index) for index, _ in told], self._members)
+        member.updated, member.begun = True, int(max(begun for _, begun in told))
+        if member not in self._members_of(rows, 2):
+            member.touched()
+            return False
+        reduced = self._reducing and member in self._expected and member.sync not in self._passed
+        return self._close(member, reduced=reduced, in_epoch=True)
 
     def _share(self, lengths: Sequence[float], iterations: Sequence[float]) -> None:
         """Let the schedules of every rank go by the longest epoch, if all are known, and by the rank that is ahead."""
@@ -141,19 +166,14 @@ class Meeting:
 
     def _may_be_open(self, rows: Sequence[Row], kinds: set[float]) -> bool:
         """Whether a window may be open on some rank between the step that comes now, if any, and the next gate."""
-        if Kind.GATE in kinds:
+        if kinds & {Kind.GATE, Kind.UPDATE}:
             return len(self._members_of(rows, 2)) < len(self._members)
         return Kind.RUN_END not in kinds and any(m.window.tail == "carry" for m in self._members_of(rows, 3))
 
     def _go_along(self, kind: Kind, going: set[Kind]) -> list[Row]:
-        """Say at *kind* that this rank has no more data, and close windows of ranks that have, while any is *going*."""
+        """Say at *kind* that this rank has no more data, while any that has is *going*."""
         rows = self._gate(kind)
         while (kinds := {row[0] for row in rows}) & going and Kind.RUN_END not in kinds:
-            for member in self._members_of(rows, 2):
-                self._close(member)
-            if Kind.GATE in kinds:  # else those that are going are past the edge of their last micro-batch
-                for saver in self.savers:
-                    saver.on_edge(self._engine)
             rows = self._gate(kind)
         return rows
 
@@ -177,6 +197,7 @@ class Meeting:
                 rows = self._tell_unit(member, 0.0)
                 if {row[1] for row in rows if row[0] == Kind.UNIT} == {self._members.index(member)}:
                     break  # else others were at the first loss of another optimizer
+        self._joined.add(self._syncs().index(sync))
         if sync.follows:
             sync.take_part()
         else:
@@ -189,7 +210,7 @@ class Meeting:
             f"the end of {self._place(Kind.GATE)}, without a backward() through the model of optimizer {names} (one "
             "that is fully_shard'ed needs it on all ranks or on none, with weight=0 where there is nothing to learn)"
         )
-        while self._take_unit(self._rounds.exchange(Kind.AGAIN, [_NONE], doing)):
+        while self._take_unit(self._rounds.exchange(Kind.PART, doing=doing)):
             pass
         self._passed.append(sync)
 
@@ -204,20 +225,15 @@ class Meeting:
         while True:
             rows = self._rounds.exchange(Kind.AGAIN, [own], "a loss of a micro-batch that reduces")
             if not self._take_unit(rows):
-                chosen = min(_said(rows))
-                if chosen == own:
+                if min(_said(rows)) == own:
                     return
-                self._syncs()[chosen].take_part()
-                self._joined.add(chosen)
-                for member in self._members:
-                    if member.sync is self._syncs()[chosen]:
-                        member.touched()
+                self._take_part_again(rows)
 
     def _take_parts(self) -> None:
         """Take part in the reductions of several models that this rank has had no backward for."""
-        waiting = {self._syncs().index(sync) for sync in self._waiting()} - self._joined
+        waiting = {self._syncs().index(sync) for sync in self._waiting()}
         while waiting:
-            rows = self._rounds.exchange(Kind.AGAIN, [_NONE], "the end of a micro-batch that reduces")
+            rows = self._rounds.exchange(Kind.PART, doing="the end of a micro-batch that reduces")
             if not self._take_unit(rows):
                 chosen = min(_said(rows) or waiting)  # where no rank has a loss, what was accumulated is reduced
                 self._syncs()[chosen].take_part()
@@ -227,7 +243,12 @@ class Meeting:
         """Reduce zeros, where other ranks reduce one more loss of the micro-batch that this one is through with."""
         again = _said(rows)
         if again:
-            self._syncs()[min(again)].take_part()
+            sync = self._syncs()[min(again)]
+            sync.take_part()
+            self._joined.add(min(again))
+            for member in self._members:
+                if member.sync is sync:
+                    member.touched()
         return bool(again)
 
     def _take_unit(self, rows: Sequence[Row]) -> bool:
@@ -241,10 +262,17 @@ class Meeting:
         return bool(said)
 
     def _close(
-        self, member: Member, *, reduced: bool = False, at_end: bool = False, leaving: bool = False, over: bool = False
-    ) -> None:
+        self,
+        member: Member,
+        *,
+        reduced: bool = False,
+        at_end: bool = False,
+        leaving: bool = False,
+        over: bool = False,
+        in_epoch: bool = False,
+    ) -> bool:
         window = member.window
-        last = self._position == self._length and window.tail == "step" and window.is_open
+        last = self._position == self._length and window.tail == "step" and window.is_open and not in_epoch
         values = member.values()
         digest = zlib.crc32(json.dumps(values).encode())
         while True:
@@ -273,13 +301,13 @@ class Meeting:
             member.begun = int(max(row.micro_batches for row in rows))
             self._inside |= member.begun > 0
             member.touched()
-            return
+            return False
         member.begun = 0
         member.precision.elsewhere = any(row.beside for row in rows)
         if any(row.spoiled for row in rows):
             member.discard(SPOILED)
             member.precision.close()  # also where it was not open
-            return
+            return False
         # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.
         window.unit = window.unit or max(row.unit for row in rows)
         window.share(sum(rows[r].weight for r in member.sync.ranks), window.ranks)
@@ -289,8 +317,9 @@ class Meeting:
         else:
             member.sync.reduce(member.parameters())
         member.sync.send_buffers()
-        member.close()
+        stepped = member.close()
         self._rounds.guard.leave()
+        return stepped
 
     def _drop(self, member: Member, still_open: Sequence[Member]) -> None:
         """Drop a window that is open on some rank: on all of them the loss scale adapts if it was the last one."""
@@ -307,6 +336,7 @@ class Meeting:
     def _waiting(self) -> list[Synchroniser]:
         """What the other ranks reduce with in this micro-batch, and this one has not had a backward for."""
         done = {id(m.sync) for m, n in zip(self._members, self._before, strict=False) if m.differentiated > n}
+        done |= {id(self._syncs()[index]) for index in self._joined}
         return [sync for sync in syncs_of(self._expected) if id(sync) not in done]
 
     @property
@@ -334,4 +364,4 @@ class Meeting:
 
 def _said(rows: Sequence[Row]) -> set[int]:
     """The models, by number, that some rank is about to reduce."""
-    return {int(row[1]) for row in rows if row[0] == Kind.AGAIN and row[1] != _NONE}
+    return {int(row[1]) for row in rows if row[0] == Kind.AGAIN}

@@ -35,6 +35,8 @@ class Member:
         broken: Whether the last of them raised.
         begun: Micro-batches since its window opened, on the rank that is ahead; where all are in step.
         unweighted: Whether a first loss has told all ranks that it has no weight.
+        updated: Whether ``update()`` has ended micro-batches of it in this iteration.
+        end_micro_batch: Steps with the other ranks, where ``update()`` ends one that fills a window; returns whether.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Member:
     parameters: Callable[[], list[torch.Tensor]]
     facts: Callable[[], dict[str, Any]]
     values: Callable[[], dict[str, dict[str, str]]]
-    close: Callable[[], Any]
+    close: Callable[[], bool]
     drop: Callable[[], Any]
     is_spoiled: Callable[[], bool]
     discard: Callable[[str], Any]
@@ -54,6 +56,8 @@ class Member:
     broken: bool = False
     begun: int = 0
     unweighted: bool = False
+    updated: bool = False
+    end_micro_batch: Callable[[], bool] = bool
 
     @property
     def met(self) -> bool:

@@ -4,7 +4,8 @@ Before the micro-batch in which a window closes, or before each if a model needs
 whether it has one (the *gate*). If all have, that backward reduces the gradients. If some are at the end of their data,
 the others go on without: nobody reduces in the backward, and all do it together when the window closes, those without
 data with weight 0. When a window closes, every rank says what it weighs, so that its mean is over the items of all. An
-epoch ends, and a run, when it has on all ranks; whoever stops or raises, stops all.
+epoch ends, and a run, when it has on all ranks; whoever stops or raises, stops all. Where ``train_step`` calls
+``update()``, all ranks with data do, and its round is one at which a window can close, too.
 
 .. code-block:: text
 
@@ -159,7 +160,7 @@ class Peers(Meeting):
         self._joined.clear()
         self._passed.clear()
         if self._closing or together:
-            rows = self._gate(Kind.GATE)
+            rows = self._gate(Kind.GATE, self._closing)
             if self._stopped_by(rows):
                 engine.state.iteration -= 1  # this one is not trained
                 self._closing = []
@@ -186,7 +187,8 @@ class Peers(Meeting):
         """Reduce and close with the others what this micro-batch does; *leaving* its data or its run, with it."""
         closing, reducing, expected = self._closing, self._reducing, self._expected
         for member in self._members:
-            member.begun += 1
+            member.begun += not member.updated
+            member.updated = False
         if self._several:
             self._take_parts()
         else:
@@ -200,6 +202,8 @@ class Peers(Meeting):
         if not closing:
             return
         self._switch()
+        if not reducing:
+            self._gate(Kind.EDGE, closing)
         for member in closing:
             self._close(member, reduced=reducing and member.sync not in self._passed, leaving=leaving)
 

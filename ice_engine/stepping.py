@@ -12,11 +12,12 @@ from ice_engine.closing import Closing
 from ice_engine.distributed.build import Sharding, build
 from ice_engine.distributed.gathered import gather_anew
 from ice_engine.distributed.world import require_one_process
-from ice_engine.errors import ArgumentTypeError, ArgumentValueError, ClosureError, warn
+from ice_engine.errors import ArgumentTypeError, ArgumentValueError, AttachError, ClosureError, warn
 from ice_engine.events import check_name
 from ice_engine.facade import OptimizerFacade
 from ice_engine.gradients import Gradient
 from ice_engine.horizon import OnChange
+from ice_engine.member import Member
 from ice_engine.optimizer_arguments import as_optimizer, check_clip
 from ice_engine.precision import Policy, Precision
 from ice_engine.processors.group import check_entries, check_processors, set_initial_values
@@ -170,8 +171,10 @@ class Stepping(Closing):
     ) -> bool:
         """End a micro-batch, and step if that fills the window.
 
-        The attached handler calls it once per iteration; loops without an engine call it themselves. A
-        micro-batch without :meth:`backward` counts as one that the caller differentiated.
+        The attached handler ends one per iteration; loops without an engine call it themselves, and so does a
+        ``train_step`` that steps before its end, or several times: in many processes without arguments, and on all
+        ranks as often. A micro-batch without :meth:`backward` counts as one that the caller differentiated; in many
+        processes as none.
 
         Args:
             grad_scaler: The scaler that the caller scaled its loss with; kept from then on.
@@ -185,13 +188,23 @@ class Stepping(Closing):
             True if a step was applied; False inside a window and for a skipped step.
 
         Raises:
-            AttachError: In many processes, where this rank would step alone.
+            AttachError: In many processes, with arguments, or where it is attached to no engine.
+            RankError: If other ranks do something else.
             NoGradientsError: If the window closes and no parameter has a gradient.
             NonFiniteGradientError: By the ``nonfinite`` policy.
             ProcessorError: If a processor returns or writes something impossible; no param group has changed.
             BackwardError: If the loss scale was changed inside the window, or in a handler of this optimizer's events.
         """
-        require_one_process("update()", attached=self._engine is not None)
+        given = (grad_scaler, grad_acc_steps, current_epoch, epoch_steps, global_steps, epoch_size)
+        if self._member is not None:
+            if any(argument is not None for argument in given):
+                message = (
+                    "update() takes no arguments in many processes, where all must count alike; give "
+                    "accumulation_steps= and grad_scaler= to Optimizer(...), its engine knows the rest"
+                )
+                raise AttachError(message)
+            return self._update_on_all_ranks(self._member)
+        require_one_process("update()", attached=False)
         size = self._window.size if grad_acc_steps is None else count("grad_acc_steps", grad_acc_steps, 1)
         self._end_micro_batch(
             grad_scaler,
@@ -208,6 +221,14 @@ class Stepping(Closing):
         if self._clocks.epoch_ends:
             self._drop_tail()
         return False
+
+    def _update_on_all_ranks(self, member: Member) -> bool:
+        self._check_time("update()")
+        if self._window.pending:
+            self._end_micro_batch(size=self._window.size)
+        else:  # other ranks may have had a loss
+            self._require_own_gradients(self._parameters())
+        return member.end_micro_batch()
 
     def _end_micro_batch(
         self, grad_scaler: torch.amp.GradScaler | None = None, size: int = 1, **given: int | None

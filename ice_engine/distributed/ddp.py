@@ -27,6 +27,9 @@ class DDPSync(Synchroniser):
         # memory there is nothing to reduce for in between: gradients are whole on every rank, and those of a rank with
         # fewer losses would be waited for.
         self.always = self.together = bool(self.model.static_graph)
+        # Of these two, which have no public names, a forward notes nothing.
+        self._notes = not (self.model._use_python_reducer or self.model._delay_all_reduce_all_params)  # noqa: SLF001 - as said
+        self._prepares = self.always or not self._notes
         self._used = self._settled = False
         self._sends = bool(self.model.broadcast_buffers)
         self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
@@ -42,7 +45,10 @@ class DDPSync(Synchroniser):
 
     def on(self, last: bool) -> None:
         """Let the next forward and backward reduce if it is the *last* of a window."""
-        self.model.require_backward_grad_sync = self.reduces = last or self.always
+        self.reduces = last or self.always
+        # Else its forward would let the next backward reduce whatever that reaches: also of another model's loss, or in
+        # a later micro-batch, where no backward follows.
+        self.model.require_backward_grad_sync = self.reduces and self._prepares
         self._used = False
         # DDP sends buffers in each forward that follows one which is to be reduced; not every rank may have it.
         self.model.broadcast_buffers = False
@@ -51,22 +57,19 @@ class DDPSync(Synchroniser):
     def leave(self) -> None:
         """Let DDP reduce and send buffers by itself again."""
         super().leave()
+        self.model.require_backward_grad_sync = True
         self.model.broadcast_buffers = self._sends
 
     @property
     def is_bypassed(self) -> bool:
         """Whether no forward has gone through DDP since it is to reduce."""
-        model = self.model
-        # Of these two, which have no public names, its forward notes nothing.
-        if self._used or model._use_python_reducer or model._delay_all_reduce_all_params:  # noqa: SLF001 - as said
-            return False
-        return not isinstance(model.require_forward_param_sync, bool)
+        return self._notes and not self._used and not isinstance(self.model.require_forward_param_sync, bool)
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
         if self.reduces:
             self.meet(not self._used)
-            # The last forward may have been one without grad, after the loss or before a loss that goes past DDP.
+            # Its forward did not, or was one without grad: after the loss, or before a loss that goes past DDP.
             if self._used or self.model.require_forward_param_sync is False:
                 self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
         self._used = True

@@ -57,6 +57,9 @@ class Kind(enum.IntEnum):
     AGAIN = 9
     LEFT = 10
     EPOCH_LAST = 11
+    UPDATE = 12
+    PART = 13
+    EDGE = 14
 
     def __str__(self) -> str:
         return _WORDS[self]
@@ -75,12 +78,18 @@ _WORDS = {
     Kind.RAISED: "raised",
     Kind.AGAIN: "differentiates one more loss of a micro-batch",
     Kind.LEFT: "has left its run",
+    Kind.UPDATE: "calls update()",
+    Kind.PART: "has no more loss in a micro-batch",
+    Kind.EDGE: "is at the end of a micro-batch that closes a window",
 }
 _TOGETHER = (
     *({kind} for kind in Kind),
     {Kind.GATE, Kind.EPOCH_LAST, Kind.EPOCH_END, Kind.RUN_END, Kind.UNIT},
     {Kind.EPOCH_START, Kind.RUN_END},
-    {Kind.UNIT, Kind.CLOSE, Kind.AGAIN},
+    {Kind.UNIT, Kind.CLOSE, Kind.AGAIN, Kind.PART},
+    {Kind.UNIT, Kind.UPDATE, Kind.AGAIN},
+    {Kind.UNIT, Kind.UPDATE, Kind.EPOCH_END, Kind.RUN_END},
+    {Kind.UNIT, Kind.EDGE, Kind.EPOCH_LAST, Kind.EPOCH_END, Kind.RUN_END},
 )
 
 Row = list[float]
