@@ -124,7 +124,9 @@ class DDPSync(Synchroniser):
         """
         if not self._settled:
             return []
-        self.model.logger.set_runtime_stats_and_log()  # else it says so only from the next forward on
+        # Else it says so only from the next forward on that prepares a reduction.
+        self.model.reducer.prepare_for_forward()
+        self.model.logger.set_runtime_stats_and_log()
         buckets = self.model._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices", "")  # noqa: SLF001 - likewise
         return [int(index) for index in buckets.replace(",", " ").split()]
 
