@@ -13,6 +13,8 @@ import ice_engine as ice
 from tests.distributed.launch import launch
 from tests.distributed.test_windows import EVEN, Batch, batches, flat, network, oracle, sgd
 
+pytestmark = pytest.mark.distributed
+
 UNEVEN = [[7, 3, 11, 2, 5, 6], [2, 13, 5, 8]]
 
 

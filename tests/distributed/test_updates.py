@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 import ice_engine as ice
 from tests.distributed.launch import launch, watch
 
+pytestmark = pytest.mark.distributed
+
 EVEN = [[3, 2, 4], [1, 5, 2]]
 RAGGED = [[3, 2, 4, 2, 1], [1, 5, 2]]
 
