@@ -21,10 +21,11 @@ from ice_engine.member import SPOILED, Member
 from ice_engine.names import class_name
 from ice_engine.of_engine import optimizers_of
 from ice_engine.orders import LAST, OPTIMIZERS
+from ice_engine.other_schedulers import overwritten
 from ice_engine.peers import Peers, peers
 from ice_engine.precision import always
 from ice_engine.processors.agreement import exact
-from ice_engine.processors.group import check_names, rewind, set_initial_values
+from ice_engine.processors.group import check_names, rewind, set_initial_values, written_keys
 from ice_engine.processors.group_mapping import group_name
 from ice_engine.processors.processor import name_of
 from ice_engine.stepping import Stepping
@@ -254,6 +255,7 @@ class Attaching(Stepping):
         if not self._window.is_open:
             self.zero_grad()
         self._publish()
+        self._say_overwritten(engine)
 
     def _say_behind(self, engine: Engine) -> None:
         goes_on = f"the engine goes on at iteration {engine.state.iteration}, optimizer {self._name!r}"
@@ -266,6 +268,14 @@ class Attaching(Stepping):
             warn(
                 f"{goes_on} was given a plain optimizer's state, without clocks: it starts at step 0, and so do its "
                 "schedules; those with unit='iteration', such as ice.schedules.cosine(unit='iteration'), go on too"
+            )
+
+    def _say_overwritten(self, engine: Engine) -> None:
+        written = {key.partition(".")[0] for _, key in written_keys(self._processors)}
+        if found := overwritten(engine, self, written, f"{self._name.upper()}_STEP_STARTED") if written else []:
+            warn(
+                f"processors of optimizer {self._name!r} write before each step what {' and '.join(found)} "
+                f"writes, which has no effect; leave out either, or let it write on {self._name.upper()}_STEP_STARTED"
             )
 
     def _on_iteration_started(self, _: Engine) -> None:

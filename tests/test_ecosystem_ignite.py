@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,62 @@ def test_a_skipped_step_moves_no_scheduler_on_step_started() -> None:
     assert trainer.state.optimizer_skipped == 1
     assert trainer.state.optimizer_step == 3
     assert lrs(optimizer) == [0.1 * 0.25, 0.05 * 0.25]
+
+
+def _with_torch(optimizer: torch.optim.Optimizer, trainer: Engine) -> None:
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: scheduler.step())
+
+
+BESIDE: dict[str, tuple[Callable[[Any, Engine], Any], str | None]] = {
+    "Ignite's": (
+        lambda o, t: t.add_event_handler(Events.ITERATION_STARTED, CosineAnnealingScheduler(o, "lr", 0.1, 0.0, 9)),
+        "CosineAnnealingScheduler of 'lr' on ITERATION_STARTED",
+    ),
+    "Ignite's, filtered": (
+        lambda o, t: t.add_event_handler(
+            Events.ITERATION_COMPLETED(every=2), LRScheduler(lr_scheduler.ExponentialLR(o, 0.5))
+        ),
+        "LRScheduler of 'lr' on ITERATION_COMPLETED",
+    ),
+    "Ignite's, of each group": (
+        lambda o, t: t.add_event_handler(
+            Events.ITERATION_STARTED,
+            ParamGroupScheduler(
+                [LinearCyclicalScheduler(o, "lr", 0.1, 0.2, 4, param_group_index=group) for group in (0, 1)]
+            ),
+        ),
+        "LinearCyclicalScheduler of 'lr' on ITERATION_STARTED and LinearCyclicalScheduler of 'lr' on",
+    ),
+    "torch's": (_with_torch, "what one of torch.optim.lr_scheduler writes"),
+    "on STEP_STARTED": (
+        lambda o, t: t.add_event_handler(STEP_STARTED, LRScheduler(lr_scheduler.ExponentialLR(o, 0.5))),
+        None,
+    ),
+    "of another entry": (
+        lambda o, t: t.add_event_handler(Events.ITERATION_STARTED, LinearCyclicalScheduler(o, "weight_decay", 0, 1, 4)),
+        None,
+    ),
+    "of another optimizer": (
+        lambda _, t: t.add_event_handler(
+            Events.ITERATION_STARTED, LinearCyclicalScheduler(make_inner(make_model()), "lr", 0, 1, 4)
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_scheduler_that_a_processor_writes_over_is_said_to_have_no_effect(beside: str) -> None:
+    add, said = BESIDE[beside]
+    trainer, _, optimizer = ice_trainer(processors=[ice.schedules.cosine(total=20)])
+    add(optimizer, trainer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ice.IceEngineWarning)
+        trainer.run(DATA[:4], max_epochs=2)
+    texts = [str(each.message) for each in caught if issubclass(each.category, ice.IceEngineWarning)]
+    assert len(texts) == (said is not None), texts
+    assert not said or said in texts[0]
 
 
 # The state of Ignite's ReduceLROnPlateauScheduler holds a bound method, and so loads from no file.
