@@ -231,7 +231,7 @@ class Closing(Accumulating):
             else:
                 for wait in self._waits:
                     wait()
-                fused.step_with(self._inner, binding.form, left, gradient.device)
+                fused.step_with(self._inner, binding.form, left, gradient.device, plain=bool(gradient.plain))
                 gather_anew(self._gathering)
         except BaseException:
             self._count("step", -1)

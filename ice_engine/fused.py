@@ -13,6 +13,8 @@ import torch
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined] # has no public name
 from torch.optim import optimizer as torch_optimizer
 
+from ice_engine import adam
+
 # Of these the fused form is the faster one in all sizes, and gradients that it cannot take are refused by all forms.
 _FASTER = (torch.optim.Adam, torch.optim.AdamW)
 _DEVICES = ("cpu", "cuda")
@@ -109,22 +111,28 @@ def _is_linear(group: Mapping[str, Any]) -> bool:
 
 
 def step_with(
-    optimizer: torch.optim.Optimizer, form: str | None, factor: float | torch.Tensor, device: torch.device
+    optimizer: torch.optim.Optimizer,
+    form: str | None,
+    factor: float | torch.Tensor,
+    device: torch.device,
+    *,
+    plain: bool,
 ) -> None:
     """Step *optimizer*, which has this :func:`form`, with its gradients times *factor*.
 
-    It must take any but 1, see :func:`takes_factor`.
+    It must take any but 1, see :func:`takes_factor`. *plain* are gradients that are dense tensors of one dtype there.
     """
     loop = form == "for-loop" and device.type == "cpu"  # which was true when somebody looked; on a GPU torch is asked
+    kernel = form == "fused" and device.type == "cpu" and plain
     if type(factor) is float and factor == 1.0:
-        _step(optimizer, loop=loop)
+        _step(optimizer, loop=loop, kernel=kernel)
         return
     if not _divides(optimizer):
         rates = [group["lr"] for group in optimizer.param_groups]
         try:
             for group in optimizer.param_groups:
                 group["lr"] *= factor
-            _step(optimizer, loop=loop)
+            _step(optimizer, loop=loop, kernel=kernel)
         finally:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -135,13 +143,13 @@ def step_with(
     else:
         stepped.grad_scale = torch.full((), 1.0 / factor, dtype=torch.float32, device=device)
     try:
-        _step(optimizer, loop=loop)
+        _step(optimizer, loop=loop, kernel=kernel)
     finally:
         del stepped.grad_scale
 
 
-def _step(optimizer: torch.optim.Optimizer, *, loop: bool) -> None:
-    """Step *optimizer*, by its *loop* if so; past torch's wrappers around ``step()`` where they have nothing to do."""
+def _step(optimizer: torch.optim.Optimizer, *, loop: bool, kernel: bool) -> None:
+    """Step *optimizer*, by its *loop* if so, or by its *kernel* alone; past what torch puts around that for others."""
     own: Any = type(optimizer).step
     # One opens a range for the profiler, at 9 us a step as much as the kernel of a small model, also where none runs.
     if (
@@ -167,7 +175,8 @@ def _step(optimizer: torch.optim.Optimizer, *, loop: bool) -> None:
         torch._C._set_grad_enabled(False)  # noqa: SLF001 - what torch.set_grad_enabled() calls, an object around it
         for group in left_open:
             group["foreach"] = False
-        inner.__wrapped__(optimizer)
+        if not (kernel and adam.step(optimizer)):
+            inner.__wrapped__(optimizer)
     finally:
         for group in left_open:
             group["foreach"] = None
