@@ -136,7 +136,7 @@ class Accumulating(Scheduling):
         if member is not None:
             if member.sync.reduces and member.sync.is_bypassed:
                 self._refuse_bypassing()
-            member.sync.before_backward(part)
+            member.meet()
         try:
             if self._precision.scaler is not None:
                 part = self._precision.scale(part)
@@ -144,11 +144,11 @@ class Accumulating(Scheduling):
                 # Beside another optimizer, such as a discriminator's beside a generator's, a loss reaches parameters
                 # that it must not train: what it leaves there would enter the other's step.
                 with self._aside(foreign) as reached:
-                    differentiate.backward(part, retain_graph=retain_graph)
+                    self._run_backward(part, retain_graph=retain_graph)
                     if self._engine is None and reached():
                         self._refuse_reaching()
             else:
-                differentiate.backward(part, retain_graph=retain_graph)
+                self._run_backward(part, retain_graph=retain_graph)
             if member is not None:
                 member.sync.after_backward()
                 member.differentiated += 1
@@ -159,6 +159,11 @@ class Accumulating(Scheduling):
             # Part of the gradients may be there and part not; the caller may catch this and go on.
             self._discard("a backward() that failed")
             raise
+
+    def _run_backward(self, part: torch.Tensor, *, retain_graph: bool) -> None:
+        if self._member is not None:
+            self._member.sync.before_backward(part)
+        differentiate.backward(part, retain_graph=retain_graph)
 
     @contextlib.contextmanager
     def _aside(self, foreign: Sequence[torch.Tensor]) -> Iterator[Callable[[], bool]]:
@@ -189,7 +194,7 @@ class Accumulating(Scheduling):
             return
         if not (loss.requires_grad or member.sync.follows):
             return  # none, to a model that is known only to take part with a loss that came through it
-        member.sync.before_backward(loss)
+        member.meet()
         with self._aside(self._foreign_parameters()):
             member.sync.take_part(loss, retain_graph=retain_graph)
         member.differentiated += 1

@@ -18,6 +18,7 @@ from ice_engine.distributed.agreement import announce
 from ice_engine.distributed.rounds import Kind, Row, rounds
 from ice_engine.distributed.synchroniser import Synchroniser
 from ice_engine.errors import ArgumentValueError, AttachError
+from ice_engine.isolation import gradients_aside
 from ice_engine.member import SPOILED, Member, syncs_of
 
 UNKNOWN = -1.0  # length of an epoch
@@ -64,7 +65,7 @@ class Meeting:
         self._closing: list[Member] = []
         self._expected: list[Member] = []  # which all ranks reduce in this micro-batch
         self._reducing = False
-        self._joined: set[int] = set()  # models, by number, that this rank has reduced zeros of in this micro-batch
+        self._joined: set[int] = set()  # optimizers, by number, that this rank has reduced zeros of in this micro-batch
         self._passed: list[Synchroniser] = []  # what no rank has had a loss for in this micro-batch
         self._before: list[int] = []
         self.savers: list[Saver] = []
@@ -102,7 +103,7 @@ class Meeting:
                     raise AttachError(message)
                 member.sync = other.sync  # one switch for one model
         self._members.append(member)
-        member.sync.meet = functools.partial(self._meet, member.sync)
+        member.meet = functools.partial(self._meet, member)
         member.window.unit_of = functools.partial(self._unit_of, member)
         member.window.ranks = len(member.sync.ranks)
         member.end_micro_batch = functools.partial(self._end_micro_batch, member)
@@ -197,7 +198,7 @@ class Meeting:
                 rows = self._tell_unit(member, 0.0)
                 if {row[1] for row in rows if row[0] == Kind.UNIT} == {self._members.index(member)}:
                     break  # else others were at the first loss of another optimizer
-        self._joined.add(self._syncs().index(sync))
+        self._joined |= {index for index, member in enumerate(self._members) if member.sync is sync}
         if sync.follows:
             sync.take_part()
         else:
@@ -214,14 +215,16 @@ class Meeting:
             pass
         self._passed.append(sync)
 
-    def _meet(self, sync: Synchroniser, first: bool) -> None:
-        """Meet all ranks before a backward of *sync* that reduces, which may be of another one on others, or of none.
+    def _meet(self, member: Member) -> None:
+        """Meet all ranks before a backward of *member* that reduces, which may be of another one on others, or of none.
 
         Then the one that was attached first goes first, and whoever is not there takes part with zeros.
         """
-        if not self._reducing or (first and not self._several):
+        if not (self._reducing and member.sync.reduces and member.sync.follows):
             return
-        own = self._syncs().index(sync)
+        if not self._several and member.sync in self._waiting():
+            return  # all come to it
+        own = self._members.index(member)
         while True:
             rows = self._rounds.exchange(Kind.AGAIN, [own], "a loss of a micro-batch that reduces")
             if not self._take_unit(rows):
@@ -230,26 +233,30 @@ class Meeting:
                 self._take_part_again(rows)
 
     def _take_parts(self) -> None:
-        """Take part in the reductions of several models that this rank has had no backward for."""
-        waiting = {self._syncs().index(sync) for sync in self._waiting()}
+        """Take part in the reductions of several optimizers that this rank has had no backward for."""
+        waiting = {self._members.index(member) for member in self._expected} - self._done()
         while waiting:
             rows = self._rounds.exchange(Kind.PART, doing="the end of a micro-batch that reduces")
             if not self._take_unit(rows):
                 chosen = min(_said(rows) or waiting)  # where no rank has a loss, what was accumulated is reduced
-                self._syncs()[chosen].take_part()
+                self._reduce_zeros(chosen)
                 waiting.discard(chosen)
 
     def _take_part_again(self, rows: Sequence[Row]) -> bool:
         """Reduce zeros, where other ranks reduce one more loss of the micro-batch that this one is through with."""
         again = _said(rows)
         if again:
-            sync = self._syncs()[min(again)]
-            sync.take_part()
-            self._joined.add(min(again))
-            for member in self._members:
-                if member.sync is sync:
-                    member.touched()
+            self._reduce_zeros(min(again))
         return bool(again)
+
+    def _reduce_zeros(self, index: int) -> None:
+        """Take part in what the loss of an optimizer, by number, reduces: its own gradients, and no other's."""
+        member = self._members[index]
+        beside = [other for other in self._members if other is not member and other.sync is member.sync]
+        with gradients_aside(parameter for other in beside for parameter in other.parameters()):
+            member.sync.take_part()
+        self._joined.add(index)
+        member.touched()
 
     def _take_unit(self, rows: Sequence[Row]) -> bool:
         said = [row for row in rows if row[0] == Kind.UNIT]
@@ -335,15 +342,18 @@ class Meeting:
 
     def _waiting(self) -> list[Synchroniser]:
         """What the other ranks reduce with in this micro-batch, and this one has not had a backward for."""
-        done = {id(m.sync) for m, n in zip(self._members, self._before, strict=False) if m.differentiated > n}
-        done |= {id(self._syncs()[index]) for index in self._joined}
+        done = {id(self._members[index].sync) for index in self._done()}
         return [sync for sync in syncs_of(self._expected) if id(sync) not in done]
+
+    def _done(self) -> set[int]:
+        """The optimizers, by number, that this rank had a backward for in this micro-batch, or has taken part in."""
+        counts = zip(self._members, self._before, strict=False)
+        return self._joined | {index for index, (m, before) in enumerate(counts) if m.differentiated > before}
 
     @property
     def _several(self) -> bool:
-        """Whether there are several models, whose reductions ranks with fewer losses could take for each other."""
-        syncs = self._syncs()
-        return len(syncs) > 1 and not any(sync.together for sync in syncs)
+        """Whether there are several optimizers, whose reductions ranks with fewer losses could take for each other."""
+        return len(self._members) > 1 and not any(m.sync.together for m in self._members)
 
     def _syncs(self) -> list[Synchroniser]:
         return syncs_of(self._members)
@@ -363,5 +373,5 @@ class Meeting:
 
 
 def _said(rows: Sequence[Row]) -> set[int]:
-    """The models, by number, that some rank is about to reduce."""
+    """The optimizers, by number, that some rank is about to reduce."""
     return {int(row[1]) for row in rows if row[0] == Kind.AGAIN}

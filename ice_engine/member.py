@@ -36,6 +36,7 @@ class Member:
         begun: Micro-batches since its window opened, on the rank that is ahead; where all are in step.
         unweighted: Whether a first loss has told all ranks that it has no weight.
         updated: Whether ``update()`` has ended micro-batches of it in this iteration.
+        meet: Called before a backward: where it reduces, other ranks may have fewer losses, or another optimizer's.
         end_micro_batch: Steps with the other ranks, where ``update()`` ends one that fills a window; returns whether.
     """
 
@@ -57,6 +58,7 @@ class Member:
     begun: int = 0
     unweighted: bool = False
     updated: bool = False
+    meet: Callable[[], object] = bool
     end_micro_batch: Callable[[], bool] = bool
 
     @property

@@ -67,11 +67,9 @@ class DDPSync(Synchroniser):
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
-        if self.reduces:
-            self.meet(not self._used)
-            # Its forward did not, or was one without grad: after the loss, or before a loss that goes past DDP.
-            if self._used or self.model.require_forward_param_sync is False:
-                self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
+        # Its forward did not, or was one without grad: after the loss, or before a loss that goes past DDP.
+        if self.reduces and (self._used or self.model.require_forward_param_sync is False):
+            self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
         self._used = True
 
     def take_part(self, loss: torch.Tensor | None = None, *, retain_graph: bool = False) -> None:  # noqa: ARG002 - needs none

@@ -51,6 +51,7 @@ class FSDPSync(Synchroniser):
         """Differentiate *loss* into gradients of 0; without one there is nothing to take part with."""
         if loss is None:
             return
+        self.before_backward(loss)
         # A gradient of 0 becomes NaN on its way through a loss that is not finite, and would be reduced at once.
         whole = [held.unsharded_param for held in self._all_held()]
         hooks = [parameter.register_hook(torch.zeros_like) for parameter in whole if parameter.requires_grad]

@@ -6,7 +6,7 @@ end of data whose length nobody knew, what it would have done is done after it.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,8 +38,6 @@ class Synchroniser:
         follows: Whether a rank without a loss can take part in what the others reduce.
         reduces: Whether a backward reduces now.
         always: Whether every micro-batch does, and not only the last of a window.
-        meet: Called before a backward that reduces, with whether it is the first one of its micro-batch: other ranks
-            may have fewer losses, or another model's.
     """
 
     together = follows = True
@@ -48,7 +46,6 @@ class Synchroniser:
         self.model: Any = model
         self.ranks = [rank()]
         self.reduces = self.always = False
-        self.meet: Callable[[bool], object] = bool
 
     @property
     def is_bypassed(self) -> bool:

@@ -1,0 +1,197 @@
+"""Several optimizers and losses in one micro-batch, not the same on each rank; by definition, each mean is over all.
+
+Each program says which losses a rank has in an iteration. Real gloo ranks differentiate them with the optimizers; one
+process does so without any, by ``torch.autograd.grad`` of each loss for the parameters of its optimizer alone.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
+
+import ice_engine as ice
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.distributed
+
+EVEN = [[3, 2, 4, 5], [6, 5, 2, 3]]
+RAGGED = [[7, 5, 2], [3, 2, 4, 2, 6]]
+SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+
+Models = dict[str, Any]
+Losses = Iterable[tuple[str, torch.Tensor, int]]
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.one, self.two = nn.Linear(6, 4), nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        body = self.body(x).tanh()
+        return self.one(body), self.two(body)
+
+
+class Program:
+    """Models, the parts of them that each optimizer has, and the losses of a rank in an iteration, from 1."""
+
+    windows: ClassVar[dict[str, int]] = {"all": 1}
+    tail: Any = "step"
+
+    def models(self) -> Models:
+        raise NotImplementedError
+
+    def parts(self, models: Models) -> dict[str, tuple[str, nn.Module]]:
+        return {name: (name, model) for name, model in models.items()}
+
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        raise NotImplementedError
+
+    def trained(self, sizes: list[list[int]], **ddp: Any) -> dict[str, list[float]]:
+        """Train on this rank, wrapped."""
+        plain = _made(self)
+        models = {name: DistributedDataParallel(model, **ddp) for name, model in plain.items()}
+        optimizers = {
+            name: ice.Optimizer(
+                torch.optim.SGD(part.parameters(), **SETTINGS),
+                name=name,
+                accumulation_steps=self.windows[name],
+                tail=self.tail,
+            )
+            for name, (_, part) in self.parts(plain).items()
+        }
+
+        def step(engine: Engine, x: torch.Tensor) -> None:
+            for name, loss, n in self.losses(models, x, dist.get_rank(), engine.state.iteration):
+                optimizers[name].backward(loss, weight=n, retain_graph=True)
+
+        engine = Engine(step)
+        for name, (model, _) in self.parts(plain).items():
+            optimizers[name].attach(engine, model=models[model])
+        engine.run(_batches(dist.get_rank(), sizes), max_epochs=2)
+        return _numbers(plain)
+
+    def expected(self, sizes: list[list[int]]) -> dict[str, list[float]]:
+        """Train in one process on the data of all ranks, each with a copy of the models."""
+        first = _made(self)
+        copies = [first, *(copy.deepcopy(first) for _ in sizes[1:])]
+        parts = [self.parts(models) for models in copies]
+        steps = {name: _by_hand([p[name][1] for p in parts], k) for name, k in self.windows.items()}
+        data = [_batches(rank, sizes) for rank in range(len(sizes))]
+        iterations = [0] * len(sizes)
+        for _ in range(2):
+            for i in range(max(map(len, data))):
+                found: dict[str, list[list[Any]]] = {name: [[] for _ in sizes] for name in steps}
+                for rank, own in enumerate(data):
+                    if i < len(own):
+                        iterations[rank] += 1
+                        for name, loss, n in self.losses(copies[rank], own[i], rank, iterations[rank]):
+                            found[name][rank].append((loss, n))
+                for name, step in steps.items():
+                    step(found[name], "losses")
+                for step in steps.values():
+                    step([], "micro-batch")
+            for step in steps.values():
+                step([], self.tail)
+        return _numbers(first)
+
+
+def _made(program: Program) -> Models:
+    torch.manual_seed(0)
+    return {name: model.double() for name, model in program.models().items()}
+
+
+def _batches(rank: int, sizes: list[list[int]]) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(rank)
+    return [torch.randn(n, 6, dtype=torch.float64, generator=draw) for n in sizes[rank]]
+
+
+def _numbers(models: Models) -> dict[str, list[float]]:
+    return {f"{name}.{n}": p.flatten().tolist() for name, model in models.items() for n, p in model.named_parameters()}
+
+
+def _by_hand(copies: list[nn.Module], k: int) -> Callable[[list[list[Any]], str], None]:
+    of_ranks = [[*model.parameters()] for model in copies]
+    optimizers = [torch.optim.SGD(parameters, **SETTINGS) for parameters in of_ranks]
+    window: list[list[Any]] = []
+    micro_batches = [0] * len(copies)
+
+    def step(losses: list[list[Any]], end: str) -> None:
+        for rank, own in enumerate(losses):
+            micro_batches[rank] += bool(own)
+            for loss, n in own:
+                found = torch.autograd.grad(loss, of_ranks[rank], retain_graph=True, allow_unused=True)
+                window.append([n, [None if g is None else g * n for g in found]])
+        if end == "losses" or (end == "micro-batch" and max(micro_batches) < k):
+            return
+        items = sum(n for n, _ in window)
+        if items and end != "drop":
+            for each in zip(*[gradients for n, gradients in window if n], *of_ranks, strict=True):
+                *gradients, parameters = [*each[: -len(copies)], each[-len(copies) :]]
+                there = [g for g in gradients if g is not None]
+                for parameter in parameters:
+                    parameter.grad = sum(there) / items if there else None
+            for optimizer in optimizers:
+                optimizer.step()
+        window.clear()
+        micro_batches[:] = [0] * len(copies)
+
+    return step
+
+
+class OneLoss(Program):
+    """Of three optimizers that train one model."""
+
+    windows: ClassVar[dict[str, int]] = {"body": 1, "one": 1, "two": 1}
+
+    def models(self) -> Models:
+        return {"model": Heads()}
+
+    def parts(self, models: Models) -> dict[str, tuple[str, nn.Module]]:
+        return {name: ("model", getattr(models["model"], name)) for name in self.windows}
+
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        one, two = models["model"](x)
+        loss = mse_loss(one, x[:, :1]) + mse_loss(two, x[:, 1:2])
+        return [(name, loss, len(x)) for name in self.windows]
+
+
+class AnotherOrder(OneLoss):
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        there = [*super().losses(models, x, rank, iteration)]
+        return there[::-1] if rank else there
+
+
+class SomeOnly(OneLoss):
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        there = super().losses(models, x, rank, iteration)
+        return [each for i, each in enumerate(there) if (iteration + i + rank) % 3]
+
+
+class AnotherOrderOfWindows(AnotherOrder):
+    windows: ClassVar[dict[str, int]] = {"body": 2, "one": 1, "two": 3}
+
+
+class SomeOnlyOfWindows(SomeOnly):
+    windows: ClassVar[dict[str, int]] = {"body": 2, "one": 1, "two": 3}
+
+
+@pytest.mark.parametrize("program", [AnotherOrder, SomeOnly, AnotherOrderOfWindows, SomeOnlyOfWindows])
+def test_ranks_may_have_other_losses_of_the_optimizers_of_one_model(program):
+    for found in launch(program().trained, 2, EVEN, timeout=40):
+        _assert_close(found, program().expected(EVEN))
+
+
+def _assert_close(found: dict[str, list[float]], expected: dict[str, list[float]]) -> None:
+    for name, numbers in expected.items():
+        wanted = torch.tensor(numbers, dtype=torch.float64)
+        torch.testing.assert_close(
+            torch.tensor(found[name], dtype=torch.float64), wanted, rtol=1e-12, atol=1e-13, msg=lambda m, n=name: n + m
+        )
