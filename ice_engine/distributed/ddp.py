@@ -1,13 +1,13 @@
 """DDP's reduction, driven by windows: what DDP does by itself in a forward or a backward, where all ranks are."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ice_engine.distributed.averaging import average, present
+from ice_engine.distributed.averaging import average
 from ice_engine.distributed.synchroniser import Synchroniser, sparse_tables
 from ice_engine.distributed.world import world_size
 from ice_engine.errors import AttachError
@@ -30,6 +30,7 @@ class DDPSync(Synchroniser):
         # Of these two, which have no public names, a forward notes nothing.
         self._notes = not (self.model._use_python_reducer or self.model._delay_all_reduce_all_params)  # noqa: SLF001 - as said
         self._prepares = self.always or not self._notes
+        self._looks = self.model.find_unused_parameters and not self.always
         self._used = self._settled = False
         self._sends = bool(self.model.broadcast_buffers)
         self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
@@ -69,7 +70,7 @@ class DDPSync(Synchroniser):
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
         # Its forward did not, or was one without grad: after the loss, or before a loss that goes past DDP.
         if self.reduces and (self._used or self.model.require_forward_param_sync is False):
-            self.model.reducer.prepare_for_backward([loss] if self.model.find_unused_parameters else [])
+            self._prepare([loss])
         self._used = True
 
     def take_part(self, loss: torch.Tensor | None = None, *, retain_graph: bool = False) -> None:  # noqa: ARG002 - needs none
@@ -85,15 +86,7 @@ class DDPSync(Synchroniser):
 
     def reduce(self, parameters: Sequence[torch.Tensor]) -> None:
         """Average gradients that no backward has reduced."""
-        if self.model.find_unused_parameters:
-            # It has noted what was used since it reduced, and must be through with that.
-            own = [p for p in parameters if p.requires_grad and id(p) in self._reduced]
-            used = [p for p, here in zip(own, present(own), strict=True) if here]
-            if used:  # of none at all it would take every parameter for used, and wait for their gradients
-                self._differentiate_zeros(used)
-            self.complete(parameters)
-        else:
-            average(parameters, self.model.process_group)
+        average(parameters, self.model.process_group)
 
     def complete(self, parameters: Sequence[torch.Tensor]) -> None:
         """Average the gradients that DDP does not know of: of *parameters* that required none when it was made."""
@@ -147,11 +140,43 @@ class DDPSync(Synchroniser):
             parameter.grad = gradient
 
     def _differentiate_zeros(self, parameters: Sequence[torch.Tensor]) -> None:
-        # A graph, for DDP to see that all of them are used; where it expects a sparse gradient, of no rows.
-        reached = [_no_rows(p) if id(p) in self._sparse else p.view_as(p) for p in parameters]
-        # As the forward does that this rank may not have had.
-        self.model.reducer.prepare_for_backward(reached if self.model.find_unused_parameters else [])
+        # A graph, for DDP to see that all of them are used; where it expects a sparse gradient, of no rows. If it looks
+        # for those that no rank has used, it takes a gradient of zeros for a use.
+        reach = _reach if self._looks else _view
+        reached = [_no_rows(p) if id(p) in self._sparse else reach(p) for p in parameters]
+        self._prepare(reached)  # as the forward does that this rank may not have had
         torch.autograd.backward(reached, [torch.zeros_like(each) for each in reached])
+
+    def _prepare(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Let the backward of *outputs* reduce."""
+        if self._looks:
+            # It notes what any backward reaches, until it reduces: also one of another optimizer's loss, whose
+            # gradients are not there now, or of a window that was dropped. Used is what has a gradient.
+            self.model.reducer._reset_state()  # noqa: SLF001 - no public way to it
+            used = [_reach(p) for p in self.model.module.parameters() if p.requires_grad and p.grad is not None]
+            if used:
+                torch.autograd.backward(used, [torch.zeros_like(each) for each in used])
+        self.model.reducer.prepare_for_backward(outputs if self._looks else [])
+
+
+class _Nothing(torch.autograd.Function):
+    """Reaches a parameter in a backward, and leaves no gradient there."""
+
+    @staticmethod
+    def forward(_: Any, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.new_zeros(())
+
+    @staticmethod
+    def backward(_: Any, *__: Any) -> None:
+        return None
+
+
+def _reach(parameter: torch.Tensor) -> torch.Tensor:
+    return cast("torch.Tensor", _Nothing.apply(parameter))  # type: ignore[no-untyped-call]
+
+
+def _view(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.view_as(parameter)
 
 
 def _entries(parameter: torch.Tensor) -> list[float]:

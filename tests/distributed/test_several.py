@@ -5,6 +5,7 @@ process does so without any, by ``torch.autograd.grad`` of each loss for the par
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Engine
 from torch import nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, softplus
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
@@ -39,6 +40,15 @@ class Heads(nn.Module):
         return self.one(body), self.two(body)
 
 
+class Branches(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(inputs, outputs) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, branch: int) -> torch.Tensor:
+        return self.branches[branch](x)
+
+
 class Program:
     """Models, the parts of them that each optimizer has, and the losses of a rank in an iteration, from 1."""
 
@@ -46,7 +56,7 @@ class Program:
     tail: Any = "step"
 
     def models(self) -> Models:
-        raise NotImplementedError
+        return {"all": Branches(6, 2)}
 
     def parts(self, models: Models) -> dict[str, tuple[str, nn.Module]]:
         return {name: (name, model) for name, model in models.items()}
@@ -187,6 +197,100 @@ class SomeOnlyOfWindows(SomeOnly):
 def test_ranks_may_have_other_losses_of_the_optimizers_of_one_model(program):
     for found in launch(program().trained, 2, EVEN, timeout=40):
         _assert_close(found, program().expected(EVEN))
+
+
+class LossesOfHeads(OneLoss):
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        losses = [mse_loss(head, x[:, i : i + 1]) for i, head in enumerate(models["model"](x))]
+        return [("one", losses[0], len(x)), ("two", losses[1], len(x)), ("body", sum(losses), len(x))]
+
+
+class LossesOfHeadsOfWindows(LossesOfHeads):
+    windows: ClassVar[dict[str, int]] = {"body": 3, "one": 2, "two": 3}
+
+
+class OneHeadInTurn(LossesOfHeads):
+    windows: ClassVar[dict[str, int]] = {"body": 3, "one": 3, "two": 3}
+
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        there = [*super().losses(models, x, rank, iteration)]
+        return [there[iteration % 2], there[2]]
+
+
+class Gan(Program):
+    """Whose generator's loss goes through a branch of the critic that the critic's own may not have used."""
+
+    windows: ClassVar[dict[str, int]] = {"critic": 1, "generator": 1}
+
+    def models(self) -> Models:
+        return {"critic": Branches(3, 1), "generator": Branches(3, 3)}
+
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        noise, real = x.split(3, dim=1)
+        branch = int(x.sum() > 0)
+        fake = models["generator"](noise, branch)
+        of_critic = softplus(-models["critic"](real, 0)).mean() + softplus(models["critic"](fake.detach(), 0)).mean()
+        of_generator = softplus(-models["critic"](fake, iteration % 2)).mean()
+        return [("critic", of_critic, len(x)), ("generator", of_generator, len(x))]
+
+
+class GanOfWindows(Gan):
+    windows: ClassVar[dict[str, int]] = {"critic": 3, "generator": 2}
+
+
+class NoneOnOneRank(Program):
+    """By turns one branch is used by nobody, and a rank has nothing to learn, or one loss more."""
+
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        loss = mse_loss(models["all"](x, iteration // 2 % 2), x[:, :2])
+        return [("all", loss, len(x))] if rank or iteration % 2 else []
+
+
+class NothingOnOneRank(NoneOnOneRank):
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        loss = mse_loss(models["all"](x, iteration // 2 % 2), x[:, :2])
+        return [("all", loss, len(x) if rank or iteration % 2 else 0)]
+
+
+class OneMoreOnOneRank(NoneOnOneRank):
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        loss = mse_loss(models["all"](x, iteration // 2 % 2), x[:, :2])
+        return [("all", loss, len(x))] * (2 if rank else 1)
+
+
+class Dropped(Program):
+    """An epoch's last micro-batches, in which alone a branch is used, fill no window."""
+
+    windows: ClassVar[dict[str, int]] = {"all": 3}
+    tail = "drop"
+
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        return [("all", mse_loss(models["all"](x, int(iteration % 4 == 0)), x[:, :2]), len(x))]
+
+
+@pytest.mark.parametrize(
+    ("program", "sizes"),
+    [
+        (LossesOfHeads, EVEN),
+        (LossesOfHeads, RAGGED),
+        (LossesOfHeadsOfWindows, EVEN),
+        (LossesOfHeadsOfWindows, RAGGED),
+        (OneHeadInTurn, EVEN),
+        (OneHeadInTurn, RAGGED),
+        (Gan, EVEN),
+        (Gan, RAGGED),
+        (GanOfWindows, EVEN),
+        (GanOfWindows, RAGGED),
+        (NoneOnOneRank, EVEN),
+        (NothingOnOneRank, EVEN),
+        (OneMoreOnOneRank, EVEN),
+        (Dropped, EVEN),
+    ],
+)
+def test_a_parameter_is_used_where_a_loss_of_its_optimizer_in_the_window_used_it(program, sizes):
+    expected = program().expected(sizes)
+    for found in launch(functools.partial(program().trained, find_unused_parameters=True), 2, sizes, timeout=40):
+        _assert_close(found, expected)
 
 
 def _assert_close(found: dict[str, list[float]], expected: dict[str, list[float]]) -> None:
