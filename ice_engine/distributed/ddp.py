@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ice_engine.distributed.averaging import average
 from ice_engine.distributed.synchroniser import Synchroniser, sparse_tables
 from ice_engine.distributed.world import world_size
-from ice_engine.errors import AttachError
+from ice_engine.errors import AttachError, BackwardError
 
 
 class DDPSync(Synchroniser):
@@ -29,9 +29,9 @@ class DDPSync(Synchroniser):
         self.always = self.together = bool(self.model.static_graph)
         # Of these two, which have no public names, a forward notes nothing.
         self._notes = not (self.model._use_python_reducer or self.model._delay_all_reduce_all_params)  # noqa: SLF001 - as said
-        self._prepares = self.always or not self._notes
         self._looks = self.model.find_unused_parameters and not self.always
         self._used = self._settled = False
+        self._learned = _has_learned(self.model)
         self._sends = bool(self.model.broadcast_buffers)
         self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
         self._sparse = {id(table) for _, table in sparse_tables(model)}
@@ -49,29 +49,40 @@ class DDPSync(Synchroniser):
         self.reduces = last or self.always
         # Else its forward would let the next backward reduce whatever that reaches: also of another model's loss, or in
         # a later micro-batch, where no backward follows.
-        self.model.require_backward_grad_sync = self.reduces and self._prepares
+        # The first one through a static graph has to: whatever backward comes next makes it reduce.
+        prepares = not self._notes or (self.always and not self._learned)
+        self.model.require_backward_grad_sync = self.reduces and prepares
         self._used = False
         # DDP sends buffers in each forward that follows one which is to be reduced; not every rank may have it.
         self.model.broadcast_buffers = False
-        self.model.require_forward_param_sync = 0  # its forward puts True or False
+        if self.model.require_forward_param_sync is True:  # from before the run, in which its forward puts False
+            self.model.require_forward_param_sync = 0
 
     def leave(self) -> None:
         """Let DDP reduce and send buffers by itself again."""
         super().leave()
+        self.model.require_forward_param_sync = 0  # or the next forward would send buffers, perhaps on one rank only
         self.model.require_backward_grad_sync = True
         self.model.broadcast_buffers = self._sends
 
     @property
     def is_bypassed(self) -> bool:
-        """Whether no forward has gone through DDP since it is to reduce."""
+        """Whether no forward has gone through DDP in this run."""
         return self._notes and not self._used and not isinstance(self.model.require_forward_param_sync, bool)
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Get ready for one more backward of a micro-batch; DDP itself would reduce the first one only."""
-        # Its forward did not, or was one without grad: after the loss, or before a loss that goes past DDP.
-        if self.reduces and (self._used or self.model.require_forward_param_sync is False):
+        if self.always and not self._learned and _has_learned(self.model):
+            message = (
+                "DistributedDataParallel(static_graph=True) learns from the first backward through it what to reduce, "
+                "and that was not the one of this optimizer's loss: torch.autograd.grad() or another loss came before. "
+                "Make it without static_graph"
+            )
+            raise BackwardError(message)
+        if self.reduces and (self._notes or self._used):
+            self.model.require_backward_grad_sync = not self._notes
             self._prepare([loss])
-        self._used = True
+        self._used = self._learned = True
 
     def take_part(self, loss: torch.Tensor | None = None, *, retain_graph: bool = False) -> None:  # noqa: ARG002 - needs none
         """Take part with zeros in the reduction that the other ranks' backward makes."""
@@ -96,9 +107,13 @@ class DDPSync(Synchroniser):
 
     def after_backward(self) -> None:
         """Let DDP agree on its buckets now; it would in the next forward, where a rank may be missing."""
-        if self.reduces and not self._settled:
+        if not self.reduces:
+            return
+        # Or else the step would come before the error, and an error of the last one never.
+        self.model.reducer._check_reducer_finalized()  # noqa: SLF001 - no public way to it
+        if not self._settled:
             # Not before it has reduced, which may be late, if the first windows were reduced here.
-            self._settled = self.model.reducer._rebuild_buckets()  # noqa: SLF001 - no public way to it
+            self._settled = self.model.reducer._rebuild_buckets()  # noqa: SLF001 - likewise
 
     def samples(self) -> dict[str, list[float]]:
         """Return, by name, the first, a middle and the last entry of each parameter, where DDP spans all ranks."""
@@ -156,7 +171,14 @@ class DDPSync(Synchroniser):
             used = [_reach(p) for p in self.model.module.parameters() if p.requires_grad and p.grad is not None]
             if used:
                 torch.autograd.backward(used, [torch.zeros_like(each) for each in used])
+        if self.always and self._learned:
+            self.model.reducer.prepare_for_forward()  # counts: after the first one, as no forward does it
         self.model.reducer.prepare_for_backward(outputs if self._looks else [])
+
+
+def _has_learned(model: Any) -> bool:
+    """Whether a backward has gone through a static graph."""
+    return bool(getattr(model, "_static_graph_delay_allreduce_enqueued", False))  # which no other model has
 
 
 class _Nothing(torch.autograd.Function):

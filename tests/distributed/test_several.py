@@ -18,7 +18,7 @@ from torch.nn.functional import mse_loss, softplus
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch, watch
 
 pytestmark = pytest.mark.distributed
 
@@ -291,6 +291,102 @@ def test_a_parameter_is_used_where_a_loss_of_its_optimizer_in_the_window_used_it
     expected = program().expected(sizes)
     for found in launch(functools.partial(program().trained, find_unused_parameters=True), 2, sizes, timeout=40):
         _assert_close(found, expected)
+
+
+class LaterOn(Program):
+    """The losses of two iterations, differentiated in the second."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, list[tuple[str, torch.Tensor, int]]] = {}
+
+    def models(self) -> Models:
+        return {"all": nn.Linear(6, 2)}
+
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        kept = self.kept.setdefault(rank, [])
+        kept.append(("all", mse_loss(models["all"](x), x[:, :2]), len(x)))
+        return [] if iteration % 2 else [kept.pop(), kept.pop()]
+
+
+class OnlyLaterOn(LaterOn):
+    """The loss of one iteration, differentiated in the next one, which has no forward."""
+
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        if iteration % 2 == 0:
+            return [self.kept[rank].pop()]
+        self.kept[rank] = [("all", mse_loss(models["all"](x), x[:, :2]), len(x))]
+        return []
+
+
+@pytest.mark.parametrize("program", [LaterOn, OnlyLaterOn])
+@pytest.mark.parametrize("ddp", [{}, {"find_unused_parameters": True}])
+def test_a_loss_may_be_differentiated_in_a_later_iteration(program, ddp):
+    for found in launch(functools.partial(program().trained, **ddp), 2, EVEN, timeout=40):
+        _assert_close(found, program().expected(EVEN))
+
+
+class LeavesOutAtLast(Program):
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        used = [models["all"].module.branches[branch](x) for branch in range(1 if iteration == 8 else 2)]
+        models["all"](x, 0)
+        return [("all", mse_loss(sum(used), x[:, :2]), len(x))]
+
+
+def test_a_last_loss_that_leaves_out_a_parameter_of_ddp_steps_on_no_gradients_of_one_rank():
+    for outcome in watch(LeavesOutAtLast().trained, 2, EVEN, timeout=40):
+        assert "parameters that were not used in producing loss" in outcome.error
+
+
+class Adversaries(Program):
+    """Two losses of one forward of the generator."""
+
+    windows: ClassVar[dict[str, int]] = {"critic": 1, "generator": 3}
+
+    def models(self) -> Models:
+        return {"critic": nn.Linear(3, 1), "generator": nn.Linear(3, 3)}
+
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        noise, real = x.split(3, dim=1)
+        fake = models["generator"](noise)
+        of_critic = softplus(-models["critic"](real)).mean() + softplus(models["critic"](fake)).mean()
+        return [("critic", of_critic, len(x)), ("generator", softplus(-models["critic"](fake)).mean(), len(x))]
+
+
+class PenaltyFirst(Program):
+    """A gradient of the output comes before the loss."""
+
+    def models(self) -> Models:
+        return {"all": nn.Linear(6, 2)}
+
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        x = x.clone().requires_grad_()
+        out = models["all"](x)
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return [("all", mse_loss(out, x[:, :2].detach()) + slope.square().mean(), len(x))]
+
+
+@pytest.mark.parametrize("program", [Adversaries, PenaltyFirst])
+def test_a_static_graph_learned_from_another_backward_is_refused(program):
+    for outcome in watch(functools.partial(program().trained, static_graph=True), 2, EVEN, timeout=40):
+        assert "Make it without static_graph" in outcome.error
+    for found in launch(program().trained, 2, EVEN, timeout=40):
+        _assert_close(found, program().expected(EVEN))
+
+
+class OneAtFirst(Adversaries):
+    """At first the critic sees no fake of the generator's own graph; then its loss comes before the generator's."""
+
+    def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
+        noise, real = x.split(3, dim=1)
+        fake = models["generator"](noise)
+        seen = fake.detach() if iteration == 1 else fake
+        of_critic = softplus(-models["critic"](real)).mean() + softplus(models["critic"](seen)).mean()
+        return [("critic", of_critic, len(x)), ("generator", (fake - noise).square().mean(), len(x))]
+
+
+def test_a_static_graph_is_reduced_by_the_loss_of_its_own_optimizer():
+    for found in launch(functools.partial(OneAtFirst().trained, static_graph=True), 2, EVEN, timeout=40):
+        _assert_close(found, OneAtFirst().expected(EVEN))
 
 
 def _assert_close(found: dict[str, list[float]], expected: dict[str, list[float]]) -> None:
