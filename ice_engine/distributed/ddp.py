@@ -12,6 +12,8 @@ from ice_engine.distributed.synchroniser import Synchroniser, sparse_tables
 from ice_engine.distributed.world import world_size
 from ice_engine.errors import AttachError, BackwardError
 
+_SENDS = "_ice_sends_buffers"
+
 
 class DDPSync(Synchroniser):
     """Drives a ``DistributedDataParallel``.
@@ -32,7 +34,8 @@ class DDPSync(Synchroniser):
         self._looks = self.model.find_unused_parameters and not self.always
         self._used = self._settled = False
         self._learned = _has_learned(self.model)
-        self._sends = bool(self.model.broadcast_buffers)
+        # Inside of a run of another engine that trains the same module it is off, and what it was is noted there.
+        self._sends = bool(vars(self.model).get(_SENDS, self.model.broadcast_buffers))
         self._reduced = {id(p) for p in model.parameters() if p.requires_grad}
         self._sparse = {id(table) for _, table in sparse_tables(model)}
         logged: Any = self.model._get_ddp_logging_data  # noqa: SLF001 - no public way to it
@@ -54,6 +57,7 @@ class DDPSync(Synchroniser):
         self.model.require_backward_grad_sync = self.reduces and prepares
         self._used = False
         # DDP sends buffers in each forward that follows one which is to be reduced; not every rank may have it.
+        vars(self.model)[_SENDS] = self._sends
         self.model.broadcast_buffers = False
         if self.model.require_forward_param_sync is True:  # from before the run, in which its forward puts False
             self.model.require_forward_param_sync = 0
@@ -63,7 +67,7 @@ class DDPSync(Synchroniser):
         super().leave()
         self.model.require_forward_param_sync = 0  # or the next forward would send buffers, perhaps on one rank only
         self.model.require_backward_grad_sync = True
-        self.model.broadcast_buffers = self._sends
+        self.model.broadcast_buffers = vars(self.model).pop(_SENDS)
 
     @property
     def is_bypassed(self) -> bool:

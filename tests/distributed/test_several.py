@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from torch import nn
 from torch.nn.functional import mse_loss, softplus
 from torch.nn.parallel import DistributedDataParallel
@@ -387,6 +387,46 @@ class OneAtFirst(Adversaries):
 def test_a_static_graph_is_reduced_by_the_loss_of_its_own_optimizer():
     for found in launch(functools.partial(OneAtFirst().trained, static_graph=True), 2, EVEN, timeout=40):
         _assert_close(found, OneAtFirst().expected(EVEN))
+
+
+class Counting(Heads):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen += len(x)
+        return super().forward(x)
+
+
+def _attached_inside() -> list[float]:
+    """Attach another optimizer of the model to another engine, in the midst of a run."""
+    model = DistributedDataParallel(Counting().double())
+    body = ice.Optimizer(torch.optim.SGD(model.module.body.parameters(), lr=0.1), name="body")
+    head = ice.Optimizer(torch.optim.SGD(model.module.one.parameters(), lr=0.1), name="head")
+    found = []
+
+    def by(optimizer: ice.Optimizer) -> Engine:
+        return Engine(lambda _, x: optimizer.backward(sum(head.square().mean() for head in model(x)), weight=len(x)))
+
+    outer, inner = by(body), by(head)
+    body.attach(outer, model=model)
+    outer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: head.attach(inner, model=model) and None)
+
+    @outer.on(Events.EPOCH_COMPLETED)
+    def train_the_head() -> None:
+        found.append(model.module.seen.item())
+        inner.run(_batches(dist.get_rank(), EVEN))
+        found.append(model.module.seen.item())
+
+    outer.run(_batches(dist.get_rank(), EVEN), max_epochs=2)
+    assert model.broadcast_buffers
+    return found
+
+
+def test_an_optimizer_attached_inside_of_a_run_of_the_same_model_sends_buffers():
+    seen = sum(EVEN[0])
+    assert launch(_attached_inside, 2, timeout=40) == [[seen, 2 * seen, 3 * seen, 4 * seen]] * 2
 
 
 def _assert_close(found: dict[str, list[float]], expected: dict[str, list[float]]) -> None:
