@@ -1,5 +1,6 @@
 """Which way the gradients of a model take from rank to rank."""
 
+import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,7 @@ def synchroniser(model: torch.nn.Module | None, parameters: Iterable[torch.Tenso
     if isinstance(inner, DistributedDataParallel | FSDPModule):
         _require_its_own(inner, parameters)
     if isinstance(inner, DistributedDataParallel):
+        _require_no_other(inner, parameters)
         return DDPSync(inner)
     if isinstance(inner, FSDPModule):
         return FSDPSync(inner, sync)
@@ -50,11 +52,31 @@ def synchroniser(model: torch.nn.Module | None, parameters: Iterable[torch.Tenso
 
 
 def _require_its_own(model: Any, parameters: Iterable[torch.Tensor]) -> None:
-    its_own = {id(p) for p in model.parameters()}
-    if not any(id(p) in its_own for p in parameters):
+    if not _ids(model.parameters()) & _ids(parameters):
         message = (
             f"attach() was given a {type(model).__name__} that has none of the optimizer's parameters, and so reduces "
             "no gradient of theirs: give it the module that is trained, and make the optimizer of that module's "
             "parameters, after fully_shard if that is applied"
         )
         raise AttachError(message)
+
+
+def _require_no_other(model: DistributedDataParallel, parameters: Iterable[torch.Tensor]) -> None:
+    """Refuse parameters that another DistributedDataParallel reduces, whenever it has a forward and a backward."""
+    beside = _ids(parameters) - _ids(model.parameters())
+    if not beside:
+        return
+    # Nobody keeps a list of them. By type(), as asking some objects for their class imports what they stand for.
+    wrapped = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    if any(beside & _ids(each.parameters()) for each in wrapped if each is not model):
+        message = (
+            "the optimizer has parameters of several DistributedDataParallel modules, and attach() drives one: the "
+            "others would reduce in every backward, and wait for ranks without data. Give each an optimizer of its own "
+            "(for a loss of both, a.backward(loss, retain_graph=True), then b.backward(loss)), or wrap one module that "
+            "has them all, and whose forward calls them"
+        )
+        raise AttachError(message)
+
+
+def _ids(parameters: Iterable[torch.Tensor]) -> set[int]:
+    return {id(parameter) for parameter in parameters}

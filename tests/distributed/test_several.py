@@ -389,6 +389,45 @@ def test_a_static_graph_is_reduced_by_the_loss_of_its_own_optimizer():
         _assert_close(found, OneAtFirst().expected(EVEN))
 
 
+def _of_two_models() -> None:
+    there, back = (DistributedDataParallel(nn.Linear(6, 6).double()) for _ in range(2))
+    both = ice.Optimizer(torch.optim.SGD([*there.parameters(), *back.parameters()], lr=0.1))
+    engine = Engine(lambda _, x: both.backward((back(there(x)) - x).square().mean(), weight=len(x)))
+    both.attach(engine, model=there)
+    engine.run(_batches(dist.get_rank(), RAGGED))
+
+
+def test_one_optimizer_of_two_models_that_ddp_wraps_is_refused():
+    for outcome in watch(_of_two_models, 2, timeout=20):
+        assert "parameters of several DistributedDataParallel modules, and attach() drives one" in outcome.error
+
+
+def _with_a_temperature() -> list[list[float]]:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(6, 1).double())
+    temperature = nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer = ice.Optimizer(torch.optim.SGD([*model.parameters(), temperature], lr=0.1))
+    engine = Engine(lambda _, x: optimizer.backward((model(x) * temperature - 1).square().mean(), weight=len(x)))
+    optimizer.attach(engine, model=model)
+    engine.run(_batches(dist.get_rank(), RAGGED))
+    return [p.flatten().tolist() for p in [*model.parameters(), temperature]]
+
+
+def test_a_parameter_that_nobody_wraps_is_averaged_along():
+    torch.manual_seed(0)
+    model, temperature = nn.Linear(6, 1).double(), nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer = torch.optim.SGD([*model.parameters(), temperature], lr=0.1)
+    for i in range(5):
+        x = torch.cat([_batches(rank, RAGGED)[i] for rank in range(2) if i < len(RAGGED[rank])])
+        optimizer.zero_grad()
+        (model(x) * temperature - 1).square().mean().backward()
+        optimizer.step()
+    for found in launch(_with_a_temperature, 2, timeout=40):
+        for numbers, p in zip(found, [*model.parameters(), temperature], strict=True):
+            wanted = p.detach().flatten()
+            torch.testing.assert_close(torch.tensor(numbers, dtype=torch.float64), wanted, rtol=1e-12, atol=1e-13)
+
+
 class Counting(Heads):
     def __init__(self) -> None:
         super().__init__()
