@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from ice_engine.distributed.averaging import average
 from ice_engine.distributed.gathered import fully_sharded, param_groups
+from ice_engine.distributed.shards import is_sharded
 from ice_engine.distributed.synchroniser import Sync, Synchroniser, sparse_tables
 from ice_engine.distributed.world import rank
 from ice_engine.errors import AttachError
@@ -34,7 +36,10 @@ class FSDPSync(Synchroniser):
             if isinstance(table, DTensor) and table.requires_grad:
                 message = f"{name!r} has sparse gradients, which fully_shard cannot reduce; leave out sparse=True"
                 raise AttachError(message)
-        self.ranks = max((_ranks(group.mesh_info) for group in self._groups()), key=len, default=[rank()])
+        widest = max((group.mesh_info for group in self._groups()), key=lambda info: len(_ranks(info)), default=None)
+        self.ranks = [rank()] if widest is None else _ranks(widest)
+        names = ("shard_process_group", "replicate_process_group")
+        self._processes = [getattr(widest, name) for name in names if hasattr(widest, name)]
         self.reduces, self.always = True, sync == "memory"
         self._behind = False
 
@@ -66,9 +71,15 @@ class FSDPSync(Synchroniser):
         self.complete(parameters)
 
     def complete(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Average what a backward has left out that reduced, but did not come through the model."""
-        if not self._behind:
-            return
+        """Average what a backward has left out that reduced: it did not come there, or FSDP2 does not know of it."""
+        if self._behind:
+            self._catch_up(parameters)
+        late = [p for p in parameters if p.requires_grad and not is_sharded(p)]
+        for processes in self._processes if late else ():
+            average(late, processes)
+
+    def _catch_up(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Reduce the whole gradients of *parameters* that FSDP2 has kept."""
         own = self._held(parameters)
         others = [held for held in self._all_held() if held not in own]
         if any(map(_has_whole_gradient, own)):
