@@ -36,11 +36,13 @@ class FSDPSync(Synchroniser):
             if isinstance(table, DTensor) and table.requires_grad:
                 message = f"{name!r} has sparse gradients, which fully_shard cannot reduce; leave out sparse=True"
                 raise AttachError(message)
-        widest = max((group.mesh_info for group in self._groups()), key=lambda info: len(_ranks(info)), default=None)
+        groups = [*self._groups()]
+        widest = max((group.mesh_info for group in groups), key=lambda info: len(_ranks(info)), default=None)
         self.ranks = [rank()] if widest is None else _ranks(widest)
         names = ("shard_process_group", "replicate_process_group")
         self._processes = [getattr(widest, name) for name in names if hasattr(widest, name)]
         self.reduces, self.always = True, sync == "memory"
+        self._one = groups[:1]  # as good as any: who turns the reduction off turns it off for the whole model
         self._behind = False
 
     def on(self, last: bool) -> None:
@@ -49,8 +51,8 @@ class FSDPSync(Synchroniser):
         self.model.set_requires_gradient_sync(self.reduces)
 
     def before_backward(self, loss: torch.Tensor) -> None:  # noqa: ARG002 - needs none
-        """Note whether this one leaves what is to be reduced later."""
-        self._behind |= not self.reduces
+        """Note whether this one leaves what is to be reduced later, be it as the script has said so since."""
+        self._behind |= not (self.reduces and all(group.reduce_grads for group in self._one))
 
     def take_part(self, loss: torch.Tensor | None = None, *, retain_graph: bool = False) -> None:
         """Differentiate *loss* into gradients of 0; without one there is nothing to take part with."""

@@ -86,6 +86,37 @@ def test_windows_of_every_tail(tail, sizes, sync, unknown):
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
 
 
+def _told_by_the_script(turn: int, sync: Any) -> list[float]:
+    model = network(3, 1)
+    fully_shard(model)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
+
+    def train_step(engine: Engine, batch: torch.Tensor) -> None:
+        model.set_requires_gradient_sync(engine.state.iteration % 2 == turn)
+        optimizer.backward(model(batch).square().mean())
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer, model=model, sync=sync)
+    trainer.run(batches(dist.get_rank()))
+    return whole(model)
+
+
+@pytest.mark.parametrize("sync", ["communication", "memory"])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_script_that_still_says_when_to_reduce_changes_no_step(turn, sync):
+    """As its plain loop did: at every second micro-batch, and so not in a last window of one, or never where due."""
+    model = network(3, 1)
+    optimizer = sgd(model)
+    for begin in (0, 2, 4):
+        window = [batch for rank in range(RANKS) for batch in batches(rank)[begin : begin + 2]]
+        optimizer.zero_grad()
+        model(torch.cat(window)).square().mean().backward()
+        optimizer.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for parameters in launch(_told_by_the_script, RANKS, turn, sync):
+        torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+
+
 def critics_loss(critic: torch.nn.Module, generator: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return softplus(-critic(batch)).mean() + softplus(critic(generator(batch[:, :2]).detach())).mean()
 
