@@ -1,7 +1,8 @@
 """The optimizer's state dict: torch's own layout, names of parameters, and one key of ours."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -18,7 +19,22 @@ def pack(state: dict[str, Any], names: list[list[str]], extra: dict[str, Any]) -
 
 def stub(rank: int) -> dict[str, Any]:
     """Return what stands for the state on ranks that do not hold it; :func:`unpack` refuses it."""
-    return {"ice_engine": {"version": VERSION, "consolidated_on": rank}}
+    return _Stub(ice_engine={"version": VERSION, "consolidated_on": rank})
+
+
+class _Stub(dict[str, Any]):
+    """Says who has the state to whoever takes it for one, such as torch's own functions."""
+
+    def __missing__(self, key: str) -> NoReturn:
+        message = (
+            f"this rank has no {key!r} of the optimizer: its whole state is on rank "
+            f"{self['ice_engine']['consolidated_on']}. torch's get_state_dict() and set_state_dict() go by what each "
+            "rank holds of a fully_shard'ed model: give them optimizer.inner, on all ranks"
+        )
+        raise NotConsolidatedError(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(self.items())  # for what loads with weights_only=True
 
 
 def unpack(state: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
