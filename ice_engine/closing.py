@@ -1,6 +1,7 @@
 """What becomes of a full window: its gradient made final, one step or one skip, and a record of it."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable
 from numbers import Real
@@ -18,7 +19,7 @@ from ice_engine.distributed.rounds import rounds
 from ice_engine.errors import ArgumentTypeError, AttachError, NoGradientsError
 from ice_engine.events import StepRecord
 from ice_engine.gradients import Gradient, Multiplier, is_one
-from ice_engine.nonfinite import first_nonfinite, nonfinite_loss
+from ice_engine.nonfinite import in_words, seen
 from ice_engine.processors.binding import Binding
 from ice_engine.processors.group import frozen, take_back
 from ice_engine.processors.group_mapping import Written, group_name
@@ -128,7 +129,7 @@ class Closing(Accumulating):
             factor = 1.0 if clip is None or norm is None else clip.factor(norm, known)
             self._step(gradient, norm, factor)
             return True
-        reason = f"{reason}, {first_nonfinite(self.named_parameters())}; {self._nonfinite_losses()}"
+        reason = f"{reason}, {self._culprits()}"
         self._skip(reason, norm)
         counts, epoch = self._clocks.counts, self._clocks.epoch
         place = f"attempt {counts['attempt']}, iteration {counts['iteration']}"
@@ -143,12 +144,13 @@ class Closing(Accumulating):
             logger.log(logging.INFO if usual else logging.WARNING, "skipped a step: %s", report)
         return False
 
-    def _nonfinite_losses(self) -> str:
-        bad = nonfinite_loss(self._window.losses)
-        if self._member is not None:
-            told = rounds().texts(bad, "the report on a gradient that is not finite")
-            bad = ", ".join(f"rank {r}: {text}" for r, text in enumerate(told) if text)
-        return bad or "micro-batch unknown: all losses were finite"
+    def _culprits(self) -> str:
+        """Say what is not finite; all ranks say the same."""
+        own = seen(self.named_parameters(), self._window.losses)
+        if self._member is None:
+            return in_words([own])
+        told = rounds().texts(json.dumps(own), "the report on a gradient that is not finite")
+        return in_words([json.loads(text) for text in told])
 
     @property
     def _folded_clip(self) -> ClipNorm | None:
