@@ -10,7 +10,7 @@ from ignite.engine import Engine, Events
 from ice_engine.clipping import ClipAdaptive, ClipNorm, ClipValue
 from ice_engine.distributed import world
 from ice_engine.distributed.build import remove_last_param_group
-from ice_engine.distributed.gathered import fully_sharded, gather_anew, require_unsharded
+from ice_engine.distributed.gathered import fully_sharded, gather_anew, keep_flags, require_unsharded
 from ice_engine.distributed.sync import synchroniser
 from ice_engine.distributed.synchroniser import Sync, Synchroniser
 from ice_engine.errors import ArgumentTypeError, AttachError, BackwardError, warn
@@ -282,6 +282,7 @@ class Attaching(Stepping):
         if self._window.pending:
             self._drop_unfinished()
         self._in_iteration = True
+        keep_flags(self._gathering)  # such as of what a handler has unfrozen after a validation
         # As the zero_grad() of a plain loop: what a handler left there, such as validation, enters no window.
         in_window = self._window.micro_batches or self._left.expects
         if not (in_window or self.needs_closure) and has_gradient(self._parameters()):

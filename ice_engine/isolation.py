@@ -30,7 +30,7 @@ class GradOff(contextlib.AbstractContextManager[None]):
 
     Args:
         parameters: Whose flags change.
-        changed: Called when they have.
+        changed: Called when they have, and before that at the end.
 
     Raises:
         AttachError: If it is entered a second time: other parameters may be meant by then.
@@ -50,6 +50,7 @@ class GradOff(contextlib.AbstractContextManager[None]):
         self._changed()
 
     def __exit__(self, *_: object) -> None:
+        self._changed()  # else those of what was gathered inside would be kept
         for parameter, required in zip(self._parameters, self._before or (), strict=True):
             parameter.requires_grad = required
         self._changed()

@@ -5,7 +5,7 @@ does, as after ``detach()`` or ``no_grad()``, its next forward would compute wit
 require grad what did then.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +44,17 @@ def param_groups(modules: Iterable[FSDPModule]) -> Iterator[Any]:
         yield from (group for group in groups if group)
 
 
-def gather_anew(modules: Iterable[FSDPModule]) -> None:
+def keep_flags(modules: Iterable[FSDPModule]) -> None:
+    """Let require grad what does of *modules* as they are: FSDP2 forgets it of whole parameters when these go."""
+    for group in param_groups(modules):
+        for held in () if group.is_sharded else group.fsdp_params:
+            info = held._module_info  # noqa: SLF001 - no public way to the parameter that the module has now
+            held.sharded_param.requires_grad_(getattr(info.module, info.param_name).requires_grad)
+
+
+def gather_anew(modules: Sequence[FSDPModule]) -> None:
     """Let the next forward of *modules* take their parameters as they are now: values, and what requires grad."""
+    keep_flags(modules)
     for module in modules:
         module.reshard()
         for group in param_groups([module]):

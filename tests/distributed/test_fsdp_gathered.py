@@ -164,6 +164,42 @@ def test_validation_sees_the_parameters_that_were_stepped(ranks):
         assert losses == pytest.approx(expected, rel=1e-12)
 
 
+def _unfrozen(reshards: bool | None) -> list[float]:
+    """Train the last layer only, and from the second epoch on all; validate after each."""
+    model = network(3, 1)
+    model[0].requires_grad_(False)
+    fully_shard(model, reshard_after_forward=reshards)
+    optimizer = ice.Optimizer(sgd(model), accumulation_steps=2)
+    trainer = Engine(lambda _, batch: optimizer.backward(model(batch).square().mean()))
+    optimizer.attach(trainer, model=model)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def validate() -> None:
+        with torch.no_grad():
+            model(batches(0)[0])
+
+    trainer.add_event_handler(Events.EPOCH_STARTED(once=2), lambda: model[0].requires_grad_(True))
+    trainer.run(batches(dist.get_rank()), max_epochs=2)
+    return whole(model)
+
+
+@pytest.mark.parametrize("reshards", [None, False, True])
+def test_what_is_unfrozen_after_a_validation_trains_from_then_on(reshards):
+    """The flags are then those of whole parameters, which are gone after the next backward."""
+    model = network(3, 1)
+    optimizer = sgd(model)
+    for epoch in range(2):
+        model[0].requires_grad_(epoch == 1)
+        for begin in (0, 2, 4):
+            window = [batch for rank in range(2) for batch in batches(rank)[begin : begin + 2]]
+            optimizer.zero_grad()
+            model(torch.cat(window)).square().mean().backward()
+            optimizer.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for parameters in launch(_unfrozen, 2, reshards):
+        torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+
+
 def _in_half_precision(first: bool) -> list[float]:
     critic, generator = network(3, 1).float(), network(2, 3).float()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
