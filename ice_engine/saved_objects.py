@@ -9,6 +9,7 @@ from ignite.metrics import Metric
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from ice_engine.distributed import world
+from ice_engine.distributed.gathered import fully_sharded, gather_anew
 from ice_engine.distributed.plain import plain
 from ice_engine.distributed.shards import is_sharded, is_zero
 from ice_engine.errors import CheckpointError
@@ -86,6 +87,8 @@ def without_model(objects: Mapping[str, Any]) -> list[str]:
 
 
 def _load(value: Any, state: Any) -> None:
+    if isinstance(value, torch.nn.Module):
+        gather_anew(fully_sharded(value))  # or else it may have whole parameters, such as of a validation, for a while
     if isinstance(value, Mapping):
         for key, item in value.items():
             _load(item, state[key])

@@ -125,6 +125,41 @@ def test_a_sharded_model_is_saved_whole_beside_training_and_goes_on(tmp_path):
     assert first[0] == first[1]  # the third step once more, from the checkpoint of the second
 
 
+def _validated_before(folder: str, how: str, layers: bool) -> list[list[float]]:
+    data = [(torch.full((4, 6), i / 5), torch.tensor([0, 1, 2, 0])) for i in range(4)]
+    found = []
+    for run in ("whole", "first", "second"):
+        torch.manual_seed(["whole", "first", "second"].index(run) // 2)
+        model: Any = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        if layers:
+            fully_shard(model[0])
+        fully_shard(model)
+        optimizer = ice.Optimizer(torch.optim.AdamW(model.named_parameters(), lr=0.05))
+        trainer = ice.create_trainer(model, optimizer, torch.nn.functional.cross_entropy)
+        objects = {"trainer": trainer, "model": model, "optimizer": optimizer}
+        with torch.no_grad():
+            model(data[0][0])
+        if run == "second" and how == "resume":
+            ice.Checkpoint(objects, folder).resume(trainer)
+        elif run == "second":
+            ice.load_sharded(f"{folder}/sharded", objects)
+        elif run == "first":
+            ice.Checkpoint(objects, folder).attach(trainer, Events.EPOCH_COMPLETED)
+        trainer.run(data, max_epochs=1 if run == "first" else 2)
+        if run == "first":
+            ice.save_sharded(f"{folder}/sharded", objects)
+        found.append(torch.cat([p.full_tensor().flatten() for p in model.parameters()]).tolist())
+    return found
+
+
+@pytest.mark.parametrize("layers", [False, True])
+@pytest.mark.parametrize("how", ["resume", "load_sharded"])
+def test_a_sharded_model_that_was_validated_before_loads_what_was_saved(tmp_path, how, layers):
+    """A forward without a backward leaves it with whole parameters, and the optimizer has the shards."""
+    for whole, _, again in launch(_validated_before, 2, str(tmp_path), how, layers):
+        assert again == whole
+
+
 def _alone_inside_a_window(folder: str) -> list[Any]:
     data = [(torch.full((4, 6), i / 5), torch.tensor([0, 1, 2, 0])) for i in range(5)]
     found: list[Any] = []
