@@ -58,7 +58,7 @@ class Trial:
         except Exception as err:
             message = (
                 f"a copy of {type(self.model).__name__} is what is checked, and it cannot be copied: {err}; "
-                "give a newly made model, before its first forward"
+                "give a newly made model, before its first forward, and before fully_shard"
             )
             raise ArgumentValueError(message) from err
         for part in (model, loss_fn):
