@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
+from ice_engine.errors import BackwardError
 from tests.distributed.launch import launch, watch
 from tests.distributed.test_windows import RAGGED, batches, flat, network, plain_loop, sgd
 from tests.unsized import Unsized
@@ -263,6 +264,33 @@ def test_sparse_gradients_stay_sparse_on_ranks_without_data_and_resumed(tmp_path
                 torch.tensor(weight, dtype=torch.float64), table.weight.detach(), rtol=0, atol=1e-12, msg=f"{case}"
             )
             assert steps == 6
+
+
+def _clipped_by_hand(size: int) -> str:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(2, 1))
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.1), accumulation_steps=size)
+
+    def train_step(engine: Engine, batch: torch.Tensor) -> None:
+        optimizer.backward(model(batch).square().mean())
+        if engine.state.iteration % size == 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+    trainer = Engine(train_step)
+    optimizer.attach(trainer, model=model)
+    try:
+        trainer.run([torch.ones(3, 2)] * 4)
+    except BackwardError as error:
+        return str(error)
+    return f"{optimizer.clocks['step']} steps"
+
+
+def test_a_clip_by_hand_in_a_windows_last_micro_batch_is_refused_as_in_one_process():
+    """It would clip the sum, not the mean; in a window of one they are the same."""
+    assert launch(_clipped_by_hand, 2, 1) == ["4 steps"] * 2
+    for said in launch(_clipped_by_hand, 2, 2):
+        assert "were changed inside its window, not by its backward()" in said
+        assert "clip with Optimizer(..., clip=)" in said
 
 
 def _models_of_their_own(kind: str) -> list[list[float]]:
