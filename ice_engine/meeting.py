@@ -70,7 +70,7 @@ class Meeting:
         self._before: list[int] = []
         self.savers: list[Saver] = []
         self.wants_stop: Callable[[], bool] = bool
-        self.stop_wanted = self._inside = False
+        self.stop_wanted = self._inside = self._updates = False
         self.counts_alike = True
 
     @property
@@ -80,8 +80,13 @@ class Meeting:
 
     @property
     def inside(self) -> bool:
-        """Whether a window is open on some rank; out of step, whether one may be until the next gate."""
-        return any(m.begun for m in self._members) if self.in_step else self._inside
+        """Whether a window is open on some rank, or where nobody knows, whether one may be until the next gate."""
+        return any(m.begun for m in self._members) if self._counts_together else self._inside
+
+    @property
+    def _counts_together(self) -> bool:
+        """Whether all know how many micro-batches the rank that is ahead has begun: in step, or by their updates."""
+        return self.in_step or self._updates
 
     def join(self, member: Member) -> None:
         """Take an optimizer in.
@@ -113,30 +118,34 @@ class Meeting:
         after = 2 + 2 * len(self._members)
         while True:
             length = self._engine.state.epoch_length
-            flags = [float(flag) for m in self._members for flag in (m in closing, m.window.is_open)]
+            has = [(m in closing, m.window.micro_batches + m.window.pending) for m in self._members]
             saves = sum(1 << i for i, saver in enumerate(self.savers) if saver.asks)
             stops, iteration = float(self.wants_stop()), self._engine.state.iteration
-            row = [UNKNOWN if length is None else length, *flags, stops, saves, iteration, *more]
+            row = [UNKNOWN if length is None else length, *sum(has, ()), stops, saves, iteration, *more]
             rows = self._rounds.exchange(kind, row, self._place(kind))
             if self._take_unit(rows) or self._take_part_again(rows):
                 continue
             check_gate(rows, self._members, self._engine.state.epoch)
             self._share([row[1] for row in rows], [row[after + 2] for row in rows])
             kinds = {row[0] for row in rows}
-            if kinds == {Kind.UPDATE} or not kinds & {Kind.UPDATE, Kind.EDGE}:
-                break
-            # Saves and stops wait for a place where those are as well that have no more data.
-            self._inside |= Kind.UPDATE in kinds and not self._members_of(rows, 2)
+            if Kind.UPDATE in kinds:
+                self._updates = True
+            else:
+                # Saves and stops wait for a micro-batch's end, or an epoch's.
+                self.stop_wanted = any(row[after] for row in rows)
+                for i, saver in enumerate(self.savers):
+                    saver.agreed |= any(int(row[after + 1]) >> i & 1 for row in rows)
+                for i, member in enumerate(self._members):
+                    member.begun = int(max(row[3 + 2 * i] for row in rows))
             if kind in {Kind.UPDATE, Kind.EDGE}:
                 return rows
+            if not kinds & {Kind.UPDATE, Kind.EDGE}:
+                break
             for member in self._members_of(rows, 2):
                 self._close(member)
-            if Kind.EDGE in kinds:
+            if Kind.EDGE in kinds and Kind.RUN_END not in kinds:
                 for saver in self.savers:
                     saver.on_edge(self._engine)
-        self.stop_wanted = any(row[after] for row in rows)
-        for i, saver in enumerate(self.savers):
-            saver.agreed |= any(int(row[after + 1]) >> i & 1 for row in rows)
         if Kind.EPOCH_END in kinds and kinds & {Kind.GATE, Kind.EPOCH_LAST}:
             self._length = None
         self._inside = self._may_be_open(rows, kinds)
@@ -147,16 +156,17 @@ class Meeting:
         if not self._several and member.sync in self._waiting():
             self._take_part(member.sync)
         own = self._members.index(member)
-        closing = [member] if member.window.is_full else []
-        rows = self._gate(Kind.UPDATE, closing, own, member.window.micro_batches)
-        told = [row[5 + 2 * len(self._members) :][:2] for row in rows if row[0] == Kind.UPDATE]
-        check_update([int(index) for index, _ in told], self._members)
-        member.updated, member.begun = True, int(max(begun for _, begun in told))
+        rows = self._gate(Kind.UPDATE, [member] if member.window.is_full else [], own)
+        check_update([int(row[5 + 2 * len(self._members)]) for row in rows if row[0] == Kind.UPDATE], self._members)
+        member.updated, member.begun = True, int(max(row[3 + 2 * own] for row in rows))
         if member not in self._members_of(rows, 2):
             member.touched()
             return False
-        reduced = self._reducing and member in self._expected and member.sync not in self._passed
-        return self._close(member, reduced=reduced, in_epoch=True)
+        return self._close(member, reduced=self._has_reduced(member), in_epoch=True)
+
+    def _has_reduced(self, member: Member) -> bool:
+        """Whether the backward passes of this micro-batch have reduced for *member*."""
+        return self._reducing and member in self._expected and member.sync not in self._passed
 
     def _share(self, lengths: Sequence[float], iterations: Sequence[float]) -> None:
         """Let the schedules of every rank go by the longest epoch, if all are known, and by the rank that is ahead."""
@@ -167,7 +177,7 @@ class Meeting:
 
     def _may_be_open(self, rows: Sequence[Row], kinds: set[float]) -> bool:
         """Whether a window may be open on some rank between the step that comes now, if any, and the next gate."""
-        if kinds & {Kind.GATE, Kind.UPDATE}:
+        if Kind.GATE in kinds:
             return len(self._members_of(rows, 2)) < len(self._members)
         return Kind.RUN_END not in kinds and any(m.window.tail == "carry" for m in self._members_of(rows, 3))
 

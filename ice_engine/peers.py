@@ -5,7 +5,8 @@ whether it has one (the *gate*). If all have, that backward reduces the gradient
 the others go on without: nobody reduces in the backward, and all do it together when the window closes, those without
 data with weight 0. When a window closes, every rank says what it weighs, so that its mean is over the items of all. An
 epoch ends, and a run, when it has on all ranks; whoever stops or raises, stops all. Where ``train_step`` calls
-``update()``, all ranks with data do, and its round is one at which a window can close, too.
+``update()``, all ranks with data do, in the same micro-batches, and its round is one at which a window can close, too.
+At the end of such a micro-batch all meet once more: for losses after the last ``update()``, for saves and for stops.
 
 .. code-block:: text
 
@@ -140,6 +141,7 @@ class Peers(Meeting):
         for sync, layout in zip(self._syncs(), self._layouts, strict=False):
             sync.lay_out(layout)
         self._layouts = ()
+        self._switch()  # what a handler trains on before the first gate, others may have no loss for
 
     def _on_epoch_started(self, engine: Engine) -> None:
         self._position, self._resumed, self._epoch_over = self._resumed, 0, False
@@ -153,7 +155,9 @@ class Peers(Meeting):
         self._position += 1
         last = self._position == self._length
         self._closing = [
-            m for m in self._members if m.window.closes_next(last=last, begun=m.begun if self.in_step else None)
+            m
+            for m in self._members
+            if m.window.closes_next(last=last, begun=m.begun if self._counts_together else None)
         ]
         together = any(m.sync.together for m in self._members)
         self._reducing, self._expected = False, []
@@ -171,7 +175,7 @@ class Peers(Meeting):
             self._closing = self._members_of(rows, 2)
         self._before = [m.differentiated for m in self._members]
         for member in self._members:
-            member.broken = False
+            member.broken = member.updated = False
         reduced = self._closing if self._reducing else []
         self._switch(reduced)
         if self._reducing:
@@ -185,7 +189,7 @@ class Peers(Meeting):
 
     def _complete(self, *, leaving: bool = False) -> None:
         """Reduce and close with the others what this micro-batch does; *leaving* its data or its run, with it."""
-        closing, reducing, expected = self._closing, self._reducing, self._expected
+        updated = any(member.updated for member in self._members)
         for member in self._members:
             member.begun += not member.updated
             member.updated = False
@@ -194,18 +198,27 @@ class Peers(Meeting):
         else:
             for sync in self._waiting():
                 self._take_part(sync)
-        self._reducing, self._closing, self._expected = False, [], []
-        for member in expected:
-            if member not in closing:
+        for member in self._expected:
+            if member not in self._closing:
                 member.touched()
         self._rounds.guard.leave()
-        if not closing:
-            return
-        self._switch()
-        if not reducing:
-            self._gate(Kind.EDGE, closing)
+        closing = self._closing
+        if updated or (closing and not self._reducing):
+            closing = self._edge(closing)
+        reduced = [member for member in closing if self._has_reduced(member)]
+        self._reducing, self._closing, self._expected = False, [], []
+        if closing:
+            self._switch()
         for member in closing:
-            self._close(member, reduced=reducing and member.sync not in self._passed, leaving=leaving)
+            self._close(member, reduced=member in reduced, leaving=leaving)
+
+    def _edge(self, closing: Sequence[Member]) -> list[Member]:
+        """Say at the end of a micro-batch what closes; return what does on any rank."""
+        rows = self._gate(Kind.EDGE, [m for m in self._members if m in closing or m.window.is_full])
+        if self._updates and self._stopped_by(rows):
+            self.ending = True
+            self._engine.terminate()
+        return self._members_of(rows, 2)
 
     def _keep_promise(self, engine: Engine) -> None:
         """Do with the others what this rank said at a gate that it would, if a handler has stopped it since."""
@@ -215,6 +228,8 @@ class Peers(Meeting):
                 saver.on_edge(engine)
 
     def _on_iteration_over(self, engine: Engine) -> None:
+        if any(member.updated for member in self._members):  # by a handler
+            self._edge([])
         # If a handler has stopped a rank now, its epoch is not completed, and so is nobody's: what is done then, such
         # as a validation, may need all ranks.
         known = self._position == self._length and not engine.should_terminate
@@ -250,8 +265,6 @@ class Peers(Meeting):
         for member in self._members:
             if member.window.tail != "carry":
                 member.begun = 0
-            elif not was_in_step:
-                member.begun = member.window.micro_batches
 
     def _on_run_ended(self, engine: Engine) -> None:
         if self._run_over:

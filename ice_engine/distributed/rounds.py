@@ -80,7 +80,7 @@ _WORDS = {
     Kind.LEFT: "has left its run",
     Kind.UPDATE: "calls update()",
     Kind.PART: "has no more loss in a micro-batch",
-    Kind.EDGE: "is at the end of a micro-batch that closes a window",
+    Kind.EDGE: "is at the end of a micro-batch",
 }
 _TOGETHER = (
     *({kind} for kind in Kind),
@@ -88,6 +88,7 @@ _TOGETHER = (
     {Kind.EPOCH_START, Kind.RUN_END},
     {Kind.UNIT, Kind.CLOSE, Kind.AGAIN, Kind.PART},
     {Kind.UNIT, Kind.UPDATE, Kind.AGAIN},
+    {Kind.UNIT, Kind.EDGE, Kind.AGAIN, Kind.PART},
     {Kind.UNIT, Kind.UPDATE, Kind.EPOCH_END, Kind.RUN_END},
     {Kind.UNIT, Kind.EDGE, Kind.EPOCH_LAST, Kind.EPOCH_END, Kind.RUN_END},
 )

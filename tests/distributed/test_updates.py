@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ice_engine as ice
 from tests.distributed.launch import launch, watch
+from tests.unsized import Unsized
 
 pytestmark = pytest.mark.distributed
 
@@ -199,6 +201,99 @@ def test_an_episode_may_be_learned_where_an_epoch_ends(sizes):
     assert first == second
     assert first[1] == 2
     torch.testing.assert_close(torch.tensor(first[0], dtype=torch.float64), flat(model), rtol=1e-12, atol=1e-14)
+
+
+def _wherever(sizes: list[list[int]], known: bool, updates: int, losses: int, tail: Any) -> tuple[list[float], int]:
+    model = DistributedDataParallel(models()[1])
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.3), accumulation_steps=3, tail=tail)
+
+    def train_step(engine: Engine, batch: torch.Tensor) -> None:
+        for i in range(losses):
+            if (dist.get_rank(), engine.state.iteration, i) != (1, 1, 0):
+                optimizer.backward(softplus(model(batch[:, i : i + 3])).mean(), weight=len(batch))
+            if i < updates:
+                optimizer.update()
+
+    engine = Engine(train_step)
+    optimizer.attach(engine, model=model)
+    data = batches(dist.get_rank(), sizes)
+    engine.run(data if known else Unsized(data), max_epochs=2)
+    return flat(model).tolist(), optimizer.clocks["step"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "known", "updates", "losses", "tail"),
+    [
+        (EVEN, False, 1, 1, "step"),
+        (EVEN, True, 2, 3, "carry"),
+        (RAGGED, True, 1, 2, "carry"),
+        (RAGGED, False, 1, 2, "step"),
+    ],
+)
+def test_a_window_closes_where_the_first_rank_has_filled_it(sizes, known, updates, losses, tail):
+    model = models()[1]
+    step = _by_hand(model, 3)
+    data = [batches(rank, sizes) for rank in range(2)]
+    for epoch in range(2):
+        for at in range(max(map(len, sizes))):
+            for i in range(losses):
+                having = [b[at] for r, b in enumerate(data) if at < len(b) and (r, epoch, at, i) != (1, 0, 0, 0)]
+                step([(softplus(model(batch[:, i : i + 3])).mean(), len(batch)) for batch in having])
+        if tail == "step" or epoch:
+            step(None)
+
+    first, second = launch(_wherever, 2, sizes, known, updates, losses, tail)
+
+    assert first == second
+    torch.testing.assert_close(torch.tensor(first[0], dtype=torch.float64), flat(model), rtol=1e-12, atol=1e-14)
+
+
+def _stopped_on_one_rank() -> int:
+    model = DistributedDataParallel(models()[1])
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.3), accumulation_steps=2)
+
+    def train_step(_: Engine, batch: torch.Tensor) -> None:
+        for _ in range(2):
+            optimizer.backward(model(batch).mean())
+            optimizer.update()
+
+    engine = Engine(train_step)
+    optimizer.attach(engine, model=model)
+    if dist.get_rank():
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), Engine.terminate)
+    engine.run([torch.ones(2, 3, dtype=torch.float64)] * 50)
+    return engine.state.iteration
+
+
+def test_who_stops_among_updates_stops_all_at_the_next_micro_batchs_end():
+    assert launch(_stopped_on_one_rank, 2) == [3, 2]
+
+
+def _before_the_first_micro_batch() -> list[float]:
+    model = DistributedDataParallel(models()[1])
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.3))
+    engine = Engine(lambda _, batch: batch)
+    optimizer.attach(engine, model=model)
+
+    @engine.on(Events.GET_BATCH_STARTED)
+    def learn() -> None:
+        if dist.get_rank():
+            optimizer.backward(softplus(model(batches(0, EVEN)[0][:, :3])).mean())
+        assert optimizer.update()
+
+    with pytest.warns(ice.IceEngineWarning, match="got no loss in epoch 1") if not dist.get_rank() else nullcontext():
+        engine.run([0])
+    return flat(model).tolist()
+
+
+def test_before_the_first_micro_batch_one_rank_may_have_a_loss():
+    model = models()[1]
+    _by_hand(model, 1)([(softplus(model(batches(0, EVEN)[0][:, :3])).mean(), 1)])
+
+    first, second = launch(_before_the_first_micro_batch, 2, timeout=30)
+
+    assert first == second
+    torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), flat(model), rtol=1e-12, atol=1e-14)
 
 
 def _wrongly(how: str) -> None:
