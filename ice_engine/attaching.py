@@ -130,6 +130,7 @@ class Attaching(Stepping):
             drop=self._drop_tail,
             is_spoiled=self._is_spoiled,
             discard=self._discard,
+            let_go=self._let_go,
             touched=self._note_gradients,
             common=self._clocks.common,
         )

@@ -323,6 +323,7 @@ class Meeting:
         member.precision.elsewhere = any(row.beside for row in rows)
         if any(row.spoiled for row in rows):
             member.discard(SPOILED)
+            member.let_go()
             member.precision.close()  # also where it was not open
             return False
         # A rank without a loss has no unit, and takes that of the others, whose gradients it gets.
@@ -342,6 +343,7 @@ class Meeting:
         """Drop a window that is open on some rank: on all of them the loss scale adapts if it was the last one."""
         member.precision.elsewhere = any(other.precision.scaler is member.precision.scaler for other in still_open)
         member.drop()
+        member.let_go()
         member.precision.close()  # also where it was not open
 
     # -- what is where -------------------------------------------------------------------------------------

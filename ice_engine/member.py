@@ -29,6 +29,7 @@ class Member:
         drop: Drops it, as its tail says.
         is_spoiled: Returns whether a loss in it was not finite, which nobody would find out when it steps.
         discard: Drops it, with a warning that names a cause.
+        let_go: Clears the gradients of a window that is not open on this rank: others' have been averaged into them.
         common: What its clocks are to take for the same on all ranks, see :class:`~ice_engine.clocks.Clocks`.
         touched: Is told that other ranks' gradients have been averaged into this one's.
         differentiated: Backward passes so far.
@@ -51,6 +52,7 @@ class Member:
     drop: Callable[[], Any]
     is_spoiled: Callable[[], bool]
     discard: Callable[[str], Any]
+    let_go: Callable[[], Any]
     touched: Callable[[], Any]
     common: dict[str, Any]
     differentiated: int = 0

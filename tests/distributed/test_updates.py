@@ -203,13 +203,15 @@ def test_an_episode_may_be_learned_where_an_epoch_ends(sizes):
     torch.testing.assert_close(torch.tensor(first[0], dtype=torch.float64), flat(model), rtol=1e-12, atol=1e-14)
 
 
-def _wherever(sizes: list[list[int]], known: bool, updates: int, losses: int, tail: Any) -> tuple[list[float], int]:
+def _wherever(
+    sizes: list[list[int]], known: bool, k: int, updates: int, losses: int, tail: Any, passed: tuple[int, int]
+) -> tuple[list[float], int]:
     model = DistributedDataParallel(models()[1])
-    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.3), accumulation_steps=3, tail=tail)
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.3), accumulation_steps=k, tail=tail)
 
     def train_step(engine: Engine, batch: torch.Tensor) -> None:
         for i in range(losses):
-            if (dist.get_rank(), engine.state.iteration, i) != (1, 1, 0):
+            if not (dist.get_rank() and (engine.state.iteration, i) == passed):
                 optimizer.backward(softplus(model(batch[:, i : i + 3])).mean(), weight=len(batch))
             if i < updates:
                 optimizer.update()
@@ -222,27 +224,32 @@ def _wherever(sizes: list[list[int]], known: bool, updates: int, losses: int, ta
 
 
 @pytest.mark.parametrize(
-    ("sizes", "known", "updates", "losses", "tail"),
+    ("sizes", "known", "k", "updates", "losses", "tail", "passed"),
     [
-        (EVEN, False, 1, 1, "step"),
-        (EVEN, True, 2, 3, "carry"),
-        (RAGGED, True, 1, 2, "carry"),
-        (RAGGED, False, 1, 2, "step"),
+        (EVEN, False, 3, 1, 1, "step", (1, 0)),
+        (EVEN, True, 3, 2, 3, "carry", (1, 0)),
+        (EVEN, True, 5, 2, 2, "drop", (3, 1)),
+        (RAGGED, True, 3, 1, 2, "carry", (1, 0)),
+        (RAGGED, False, 3, 1, 2, "step", (1, 0)),
     ],
 )
-def test_a_window_closes_where_the_first_rank_has_filled_it(sizes, known, updates, losses, tail):
+def test_a_window_closes_where_the_first_rank_has_filled_it(sizes, known, k, updates, losses, tail, passed):
     model = models()[1]
-    step = _by_hand(model, 3)
+    step = _by_hand(model, k)
     data = [batches(rank, sizes) for rank in range(2)]
     for epoch in range(2):
         for at in range(max(map(len, sizes))):
             for i in range(losses):
-                having = [b[at] for r, b in enumerate(data) if at < len(b) and (r, epoch, at, i) != (1, 0, 0, 0)]
+                having = [
+                    b[at] for r, b in enumerate(data) if at < len(b) and not (r > epoch and (at + 1, i) == passed)
+                ]
                 step([(softplus(model(batch[:, i : i + 3])).mean(), len(batch)) for batch in having])
-        if tail == "step" or epoch:
+        if tail == "drop":
+            step = _by_hand(model, k)
+        elif tail == "step" or epoch:
             step(None)
 
-    first, second = launch(_wherever, 2, sizes, known, updates, losses, tail)
+    first, second = launch(_wherever, 2, sizes, known, k, updates, losses, tail, passed)
 
     assert first == second
     torch.testing.assert_close(torch.tensor(first[0], dtype=torch.float64), flat(model), rtol=1e-12, atol=1e-14)
