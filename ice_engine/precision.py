@@ -211,7 +211,8 @@ class Precision:
             return factor
         scaler = cast("torch.amp.GradScaler", self.scaler)
         known = scale_tensor(scaler)
-        if known is not None and known.device.type == "cpu":
+        # There is none before the first loss, which only another rank may have had.
+        if (device if known is None else known.device).type == "cpu":
             return factor / shared(scaler).scale()  # numbers cost less than tensors of shape ()
         # scale() is the public way to the scale that does not make the host wait for it.
         scale = scaler.scale(torch.ones((), dtype=torch.float32, device=device))

@@ -255,6 +255,28 @@ def test_a_window_closes_where_the_first_rank_has_filled_it(sizes, known, k, upd
     torch.testing.assert_close(torch.tensor(first[0], dtype=torch.float64), flat(model), rtol=1e-12, atol=1e-14)
 
 
+def _scaled_on_one_rank() -> list[float]:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(20, 20, dtype=torch.float64))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.3), clip=ice.clip_norm(0.1), grad_scaler=scaler)
+
+    def train_step(_: Engine, batch: torch.Tensor) -> None:
+        if dist.get_rank():
+            optimizer.backward(softplus(model(batch)).mean())
+
+    engine = Engine(train_step)
+    optimizer.attach(engine, model=model)
+    engine.run([torch.randn(4, 20, dtype=torch.float64)])
+    return flat(model).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:.*got no loss")
+def test_a_rank_whose_scaler_has_scaled_nothing_yet_steps_as_the_others_to_the_last_bit():
+    first, second = launch(_scaled_on_one_rank, 2)
+    assert first == second
+
+
 def _stopped_on_one_rank() -> int:
     model = DistributedDataParallel(models()[1])
     optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.3), accumulation_steps=2)
