@@ -72,7 +72,12 @@ class Peers(Meeting):
         member.sync.leave()
         member.window.unit_of = float
         member.precision.elsewhere = False
-        self._members.remove(member)
+        at = self._members.index(member)
+        del self._members[at], self._before[at : at + 1]
+        # In the middle of a micro-batch others may still reduce with it, but this rank has nothing to take part with.
+        for several in (self._closing, self._expected):
+            if member in several:
+                several.remove(member)
         if not self._members:
             HookRegistry(self._engine).remove_of(self)
             self._forget_ending()

@@ -339,6 +339,11 @@ def _wrongly(how: str) -> None:
             judge.update()
             softplus(critic(batch[:, :3])).mean().backward()
             judge.update()
+        elif how == "after detach()":
+            judge.update()
+            if dist.get_rank():
+                judge.detach()
+            judge.update()
         elif how == "of different optimizers":
             (judge if dist.get_rank() else draw).update()
         elif dist.get_rank():
@@ -358,11 +363,12 @@ def _wrongly(how: str) -> None:
         ("with arguments", "update() takes no arguments in many processes"),
         ("past backward()", "gradients that did not come from its backward()"),
         ("of different optimizers", "the ranks call update() of different optimizers: 'generator', 'critic'"),
+        ("after detach()", "update() is for one process; this is rank 1 of 2"),
         ("on one rank only", "rank 1 calls update(), at iteration 1"),
         ("outside of a run", "update() outside a run"),
     ],
 )
 def test_an_update_that_is_none_is_refused_on_all_ranks(how, said):
-    for outcome in watch(_wrongly, 2, how):
+    for outcome in watch(_wrongly, 2, how, timeout=40):
         assert outcome.exitcode == 1
         assert said in outcome.error
