@@ -1,8 +1,11 @@
 """``update()`` on many ranks: a window that closes in the middle of a micro-batch closes on all of them."""
 
 import functools
+import os
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -296,6 +299,30 @@ def _stopped_on_one_rank() -> int:
 
 def test_who_stops_among_updates_stops_all_at_the_next_micro_batchs_end():
     assert launch(_stopped_on_one_rank, 2) == [3, 2]
+
+
+def _taken_away(folder: str) -> tuple[int, list[str]]:
+    model = DistributedDataParallel(models()[1])
+    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.3), accumulation_steps=2)
+
+    def train_step(_: Engine, batch: torch.Tensor) -> None:
+        for _ in range(2):
+            optimizer.backward(model(batch).mean())
+            optimizer.update()
+
+    engine = Engine(train_step)
+    optimizer.attach(engine, model=model)
+    ice.Checkpoint({"trainer": engine, "model": model, "optimizer": optimizer}, folder).attach(engine)
+    data = [torch.ones(2, 3, dtype=torch.float64)] * (3 if dist.get_rank() else 60)
+    if not dist.get_rank():
+        engine.add_event_handler(Events.ITERATION_STARTED(once=10), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(ice.Preempted):
+        engine.run(data)
+    return engine.state.iteration, [file.name for file in Path(folder).iterdir()]
+
+
+def test_a_signal_saves_and_ends_a_run_that_only_updates_where_its_micro_batch_ends(tmp_path):
+    assert launch(_taken_away, 2, str(tmp_path)) == [(10, ["checkpoint_10.pt"]), (3, ["checkpoint_10.pt"])]
 
 
 def _before_the_first_micro_batch() -> list[float]:
