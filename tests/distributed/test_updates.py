@@ -280,7 +280,7 @@ def test_a_rank_whose_scaler_has_scaled_nothing_yet_steps_as_the_others_to_the_l
     assert first == second
 
 
-def _stopped_on_one_rank() -> int:
+def _two_updates() -> tuple[Any, ice.Optimizer, Engine]:
     model = DistributedDataParallel(models()[1])
     optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.3), accumulation_steps=2)
 
@@ -291,6 +291,11 @@ def _stopped_on_one_rank() -> int:
 
     engine = Engine(train_step)
     optimizer.attach(engine, model=model)
+    return model, optimizer, engine
+
+
+def _stopped_on_one_rank() -> int:
+    engine = _two_updates()[2]
     if dist.get_rank():
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), Engine.terminate)
     engine.run([torch.ones(2, 3, dtype=torch.float64)] * 50)
@@ -302,16 +307,7 @@ def test_who_stops_among_updates_stops_all_at_the_next_micro_batchs_end():
 
 
 def _taken_away(folder: str) -> tuple[int, list[str]]:
-    model = DistributedDataParallel(models()[1])
-    optimizer = ice.Optimizer(torch.optim.SGD(model.parameters(), lr=0.3), accumulation_steps=2)
-
-    def train_step(_: Engine, batch: torch.Tensor) -> None:
-        for _ in range(2):
-            optimizer.backward(model(batch).mean())
-            optimizer.update()
-
-    engine = Engine(train_step)
-    optimizer.attach(engine, model=model)
+    model, optimizer, engine = _two_updates()
     ice.Checkpoint({"trainer": engine, "model": model, "optimizer": optimizer}, folder).attach(engine)
     data = [torch.ones(2, 3, dtype=torch.float64)] * (3 if dist.get_rank() else 60)
     if not dist.get_rank():
