@@ -156,8 +156,8 @@ def test_sparse_gradients_are_refused_by_torch():
 def test_torchs_step_is_not_called_where_the_kernel_is_all_of_it(monkeypatch):
     optimizer = ice.Optimizer(functools.partial(ADAMW, lr=0.1), parameters())
     asked: list[int] = []
-    inits = ADAM._init_group
-    monkeypatch.setattr(ADAM, "_init_group", lambda *args: (asked.append(1), inits(*args))[1])
+    inits = ADAMW._init_group
+    monkeypatch.setattr(ADAMW, "_init_group", lambda *args: (asked.append(1), inits(*args))[1])
     for step in range(1, 4):
         give(optimizer.param_groups[0]["params"], step, NEVER)
         optimizer.update()
