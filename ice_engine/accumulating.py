@@ -147,6 +147,8 @@ class Accumulating(Scheduling):
                     self._run_backward(part, retain_graph=retain_graph)
                     if self._engine is None and reached():
                         self._refuse_reaching()
+            elif member is None:
+                differentiate.backward(part, retain_graph=retain_graph)
             else:
                 self._run_backward(part, retain_graph=retain_graph)
             if member is not None:

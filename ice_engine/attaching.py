@@ -283,7 +283,8 @@ class Attaching(Stepping):
         if self._window.pending:
             self._drop_unfinished()
         self._in_iteration = True
-        keep_flags(self._gathering)  # such as of what a handler has unfrozen after a validation
+        if self._gathering:
+            keep_flags(self._gathering)  # such as of what a handler has unfrozen after a validation
         # As the zero_grad() of a plain loop: what a handler left there, such as validation, enters no window.
         in_window = self._window.micro_batches or self._left.expects
         if not (in_window or self.needs_closure) and has_gradient(self._parameters()):

@@ -54,7 +54,8 @@ def keep_flags(modules: Iterable[FSDPModule]) -> None:
 
 def gather_anew(modules: Sequence[FSDPModule]) -> None:
     """Let the next forward of *modules* take their parameters as they are now: values, and what requires grad."""
-    keep_flags(modules)
+    if modules:  # mostly there are none, in every step
+        keep_flags(modules)
     for module in modules:
         module.reshard()
         for group in param_groups([module]):
