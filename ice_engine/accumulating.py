@@ -147,8 +147,6 @@ class Accumulating(Scheduling):
                     self._run_backward(part, retain_graph=retain_graph)
                     if self._engine is None and reached():
                         self._refuse_reaching()
-            elif member is None:
-                differentiate.backward(part, retain_graph=retain_graph)
             else:
                 self._run_backward(part, retain_graph=retain_graph)
             if member is not None:
@@ -275,6 +273,11 @@ class Accumulating(Scheduling):
             "change the window's"
         )
         raise BackwardError(message)
+
+    def _require_own_sum(self) -> None:
+        # What is still to be divided is not what somebody meant who clipped it in train_step.
+        if self._precision.enabled or not self._window.is_mean:
+            self._require_own_gradients(self._parameters())
 
     def _require_window(self) -> None:
         if self.needs_closure:

@@ -61,6 +61,6 @@ def _is_usual(group: Mapping[str, Any]) -> bool:
 def _tensors(state: Mapping[torch.Tensor, Any], parameters: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
     """Return those of *parameters* that have a gradient, their gradients, and the three entries of their state."""
     stepped = [p for p in parameters if p.grad is not None]
-    entries = [state.get(p) for p in stepped]
-    of_state: Any = ([entry[key] for entry in entries] for key in ("exp_avg", "exp_avg_sq", "step"))  # type: ignore[index]
+    entries: list[Any] = [state.get(p) for p in stepped]
+    of_state = ([entry[key] for entry in entries] for key in ("exp_avg", "exp_avg_sq", "step"))
     return stepped, [p.grad for p in stepped], *of_state

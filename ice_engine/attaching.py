@@ -297,9 +297,6 @@ class Attaching(Stepping):
         if "times" in self._measures.wanted:
             self._measures.watch.lap("compute")
         if self._window.pending:
-            # As in _attempt(), and before other ranks' gradients come to these.
-            if self._member is not None and (self._precision.enabled or not self._window.is_mean):
-                self._require_own_gradients(self._parameters())
             self._end_micro_batch(size=self._window.size)
             if self._member is None and self._window.is_full:  # else the peers know whether the window closes
                 self._close(self._window.size)

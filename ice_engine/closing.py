@@ -77,9 +77,8 @@ class Closing(Accumulating):
         if self._precision.scaler is not None:
             self._precision.require_one_scale()
             self._precision.require_one_owner(self, self._inner)
-        if self._member is None and (self._precision.enabled or not window.is_mean):
-            # What is still to be divided is not what somebody meant who clipped it in train_step.
-            self._require_own_gradients(self._parameters())
+        if self._member is None:  # else they are also of other ranks by now
+            self._require_own_sum()
         self._count("attempt")
         if window.weight == 0.0:
             return self._skip("the window's weight is 0")

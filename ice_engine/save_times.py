@@ -191,9 +191,10 @@ class SaveTimes:
         # Some may have no such iteration: all save where all have heard that one wants to.
         alone = self._wanted is not None and not self.agreed and not self._all_ask(self._wanted.event_name)
         if together.in_step:
-            return together.inside or self._position.at_last_iteration or together.ending or alone
-        inside = together.inside or any(optimizer.in_window for optimizer in optimizers)
-        return inside or together.ending or alone
+            between = self._position.at_last_iteration
+        else:
+            between = any(optimizer.in_window for optimizer in optimizers)
+        return together.inside or between or together.ending or alone
 
     def _all_ask(self, event: Any) -> bool:
         """Whether all ranks come to *event* together: to one of iterations if they have and count the same ones."""

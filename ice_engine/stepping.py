@@ -237,6 +237,8 @@ class Stepping(Closing):
             self._require_window()
             self._refuse_inside_close("update()")
         by_caller = not self._window.pending
+        if self._member is not None:
+            self._require_own_sum()  # before other ranks' gradients come to these
         if by_caller:
             self._window.require_weight()  # before anything is counted: a refused call changes nothing
         if grad_scaler is not None:

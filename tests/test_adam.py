@@ -50,9 +50,12 @@ def assert_same_bits(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(mine, torchs, strict=True))
 
 
-NEVER = lambda step, i: False  # noqa: E731
+def never(*_: int) -> bool:
+    return False
+
+
 MISSING = {
-    "never": NEVER,
+    "never": never,
     "one, then and again": lambda step, i: i == step % 5,
     "some are late": lambda step, i: step < i,
     "a group": lambda step, i: step > 3 and i < 2,
@@ -81,7 +84,7 @@ def test_a_factor_that_rides_in_the_kernel_gives_the_bits_of_torchs_grad_scale(k
     wrapped = ice.Optimizer(mine, clip=ice.clip_norm(0.5))
     for step in range(1, 6):
         for optimizer in (mine, torchs):
-            give(optimizer.param_groups[0]["params"], step, NEVER)
+            give(optimizer.param_groups[0]["params"], step, never)
         factor = ice.clip_norm(0.5).factor(torch.nn.utils.get_total_norm(tensors(step, torch.float32)))
         torchs.grad_scale = factor.reciprocal()
         wrapped.update()
@@ -93,10 +96,10 @@ def test_state_that_is_loaded_and_groups_that_are_added_are_stepped():
     wrapped, torchs = ice.Optimizer(ADAMW(parameters(), lr=0.1, fused=True)), ADAMW(parameters(), lr=0.1, fused=True)
     source = ADAMW(parameters(), lr=0.2)
     for step in range(1, 4):
-        give(source.param_groups[0]["params"], step, NEVER)
+        give(source.param_groups[0]["params"], step, never)
         source.step()
     for optimizer in (wrapped, torchs):
-        give(optimizer.param_groups[0]["params"], 1, NEVER)
+        give(optimizer.param_groups[0]["params"], 1, never)
         optimizer.step()
         optimizer.load_state_dict(copy.deepcopy(source.state_dict()))
         for group in optimizer.param_groups:
@@ -104,7 +107,7 @@ def test_state_that_is_loaded_and_groups_that_are_added_are_stepped():
         added = [torch.nn.Parameter(torch.ones(3))]
         optimizer.add_param_group({"params": added, "lr": 0.5})
         for step in range(4, 8):
-            give(optimizer.param_groups[0]["params"], step, NEVER)
+            give(optimizer.param_groups[0]["params"], step, never)
             added[0].grad = torch.full((3,), float(step))
             (wrapped.update if optimizer is wrapped else optimizer.step)()
     assert_same_bits(wrapped, torchs)
@@ -125,7 +128,7 @@ def test_what_is_not_usual_is_stepped_by_torch(settings):
     wrapped = ice.Optimizer(mine)
     for step in range(1, 5):
         for optimizer in (mine, torchs):
-            give(optimizer.param_groups[0]["params"], step, NEVER)
+            give(optimizer.param_groups[0]["params"], step, never)
         wrapped.update()
         torchs.step()
         assert_same_bits(mine, torchs)
@@ -135,11 +138,11 @@ def test_a_step_that_found_inf_skips_is_skipped():
     optimizer = ADAMW(parameters(), lr=0.1, fused=True)
     wrapped = ice.Optimizer(optimizer)
     for step in (1, 2):
-        give(optimizer.param_groups[0]["params"], step, NEVER)
+        give(optimizer.param_groups[0]["params"], step, never)
         wrapped.update()
     before = copy.deepcopy(everything(optimizer))
     optimizer.found_inf = torch.ones(())
-    give(optimizer.param_groups[0]["params"], 3, NEVER)
+    give(optimizer.param_groups[0]["params"], 3, never)
     wrapped.update()
 
     assert all(map(torch.equal, everything(optimizer), before))
@@ -159,7 +162,7 @@ def test_torchs_step_is_not_called_where_the_kernel_is_all_of_it(monkeypatch):
     inits = ADAMW._init_group
     monkeypatch.setattr(ADAMW, "_init_group", lambda *args: (asked.append(1), inits(*args))[1])
     for step in range(1, 4):
-        give(optimizer.param_groups[0]["params"], step, NEVER)
+        give(optimizer.param_groups[0]["params"], step, never)
         optimizer.update()
     assert asked == [1]  # the first step's, which makes the state
 
@@ -171,6 +174,6 @@ class Own(ADAMW):
 @pytest.mark.parametrize("make", [Own, torch.optim.NAdam])
 def test_other_classes_are_left_to_themselves(make):
     optimizer = make(parameters(), lr=0.1)
-    give(optimizer.param_groups[0]["params"], 1, NEVER)
+    give(optimizer.param_groups[0]["params"], 1, never)
     optimizer.step()
     assert not adam.step(optimizer)

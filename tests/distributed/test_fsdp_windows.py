@@ -6,6 +6,7 @@ The oracle is a float64 loop with one big batch per window.
 import functools
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -46,6 +47,17 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.5)
 
 
+def by_hand(windows: Iterable[list[torch.Tensor]]) -> torch.Tensor:
+    """Return the parameters after a loop with one big batch per window."""
+    model = network(3, 1)
+    optimizer = sgd(model)
+    for window in windows:
+        optimizer.zero_grad()
+        model(torch.cat(window)).square().mean().backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 def _trained(tail: Any, sync: Any, unknown: bool) -> tuple[list[float], list[int], bool]:
     model = network(3, 1)
     fully_shard(model)
@@ -70,16 +82,12 @@ def _trained(tail: Any, sync: Any, unknown: bool) -> tuple[list[float], list[int
 @pytest.mark.parametrize("sync", ["communication", "memory"])
 @pytest.mark.parametrize(("tail", "sizes"), [("step", [3, 2, 3, 2]), ("drop", [3, 3]), ("carry", [3, 3, 3, 1])])
 def test_windows_of_every_tail(tail, sizes, sync, unknown):
-    model = network(3, 1)
-    optimizer = sgd(model)
     # Of each window the micro-batches, counted over both epochs.
     begins = {"step": [0, 3, 5, 8], "drop": [0, 5], "carry": [0, 3, 6, 9]}[tail]
-    for begin, size in zip(begins, sizes, strict=True):
-        window = [batches(rank)[i % LENGTH] for rank in range(RANKS) for i in range(begin, begin + size)]
-        optimizer.zero_grad()
-        model(torch.cat(window)).square().mean().backward()
-        optimizer.step()
-    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    expected = by_hand(
+        [batches(rank)[i % LENGTH] for rank in range(RANKS) for i in range(begin, begin + size)]
+        for begin, size in zip(begins, sizes, strict=True)
+    )
     for parameters, found, reduced in launch(_trained, RANKS, tail, sync, unknown):
         assert found == sizes
         assert reduced == (sync == "memory")
@@ -105,14 +113,7 @@ def _told_by_the_script(turn: int, sync: Any) -> list[float]:
 @pytest.mark.parametrize("turn", [0, 1])
 def test_a_script_that_still_says_when_to_reduce_changes_no_step(turn, sync):
     """As its plain loop did: at every second micro-batch, and so not in a last window of one, or never where due."""
-    model = network(3, 1)
-    optimizer = sgd(model)
-    for begin in (0, 2, 4):
-        window = [batch for rank in range(RANKS) for batch in batches(rank)[begin : begin + 2]]
-        optimizer.zero_grad()
-        model(torch.cat(window)).square().mean().backward()
-        optimizer.step()
-    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    expected = by_hand([b for r in range(RANKS) for b in batches(r)[begin : begin + 2]] for begin in (0, 2, 4))
     for parameters in launch(_told_by_the_script, RANKS, turn, sync):
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
 
@@ -234,13 +235,7 @@ def _weighs_nothing(sync: Any, empty: float | None) -> list[float]:
 @pytest.mark.parametrize("empty", [None, math.nan, math.inf])
 def test_a_rank_may_weigh_a_loss_with_nothing_inside_a_window(empty, sync):
     """Whatever its gradient, which is NaN where the loss is; and where the window is reduced."""
-    model = network(3, 1)
-    optimizer = sgd(model)
-    for window in ([batches(0)[0], batches(0)[1], batches(1)[1]], [batches(1)[3]]):
-        optimizer.zero_grad()
-        model(torch.cat(window)).square().mean().backward()
-        optimizer.step()
-    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    expected = by_hand([[batches(0)[0], batches(0)[1], batches(1)[1]], [batches(1)[3]]])
     for parameters in launch(_weighs_nothing, RANKS, sync, empty):
         torch.testing.assert_close(torch.tensor(parameters, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
 

@@ -4,6 +4,7 @@ Each program says which losses a rank has in an iteration. Real gloo ranks diffe
 process does so without any, by ``torch.autograd.grad`` of each loss for the parameters of its optimizer alone.
 """
 
+import abc
 import copy
 import functools
 from collections.abc import Callable, Iterable
@@ -49,7 +50,7 @@ class Branches(nn.Module):
         return self.branches[branch](x)
 
 
-class Program:
+class Program(abc.ABC):
     """Models, the parts of them that each optimizer has, and the losses of a rank in an iteration, from 1."""
 
     windows: ClassVar[dict[str, int]] = {"all": 1}
@@ -61,8 +62,9 @@ class Program:
     def parts(self, models: Models) -> dict[str, tuple[str, nn.Module]]:
         return {name: (name, model) for name, model in models.items()}
 
+    @abc.abstractmethod
     def losses(self, models: Models, x: torch.Tensor, rank: int, iteration: int) -> Losses:
-        raise NotImplementedError
+        """Yield each with its optimizer and its weight."""
 
     def trained(self, sizes: list[list[int]], **ddp: Any) -> dict[str, list[float]]:
         """Train on this rank, wrapped."""

@@ -351,7 +351,8 @@ def test_before_the_first_micro_batch_one_rank_may_have_a_loss():
 def _wrongly(how: str) -> None:
     generator, critic = (DistributedDataParallel(model) for model in models())
     draw = ice.Optimizer(torch.optim.SGD(generator.parameters(), lr=0.3), name="generator")
-    judge = ice.Optimizer(torch.optim.SGD(critic.parameters(), lr=0.3), name="critic")
+    k = 2 if how == "after a clip by hand" else 1
+    judge = ice.Optimizer(torch.optim.SGD(critic.parameters(), lr=0.3), name="critic", accumulation_steps=k)
 
     def train_step(_: Engine, batch: torch.Tensor) -> None:
         judge.backward(critics(critic, generator, batch), weight=len(batch))
@@ -361,6 +362,11 @@ def _wrongly(how: str) -> None:
         elif how == "past backward()":
             judge.update()
             softplus(critic(batch[:, :3])).mean().backward()
+            judge.update()
+        elif how == "after a clip by hand":
+            judge.update()
+            judge.backward(critics(critic, generator, batch), weight=len(batch))
+            torch.nn.utils.clip_grad_norm_(critic.parameters(), 1e-3)
             judge.update()
         elif how == "after detach()":
             judge.update()
@@ -385,6 +391,7 @@ def _wrongly(how: str) -> None:
     [
         ("with arguments", "update() takes no arguments in many processes"),
         ("past backward()", "gradients that did not come from its backward()"),
+        ("after a clip by hand", "gradients of optimizer 'critic' were changed inside its window"),
         ("of different optimizers", "the ranks call update() of different optimizers: 'generator', 'critic'"),
         ("after detach()", "update() is for one process; this is rank 1 of 2"),
         ("on one rank only", "rank 1 calls update(), at iteration 1"),
